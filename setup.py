@@ -1,0 +1,28 @@
+"""Packaging: `pip install -e .` beside the scripts, or with extras `pip install -e .[test,plot]`."""
+
+from setuptools import setup
+
+setup(
+    name="zephyr-dpo",
+    version="0.1.0",
+    description="The Zephyr recipe from scratch: dSFT, AI feedback and dDPO in plain PyTorch",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=["zephyr", "kernels"],
+    package_data={"zephyr": ["recipes/*.toml"]},
+    install_requires=[
+        "torch>=2.11",
+        "triton>=3.6; platform_system == 'Linux'",
+        "safetensors>=0.4",
+        "sentencepiece>=0.2.1",  # earlier ones crash on hostile models
+        "numpy>=1.26",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "parquet": ["pyarrow>=15"],
+        "plot": ["matplotlib>=3.8"],
+        "tensorboard": ["tensorboard>=2.16"],
+        "test": ["pytest>=8", "hypothesis>=6.100", "transformers>=5", "ruff>=0.12"],
+        "peers": ["trl>=0.29", "liger-kernel>=0.6", "datasets>=3"],
+    },
+)

@@ -1,0 +1,31 @@
+"""What every test file shares."""
+
+import importlib.metadata
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run small tensors, and subprocesses beside
+
+SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
+
+
+def pytest_configure() -> None:
+    """The distribution `kernels` shadows this project's package of that name."""
+    if any(d.name == "kernels" for d in importlib.metadata.distributions()):
+        pytest.exit("the PyPI distribution `kernels` shadows ./kernels: pip uninstall kernels", 2)
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path_factory, monkeypatch):
+    """Tests never touch the user's cache."""
+    monkeypatch.setenv("ZEPHYR_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def shared(name: str) -> Path:
+    """A file of real data that lies beside the checkout; where it is absent the test is skipped."""
+    path = SHARED / name
+    if not path.exists():
+        pytest.skip(f"no {path}")
+    return path
