@@ -1,0 +1,1 @@
+"""Zephyr from scratch: dSFT, AI feedback and dDPO in plain PyTorch."""

@@ -1,0 +1,159 @@
+"""Mistral: architecture only. No rank, no compilation, no optimizer, no files.
+
+Attributes carry Hugging Face's names (`model.layers.0.self_attn.q_proj.weight`), and RoPE is its
+half-split form, so weights load with no map and no permutation. Llama-2 is the same network
+without a window.
+
+T rows  N predicting rows  D width  F MLP width  H query heads  K key/value heads  E head width
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import kernels
+
+
+@dataclass(frozen=True, kw_only=True)
+class MistralConfig:
+    """The architecture, under the names of Hugging Face's config.json."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope_theta: float
+    sliding_window: int | None  # keys each query sees, its own included; None is all
+    tie_word_embeddings: bool = False
+    model_type: str = "mistral"
+
+
+class RMSNorm(nn.Module):
+    """x / √(mean(x²) + eps) ∘ weight, over the last axis (arXiv:1910.07467)."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()  # the mean of squares in fp32; faster on a CPU than F.rms_norm
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * (wide * scale).to(x.dtype)
+
+
+def rope(position_T: Tensor, config: MistralConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin [T, 1, E/2] of position x theta^(-2i/E), computed in fp32 (arXiv:2104.09864)."""
+    E = config.head_dim
+    power = torch.arange(0, E, 2, device=position_T.device, dtype=torch.float32) / E
+    angle = position_T[:, None, None].float() / config.rope_theta**power
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x_THE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Each pair (x[i], x[i + E/2]) turned by its angle."""
+    a, b = x_THE.chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention; what each query sees is `layout`'s business."""
+
+    def __init__(self, c: MistralConfig, layer: int):
+        super().__init__()
+        self.layer, self.window, self.head_dim = layer, c.sliding_window, c.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=False)
+        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=False)
+        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=False)
+        self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout) -> Tensor:
+        heads = (len(x), -1, self.head_dim)
+        q_THE = rotate(self.q_proj(x).view(heads), cos, sin)
+        k_TKE = rotate(self.k_proj(x).view(heads), cos, sin)
+        v_TKE = self.v_proj(x).view(heads)
+        o_THE = layout.attend(q_THE, k_TKE, v_TKE, self.layer, self.window)
+        return self.o_proj(o_THE.flatten(1))
+
+
+class MLP(nn.Module):
+    """down(silu(gate(x)) ∘ up(x))  (SwiGLU, arXiv:2002.05202)."""
+
+    def __init__(self, c: MistralConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, c: MistralConfig, layer: int):
+        super().__init__()
+        self.self_attn, self.mlp = Attention(c, layer), MLP(c)
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, layout)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Tokens to hidden states: embedding, blocks, final norm."""
+
+    def __init__(self, c: MistralConfig):
+        super().__init__()
+        self.config = c
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.layers = nn.ModuleList(Block(c, i) for i in range(c.num_hidden_layers))
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+
+    def forward(self, tokens_T: Tensor, position_T: Tensor, layout) -> Tensor:
+        x = self.embed_tokens(tokens_T)
+        cos, sin = rope(position_T, self.config, x.dtype)
+        for block in self.layers:
+            x = block(x, cos, sin, layout)
+        return self.norm(x)
+
+
+class Mistral(nn.Module):
+    """A decoder and its LM head. `layout` says who sees whom: `attention.Layout` when training,
+    `generate.Cache` when sampling; the model only calls its `attend`."""
+
+    def __init__(self, config: MistralConfig):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(self, batch) -> Tensor:
+        """logprob_N of the batch's targets, fp32 nats. The head runs only on rows that predict."""
+        h_TD = self.model(batch.tokens_T, batch.layout.position_T, batch.layout)
+        return kernels.linear_logprob(
+            h_TD[batch.predict_N], self.lm_head.weight, batch.targets_N
+        )
+
+    def logits(self, tokens_T: Tensor, layout, rows: Tensor | slice = slice(None)) -> Tensor:
+        """Logits [rows, V] of the next token, for sampling."""
+        return self.lm_head(self.model(tokens_T, layout.position_T, layout)[rows])
+
+
+def initialise(model: Mistral, seed: int, std: float = 0.02) -> None:
+    """Fresh weights in place: N(0, std²) for matrices, ones for norms (Hugging Face's defaults)."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=std, generator=generator)
+        else:
+            nn.init.ones_(parameter)
