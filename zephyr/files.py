@@ -1,0 +1,298 @@
+"""Rows in and out: .jsonl, .json, either gzipped, .parquet; streamed, errors with their place."""
+
+import codecs
+import gzip
+import json
+import os
+import re
+import tempfile
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from glob import glob
+from itertools import count
+from pathlib import Path
+from typing import BinaryIO
+
+LINE_BYTES = 64 << 20  # longest line, decompressed: bounds the memory a gzip bomb can take
+LIST_BYTES = 1 << 30  # longest .json list, which has to be read whole
+
+# first bytes: what the file is; what to do (JSON text starts with none of them)
+SIGNATURES = {
+    b"version https://git-lfs": "a Git LFS pointer, not the data; run git lfs pull",
+    b"<": "an HTML or XML page, not data; download the raw file",
+    b"PAR1": "a parquet file; rename it to .parquet",
+    b"\x1f\x8b": "gzip-compressed; add .gz to its name",
+    b"PK\x03\x04": "a zip archive; unzip it",
+    b"\x28\xb5\x2f\xfd": "zstd-compressed; run unzstd",
+    codecs.BOM_UTF16_LE: "UTF-16 text; convert it to UTF-8",
+}
+
+
+class BadRow(ValueError):
+    """A row the user may choose to skip; the message starts with its place, "pairs.jsonl:17: "."""
+
+
+class BadRows:
+    """What happens to bad rows: "stop" raises at the first; "skip" drops, counts and remembers 20.
+
+    Skipping is for the odd broken row: `check`, called once all rows are read, raises when more
+    than 1 % of them were bad. The share is taken literally in small files too: one bad row in 50
+    is 2 % and stops, so of fewer than 100 rows none may be bad.
+    """
+
+    def __init__(self, policy: str = "stop"):
+        if policy not in ("stop", "skip"):
+            raise ValueError(f"on-bad-row {policy!r} is neither stop nor skip")
+        self.policy, self.rows, self.skipped, self.messages = policy, 0, 0, []
+
+    def seen(self, n: int = 1) -> None:
+        """Count n rows. read_rows does so for every row it reads with `bad`: do not count again."""
+        self.rows += n
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """Around one row's work: a BadRow ends the block, quietly when skipping."""
+        try:
+            yield
+        except BadRow as error:
+            if self.policy == "stop":
+                raise
+            self.skipped += 1
+            if len(self.messages) < 20:
+                self.messages.append(str(error))
+
+    def check(self) -> None:
+        """Raises ValueError when more than 1 % of the rows seen were skipped."""
+        if self.skipped * 100 > self.rows:
+            raise ValueError(f"{self.skipped} of {self.rows} rows are bad, more than the 1 % that "
+                             f"may be skipped; the first: {self.messages[0]}")
+
+    def report(self) -> str:
+        """The count, then one line for each of the first 20; "" when none was skipped."""
+        if not self.skipped:
+            return ""
+        head = f"skipped {self.skipped} bad rows of {self.rows}; the first {len(self.messages)}:"
+        return "\n  ".join([head, *self.messages])
+
+
+def expand(paths: Sequence[str | Path]) -> list[Path]:
+    """The files that paths and globs name, in the order given, sorted within a glob.
+
+    Raises ValueError for a folder, for what names no file, and for a file named twice.
+    """
+    files = []
+    for path in (os.path.expanduser(path) for path in paths):
+        if os.path.isdir(path):
+            raise ValueError(f"{path} is a folder; name its files, as {path.rstrip('/')}/*.jsonl")
+        found = [path] if os.path.exists(path) else sorted(
+            p for p in glob(path, recursive=True) if not os.path.isdir(p))
+        if not found:
+            raise ValueError(f"{path}: no such file")
+        files += map(Path, found)
+    for i, path in enumerate(files):
+        if path in files[:i]:
+            raise ValueError(f"{path} is given twice; its rows would count double")
+    return files
+
+
+def read_rows(path: Path, bad: BadRows | None = None) -> Iterator[tuple[str, dict]]:
+    """(where, row) of every row; where is "pairs.jsonl:17", the line (.json, .parquet: the row).
+
+    Lines and rows count from 1; blank lines are skipped but count. A row that is no JSON object
+    or whose text is malformed is a BadRow, which `bad` may skip; `bad` also counts the rows. Any
+    other trouble with the file is a ValueError.
+    """
+    path, bad = Path(path), bad or BadRows()
+    rows = _parquet if path.suffix.lower() == ".parquet" else _json
+    for where, data, offset in rows(path):
+        bad.seen()
+        row = None
+        with bad.guard():
+            row = data if isinstance(data, dict) else _row(where, data, offset)
+        if row is not None:
+            yield where, row
+
+
+def write_rows(path: Path | str, rows: Iterable[dict]) -> None:
+    """Write .jsonl or .jsonl.gz, all or nothing; equal rows give equal bytes."""
+    with writing(path) as write:
+        for row in rows:
+            write(row)
+
+
+@contextmanager
+def writing(path: Path | str) -> Iterator[Callable[[dict], object]]:
+    """A function that appends a row to .jsonl or .jsonl.gz, which appears once the block ends."""
+    if not str(path).endswith((".jsonl", ".jsonl.gz")):
+        raise ValueError(f"{path}: rows are written as .jsonl or .jsonl.gz")
+    zipped = str(path).endswith(".gz")
+    dump = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
+    with atomic(path) as file:
+        # no name and no time in the gzip header: the bytes depend on the rows alone
+        with gzip.GzipFile("", "wb", 6, file, mtime=0) if zipped else nullcontext(file) as out:
+            yield lambda row: out.write(f"{dump(row)}\n".encode())
+
+
+@contextmanager
+def atomic(path: Path | str) -> Iterator[BinaryIO]:
+    """A file to write beside path, which replaces it when the block ends well and else vanishes."""
+    path, temp = Path(path), None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temp = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        with open(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(descriptor)
+        os.chmod(temp, 0o644)
+        os.replace(temp, path)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot write: {error.strerror or error}") from error
+    finally:
+        if temp:
+            Path(temp).unlink(missing_ok=True)
+
+
+def _json(path: Path) -> Iterator[tuple[str, bytes, int]]:
+    """(where, the row's bytes, their offset) for .jsonl and .json, plain or gzipped."""
+    name = path.name.lower()
+    if not name.endswith((".jsonl", ".json", ".jsonl.gz", ".json.gz")):
+        raise ValueError(f"{path} is none of .jsonl, .json, .jsonl.gz, .json.gz, .parquet")
+    line = 0
+    try:
+        with open(path, "rb") as stream:
+            if name.endswith(".gz"):
+                if not stream.peek(2).startswith(b"\x1f\x8b"):
+                    _recognise(path, stream)
+                    raise ValueError(f"{path} is not gzip-compressed; take .gz off its name")
+                stream = gzip.GzipFile(fileobj=stream)
+            if not _recognise(path, stream).startswith(b"["):
+                for line, data, offset in _lines(stream):
+                    yield f"{path}:{line}", data, offset
+            elif ".jsonl" in name:
+                raise ValueError(f"{path} is a JSON list, not an object per line; name it .json")
+            else:
+                yield from _elements(path, stream)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path}: gzip data damaged after line {line}: {error}") from error
+    except OSError as error:
+        raise ValueError(f"{path}: cannot read: {error.strerror or error}") from error
+
+
+def _recognise(path: Path, stream: BinaryIO) -> bytes:
+    """The first bytes after BOM and white space; ValueError when they show another kind of file."""
+    head = stream.peek(512)
+    if not head:
+        raise ValueError(f"{path} is empty")
+    head = head.removeprefix(codecs.BOM_UTF8).lstrip()
+    for signature, what in SIGNATURES.items():
+        if head.startswith(signature):
+            raise ValueError(f"{path} is {what}")
+    return head
+
+
+def _lines(stream: BinaryIO) -> Iterator[tuple[int, bytes, int]]:
+    """(line, text, byte offset); an overlong line comes cut, one byte over the limit."""
+    line = offset = 0
+    while text := stream.readline(LINE_BYTES + 1):
+        line += 1
+        if text.strip():
+            yield line, text, offset
+        offset += len(text)
+        while not text.endswith(b"\n") and (text := stream.readline(LINE_BYTES)):
+            offset += len(text)
+
+
+def _elements(path: Path, stream: BinaryIO) -> Iterator[tuple[str, bytes, int]]:
+    """(where, the row's bytes, their offset) for the elements of one JSON list."""
+    data = stream.read(LIST_BYTES + 1)
+    if len(data) > LIST_BYTES:
+        raise ValueError(f"{path}: a JSON list over {LIST_BYTES >> 20} MiB; write it as .jsonl, "
+                         "which is read by the line")
+    # a byte that is not UTF-8 survives the round trip, for its row to be blamed
+    text = data.decode(errors="surrogateescape")
+    find_end, separator = json.JSONDecoder().raw_decode, re.compile(r"\s*(,|\]\s*$)\s*", re.A)
+    at = re.match(r"\ufeff?\s*\[\s*", text).end()
+    if text.startswith("]", at):
+        raise ValueError(f"{path} is an empty list")
+    offset = len(text[:at].encode())
+    for row in count(1):
+        where = f"{path}:{row}"
+        try:
+            end = find_end(text, at)[1]
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{where}: {_malformed(error)}") from error
+        data = text[at:end].encode(errors="surrogateescape")
+        yield where, data, offset
+        mark = separator.match(text, end)
+        if not mark:
+            raise ValueError(f"{where}: malformed JSON: no comma and no end of the list follows")
+        if mark[1] != ",":
+            return
+        at = mark.end()
+        offset += len(data) + len(mark[0])
+
+
+def _row(where: str, data: bytes, offset: int = 0) -> dict:
+    """The object that a row's bytes spell; BadRow for what JSON or UTF-8 does not allow."""
+    if len(data) > LINE_BYTES:
+        raise BadRow(f"{where}: longer than {LINE_BYTES >> 20} MiB, the limit for one row")
+    try:
+        text = data.decode().removeprefix("\ufeff").rstrip("\r\n")
+        row = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_unique)
+        if re.search(r"\\u[dD][89a-fA-F]", text):
+            json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeDecodeError as error:
+        byte, at = data[error.start], offset + error.start
+        raise BadRow(f"{where}: byte 0x{byte:02x} at offset {at} is not UTF-8") from error
+    except UnicodeEncodeError as error:
+        lone = ord(error.object[error.start])
+        raise BadRow(f"{where}: the lone surrogate \\u{lone:04x} is not text") from error
+    except (ValueError, RecursionError) as error:
+        raise BadRow(f"{where}: {_malformed(error)}") from error
+    if not isinstance(row, dict):
+        raise BadRow(f"{where}: a row is a JSON object, this is a {type(row).__name__}")
+    return row
+
+
+def _malformed(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "malformed JSON: nested too deeply"
+    # a .jsonl row is always its own line 1, which would read as the file's
+    return "malformed JSON: " + str(error).split(";")[0].replace(" line 1 ", " ")
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the key {twice[:60]!r} appears twice")
+    return row
+
+
+def _parquet(path: Path) -> Iterator[tuple[str, dict, int]]:
+    """(where, row, 0) for parquet, 256 rows in memory at a time."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ValueError(f"{path}: needs pyarrow; pip install zephyr-dpo[parquet]") from error
+    number = 0
+    try:
+        with open(path, "rb") as stream:
+            if not stream.peek(4).startswith(b"PAR1"):
+                _recognise(path, stream)
+                raise ValueError(f"{path} is not a parquet file; name it for what it is")
+            for batch in parquet.ParquetFile(stream).iter_batches(batch_size=256):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path}:{number}", row, 0
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        why = str(error).splitlines()[0]
+        raise ValueError(f"{path}: cannot read past row {number}: {why}") from error
