@@ -1,0 +1,148 @@
+"""Objectives and their gradients against closed forms in float64, written out anew here."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from zephyr import losses
+
+MARGINS = [-1e4, -300.0, -50.0, -1.0, -1e-3, 0.0, 1e-3, 0.7, 1.0, 50.0, 300.0, 1e4]
+
+
+def sigmoid(z: float) -> float:
+    return 1 / (1 + math.exp(-z)) if z > 0 else math.exp(z) / (1 + math.exp(z))
+
+
+def softplus(z: float) -> float:
+    return max(z, 0.0) + math.log1p(math.exp(-abs(z)))
+
+
+def truth(name: str, h: float, beta: float, e: float) -> tuple[float, float]:
+    """Loss and d loss / d h, from the papers, in float64."""
+    z = beta * h
+    nll, nll_flipped = softplus(-z), softplus(z)
+    grad, grad_flipped = -beta * sigmoid(-z), beta * sigmoid(z)
+    return {
+        "dpo": ((1 - e) * nll + e * nll_flipped, (1 - e) * grad + e * grad_flipped),
+        "robust": (((1 - e) * nll - e * nll_flipped) / (1 - 2 * e),
+                   ((1 - e) * grad - e * grad_flipped) / (1 - 2 * e)),
+        "ipo": ((h - 0.5 / beta) ** 2, 2 * (h - 0.5 / beta)),
+        "hinge": (max(0.0, 1 - z), -beta if z < 1 else 0.0),
+    }[name]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype, rtol", [(torch.float64, 1e-12), (torch.float32, 2e-6)])
+@pytest.mark.parametrize("beta", [0.01, 0.1, 1.0])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.4])
+@pytest.mark.parametrize("name", losses.OBJECTIVES)
+def test_objectives_and_gradients(name, smoothing, beta, dtype, rtol):
+    h = torch.tensor([m / beta for m in MARGINS], dtype=dtype, requires_grad=True)
+    upstream = torch.randn(len(h), dtype=dtype, generator=torch.Generator().manual_seed(0))
+    loss = losses.OBJECTIVES[name](h, beta, smoothing)
+    (loss * upstream).sum().backward()
+    loss = loss.detach()
+    for k, value in enumerate(h.tolist()):
+        expected, slope = truth(name, value, beta, smoothing)
+        if abs(beta * value - 1) < 1e-6 and name == "hinge":
+            continue  # the corner has no derivative
+        # the atol is for what is a difference of terms of this size
+        atol = rtol * abs(beta * value)
+        assert float(loss[k]) == pytest.approx(expected, rel=rtol, abs=atol)
+        assert float(h.grad[k]) == pytest.approx(slope * float(upstream[k]), rel=rtol, abs=atol)
+
+
+@pytest.mark.parametrize("name", losses.OBJECTIVES)
+def test_gradcheck(name):
+    h = torch.randn(7, dtype=torch.float64, requires_grad=True)
+    torch.autograd.gradcheck(lambda h: losses.OBJECTIVES[name](h, 0.3, 0.2), h)
+
+
+def test_known_values_at_zero():
+    zero = torch.zeros(1)
+    assert float(losses.dpo(zero, 0.1, 0.0)) == pytest.approx(math.log(2), abs=1e-7)
+    assert float(losses.dpo(zero, 0.1, 0.3)) == pytest.approx(math.log(2), abs=1e-7)
+    assert float(losses.ipo(zero, 0.1, 0.0)) == pytest.approx(25.0)
+    assert float(losses.hinge(zero, 0.1, 0.0)) == 1.0
+
+
+values = st.floats(-500, 0, width=32)
+
+
+@given(st.lists(st.tuples(values, values, values, values), min_size=1, max_size=9))
+def test_metrics_of_interleaved_responses(rows):
+    """policy chosen, policy rejected, reference chosen, reference rejected of each pair."""
+    rows = np.array(rows, np.float64)
+    policy, reference = rows[:, :2].ravel(), rows[:, 2:].ravel()
+    tokens = np.arange(1, len(policy) + 1, dtype=np.float64)
+    got = losses.preference(
+        "dpo", torch.tensor(policy), torch.tensor(reference), torch.tensor(tokens), 0.1
+    )
+    chosen, rejected = 0.1 * (rows[:, 0] - rows[:, 2]), 0.1 * (rows[:, 1] - rows[:, 3])
+    # exactly as the papers define them: chosen at the even places
+    np.testing.assert_allclose(got["rewards/chosen"], chosen, atol=1e-12)
+    np.testing.assert_allclose(got["rewards/rejected"], rejected, atol=1e-12)
+    np.testing.assert_allclose(got["rewards/margins"], chosen - rejected, atol=1e-12)
+    np.testing.assert_allclose(got["logps/chosen"], rows[:, 0])
+    np.testing.assert_allclose(got["logps/rejected"], rows[:, 1])
+    expected = [truth("dpo", (c - r) / 0.1, 0.1, 0.0)[0]
+                for c, r in zip(chosen, rejected, strict=True)]  # fmt: skip
+    np.testing.assert_allclose(got["loss"], expected, rtol=1e-9, atol=1e-12)
+    assert set(got) == set(losses.METRICS)
+
+
+def test_equal_policies_have_accuracy_zero():
+    x = torch.randn(6)
+    got = losses.preference("dpo", x, x, torch.ones(6), 0.1)
+    assert got["rewards/accuracies"].tolist() == [0.0] * 3
+
+
+def test_ipo_divides_by_the_tokens_of_each_response_and_dpo_does_not():
+    policy, tokens = torch.tensor([-8.0, -30.0]), torch.tensor([4.0, 10.0])
+    ipo = losses.preference("ipo", policy, torch.zeros(2), tokens, 0.5)
+    assert float(ipo["loss"]) == pytest.approx((-2.0 + 3.0 - 1.0) ** 2)
+    dpo = losses.preference("dpo", policy, torch.zeros(2), tokens, 0.5)
+    assert float(dpo["rewards/margins"]) == pytest.approx(0.5 * 22)
+
+
+def test_a_constant_on_the_reference_changes_nothing_and_a_swap_negates_the_margin():
+    g = torch.Generator().manual_seed(0)
+    policy, reference = (torch.randn(8, dtype=torch.float64, generator=g) for _ in range(2))
+    one = torch.ones(8)
+    base = losses.preference("dpo", policy, reference, one, 0.1)
+    moved = losses.preference("dpo", policy, reference + 3, one, 0.1)
+    torch.testing.assert_close(moved["loss"], base["loss"])
+    swap = torch.tensor([1, 0, 3, 2, 5, 4, 7, 6])
+    swapped = losses.preference("dpo", policy[swap], reference[swap], one, 0.1)
+    torch.testing.assert_close(swapped["rewards/margins"], -base["rewards/margins"])
+
+
+def test_response_sums_against_a_loop():
+    logprob = torch.randn(10, dtype=torch.float64, requires_grad=True)
+    response = torch.tensor([0, 0, 0, 1, 2, 2, 3, 3, 3, 3])
+    got = losses.response_sums(logprob, response, 4)
+    for k in range(4):
+        expected = sum(x for x, r in zip(logprob.tolist(), response, strict=True) if r == k)
+        assert float(got[k].detach()) == pytest.approx(expected, abs=1e-12)
+    upstream = torch.randn(4, dtype=torch.float64)
+    got.backward(upstream)
+    torch.testing.assert_close(logprob.grad, upstream[response])
+    assert losses.response_sums(logprob[:0], response[:0], 0).shape == (0,)
+
+
+def test_sft_is_the_sum():
+    assert float(losses.sft(torch.tensor([-1.0, -2.5]))) == 3.5
+
+
+@pytest.mark.parametrize("loss, margin", [(0.70, 0.0), (math.log(2), 1e-3), (math.nan, 0.0)])
+def test_a_start_from_unequal_policies_stops(loss, margin):
+    with pytest.raises(ValueError, match="before the first update policy and reference must agree"):
+        losses.check_start("dpo", 0.1, 0.0, {"loss": loss, "rewards/margins": margin}, "fp32")
+
+
+@pytest.mark.parametrize("name, loss", [("dpo", math.log(2)), ("ipo", 25.0), ("hinge", 1.0)])
+def test_a_start_from_equal_policies_goes_on(name, loss):
+    losses.check_start(name, 0.1, 0.0, {"loss": loss, "rewards/margins": 0.0}, "fp32")

@@ -1,0 +1,81 @@
+"""The reference policy's log-probs: computed once with the starting weights and cached on disk, or
+from a second, frozen model.
+
+Cached, training needs no second model. The cache lies beside the token arrays under a key that
+covers the weights' content, the data (with tokenizer and lengths), the precision and what computes.
+
+P pairs
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+import kernels
+from zephyr import files, losses
+from zephyr.data import cache_folder
+from zephyr.model import Mistral
+from zephyr.packing import Batch, PairPlan
+from zephyr.parallel import Ranks
+
+Reference = Callable[[Batch], Tensor]  # a batch's summed log-probs [2P]
+
+
+def live(model: Mistral) -> Reference:
+    """The log-probs of `model` itself, computed anew for every batch."""
+
+    @torch.no_grad()
+    def reference_2P(batch: Batch) -> Tensor:
+        return losses.response_sums(model(batch), batch.response_N, 2 * len(batch.pairs))
+
+    return reference_2P
+
+
+def cached(
+    model: Mistral, plan: PairPlan, steps: int, weights: str, precision: str, ranks: Ranks
+) -> Reference:
+    """A table lookup. `model` still has the starting weights; `weights` is their digest.
+
+    Only the pairs that the plan's first `steps` steps visit and that the cache lacks are computed,
+    in the very micro-batches that the first epoch will use: step 0 then sees equal bits.
+    """
+    key = [weights, plan.data.digest, precision, ranks.device.type, kernels.implementation()]
+    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]
+    path = cache_folder() / f"reference-{name}.npy"
+    table_P2 = torch.full((len(plan.data), 2), torch.nan, device=ranks.device)
+    if ranks.rank == 0 and path.is_file():
+        table_P2.copy_(torch.from_numpy(np.load(path)))
+    dist.broadcast(table_P2, 0)  # one rank's file decides, so that all agree on what is missing
+    missing = [
+        s for s in range(min(steps, plan.steps_per_epoch))
+        if table_P2[torch.from_numpy(plan.step(s)).to(ranks.device)].isnan().any()
+    ]  # fmt: skip
+    if missing:
+        _fill(table_P2, live(model), plan, missing, ranks)
+        if ranks.rank == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with files.atomic(path) as file:
+                np.save(file, table_P2.cpu().numpy())
+    return lambda batch: table_P2[batch.pairs].flatten()
+
+
+def _fill(
+    table_P2: Tensor, reference: Reference, plan: PairPlan, steps: list[int], ranks: Ranks
+) -> None:
+    """Write the pairs of `steps` into the table, on every rank."""
+    sums_P2, done_P = torch.zeros_like(table_P2), torch.zeros_like(table_P2[:, 0])
+    bar = tqdm(steps, "reference log-probs", delay=3, leave=False, disable=ranks.rank > 0)
+    for step in bar:
+        for batch in plan.microbatches(step):
+            batch = batch.to(ranks.device)
+            sums_P2[batch.pairs] = reference(batch).view(-1, 2)
+            done_P[batch.pairs] = 1
+    dist.all_reduce(sums_P2)
+    dist.all_reduce(done_P)
+    table_P2.copy_(torch.where(done_P[:, None] > 0, sums_P2, table_P2))

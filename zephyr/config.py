@@ -1,0 +1,223 @@
+"""One frozen flat dataclass per script: defaults < recipe.toml < --flags.
+
+The comment behind each field is its `--help`. A recipe holds the tables [sft] and [dpo] with these
+names as keys; an unknown key, in a flag or a recipe, is an error.
+"""
+
+import argparse
+import dataclasses
+import importlib.metadata
+import inspect
+import json
+import math
+import os
+import re
+import sys
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import NoneType
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+
+RECIPES = Path(__file__).parent / "recipes"
+KNOBS = {"batch", "microbatch_tokens", "max_length", "lr", "log_every", "clip", "epochs"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What both stages share."""
+
+    model: str  # Hugging Face folder to start from: config.json, safetensors, tokenizer.model
+    data: tuple[str, ...]  # training files: .jsonl .json (.gz) .parquet; several, or a glob
+    out: str  # run folder: config.toml, run.json, metrics.jsonl, checkpoints/, model/
+    eval_data: tuple[str, ...] = ()  # held-out files, read as --data is
+    epochs: int = 1  # passes over the data
+    steps: int | None = None  # optimizer steps, instead of --epochs
+    microbatch_tokens: int = 16384  # packed tokens per forward; speed and memory, not the result
+    schedule: Literal["linear", "cosine", "constant"] = "cosine"  # lr after warm-up, down to 0
+    warmup: float = 0.1  # share of the steps over which lr rises from 0
+    weight_decay: float = 0.0  # AdamW's, on matrices only
+    clip: float = 1.0  # largest global gradient norm
+    precision: Literal["bf16", "fp32"] = "bf16"  # of the computation; weights are fp32 masters
+    recompute: Literal["none", "full"] = "none"  # full: keep block inputs only; slower, smaller
+    empty_system: bool = True  # insert an empty system message where a conversation has none
+    seed: int = 42  # order of the data
+    log_every: int = 1  # steps between lines of metrics.jsonl
+    eval_every: int = 100  # steps between evaluations, besides the one at the end; 0: none
+    save_every: int = 0  # steps between checkpoints to resume from; 0: never
+    on_bad_row: Literal["stop", "skip"] = "stop"  # skip: drop and list them, up to 1 % of the rows
+    resume: Literal["auto", "fresh"] = "auto"  # fresh: move an earlier run in --out aside
+
+    def check(self) -> None:
+        """Raise ValueError for the first value out of range."""
+        for name in KNOBS:
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{flag(name)} {getattr(self, name)} must be greater than 0")
+        if self.steps is not None and self.steps <= 0:
+            raise ValueError(f"--steps {self.steps} must be greater than 0; leave it out for all")
+        for name in ("eval_every", "save_every", "weight_decay", "seed"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{flag(name)} {getattr(self, name)} must not be negative")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"--warmup {self.warmup} must be a share of the steps, 0 <= w < 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTConfig(Training):
+    """dSFT. Defaults are those of the alignment handbook's re-run (recipe B)."""
+
+    table: ClassVar[str] = "sft"
+    batch: int = 128  # packed rows of --max-length tokens per optimizer step
+    lr: float = 2e-5  # peak learning rate
+    max_length: int = 2048  # tokens in a packed row
+    train_on: Literal["all", "assistant"] = "all"  # tokens whose log-probs make the loss
+
+    def __post_init__(self) -> None:
+        self.check()
+        if self.microbatch_tokens < self.max_length:
+            raise ValueError(
+                f"--microbatch-tokens {self.microbatch_tokens} is less than one row of "
+                f"--max-length {self.max_length}; use a multiple of it"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPOConfig(Training):
+    """dDPO. Defaults are those of the alignment handbook's re-run (recipe B)."""
+
+    table: ClassVar[str] = "dpo"
+    loss: Literal["dpo", "robust", "ipo", "hinge"] = "dpo"  # the objective, see zephyr/losses.py
+    beta: float = 0.01  # strength of the tie to the reference, Eq. 7 of arXiv:2305.18290
+    label_smoothing: float = 0.0  # share of pairs thought to be labelled the wrong way round
+    batch: int = 128  # pairs per optimizer step, over all ranks
+    lr: float = 5e-7  # peak learning rate
+    max_length: int = 1024  # longest prompt + response, in tokens
+    max_prompt_length: int = 512  # tokens of its end that a prompt keeps when a pair is too long
+    reference: Literal["cached", "live"] = "cached"  # live: keep a second, frozen model instead
+
+    def __post_init__(self) -> None:
+        self.check()
+        if not 0 < self.beta < math.inf:
+            raise ValueError(f"--beta {self.beta} must be greater than 0; Zephyr used 0.1 or 0.01")
+        if not 0 < self.max_prompt_length < self.max_length:
+            raise ValueError(
+                f"--max-length {self.max_length} must be greater than --max-prompt-length "
+                f"{self.max_prompt_length}: the difference is what a long pair keeps of a response"
+            )
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(f"--label-smoothing {self.label_smoothing} must be in 0 <= s < 0.5")
+        if self.label_smoothing and self.loss not in ("dpo", "robust"):
+            raise ValueError(f"--label-smoothing has no meaning for --loss {self.loss}; use 0")
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def comments(cls: type) -> dict[str, str]:
+    """The comment behind each field, from the source of `cls` and its parent."""
+    source = "".join(inspect.getsource(c) for c in reversed(cls.__mro__[:-1]))
+    return dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE))
+
+
+def parse(cls: type, argv: list[str] | None = None, doc: str = "") -> tuple[Any, str]:
+    """The config from `[RECIPE] [--flag value]...`, and the recipe's name.
+
+    RECIPE is a name or the path of a .toml. Without one it is `tiny`, but with a --model of the
+    user's own there is none: what `tiny` sets would do harm to a large model.
+
+    Raises ValueError for an unknown recipe or key, a value of the wrong type or out of range, and
+    a missing --model, --data or --out.
+    """
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    hints, helps = get_type_hints(cls), comments(cls)
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        argument_default=argparse.SUPPRESS, exit_on_error=False,
+    )  # fmt: skip
+    names = ", ".join(sorted(p.stem for p in RECIPES.glob("*.toml")))
+    parser.add_argument("recipe", nargs="?", help=f"{names}, or the path of a .toml [tiny]")
+    for name, field in fields.items():
+        bare = field.default in (dataclasses.MISSING, None, ())
+        shown = "" if bare else f" [{field.default}]"
+        options: dict[str, Any] = {"help": (helps[name] + shown).replace("%", "%%")}
+        kind = hints[name]
+        if get_origin(kind) is Literal:
+            options["choices"] = get_args(kind)
+        elif kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options |= {"nargs": "+"} if get_origin(kind) is tuple else {}
+            options |= {"type": scalar(kind), "metavar": scalar(kind).__name__.upper()}
+        parser.add_argument(flag(name), **options)
+    try:
+        given, unknown = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise ValueError(str(error)) from None
+    if unknown:
+        raise ValueError(f"unknown argument {unknown[0]}; --help lists what there is")
+    flags = vars(given)
+    recipe = flags.pop("recipe", None) or ("" if "model" in flags else "tiny")
+    values = (read_recipe(recipe, cls.table, hints) if recipe else {}) | flags
+    for name, field in fields.items():
+        if name not in values and field.default is dataclasses.MISSING:
+            raise ValueError(f"{flag(name)} is required: {helps[name]}")
+    config = cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    return config, recipe
+
+
+def scalar(kind: Any) -> type:
+    """str, int or float of a field's type: `tuple[str, ...]` -> str, `int | None` -> int."""
+    inner = [a for a in get_args(kind) if a not in (NoneType, ...)]
+    return inner[0] if inner else kind
+
+
+def read_recipe(recipe: str, table: str, hints: dict[str, Any]) -> dict[str, Any]:
+    """The recipe's [sft] or [dpo] table, each value of its field's type."""
+    path = Path(recipe) if recipe.endswith(".toml") else RECIPES / f"{recipe}.toml"
+    if not path.is_file():
+        names = ", ".join(sorted(p.stem for p in RECIPES.glob("*.toml")))
+        raise ValueError(f"no recipe {recipe}; there are {names}, or give the path of a .toml")
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: {error}") from None
+    if not isinstance(tables.get(table), dict):
+        raise ValueError(f"{path}: has no [{table}] table; this script wants one")
+    for name, value in tables[table].items():
+        if name not in hints or name == "table":
+            raise ValueError(f"{path}: [{table}] has an unknown key {name!r}")
+        kind = hints[name]
+        choices = get_args(kind) if get_origin(kind) is Literal else None
+        wanted = str if choices else scalar(kind)
+        items = value if get_origin(kind) is tuple else [value]
+        fits = isinstance(items, list) and all(
+            type(v) is wanted or (wanted is float and type(v) is int) for v in items
+        )
+        if not fits or (choices and value not in choices):
+            rule = f"one of {', '.join(choices)}" if choices else f"{wanted.__name__}"
+            raise ValueError(f"{path}: [{table}] {name} = {value!r} is not {rule}")
+    return tables[table]
+
+
+def to_toml(config: Training) -> str:
+    """The config as a recipe that reproduces it; None is left out, as TOML has none."""
+    values = {k: v for k, v in dataclasses.asdict(config).items() if v is not None}
+    lines = [f"{k} = {json.dumps(v, ensure_ascii=False)}" for k, v in values.items()]
+    return "\n".join([f"[{config.table}]", *lines, ""])
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call `main`; a mistake of the user's becomes one line from rank 0 and exit code 2."""
+    try:
+        if any(importlib.metadata.distributions(name="kernels")):
+            raise ValueError("the distribution `kernels` from PyPI hides this project's package of "
+                             "that name: pip uninstall kernels")  # fmt: skip
+        main()
+    except (ValueError, OSError) as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,114 @@
+"""Objectives and preference metrics: pure functions on vectors of response log-probs.
+
+Every preference objective takes summed log-probs in nats, chosen and rejected interleaved
+(`policy_2P[2k]` is pair k's chosen), and returns the loss of each pair. All are written in the
+log-ratio  h = (log π(chosen) - log π_ref(chosen)) - (log π(rejected) - log π_ref(rejected)).
+
+N predicting rows  P pairs  2P responses
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+METRICS = (
+    "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
+    "logps/chosen", "logps/rejected",
+)  # fmt: skip
+
+
+def response_sums(logprob_N: Tensor, response_N: Tensor, responses: int) -> Tensor:
+    """Sum of each response's token log-probs [responses], fp32."""
+    zeros = torch.zeros(responses, dtype=logprob_N.dtype, device=logprob_N.device)
+    return zeros.index_add(0, response_N, logprob_N)
+
+
+def sft(logprob_N: Tensor) -> Tensor:
+    """-Σ log p(target): divide once by the trained tokens of the whole step (dSFT, Eq. 1 of
+    arXiv:2310.16944)."""
+    return -logprob_N.sum()
+
+
+def dpo(h_P: Tensor, beta: float, smoothing: float) -> Tensor:
+    """-(1-ε) log σ(βh) - ε log σ(-βh).
+
+    ε = 0 is DPO, Eq. 7 of arXiv:2305.18290; ε > 0 is cDPO (E. Mitchell, A note on DPO with noisy
+    preferences, 2023). ln 2 at h = 0.
+    """
+    z = beta * h_P
+    return -(1 - smoothing) * F.logsigmoid(z) - smoothing * F.logsigmoid(-z)
+
+
+def robust(h_P: Tensor, beta: float, smoothing: float) -> Tensor:
+    """(-(1-ε) log σ(βh) + ε log σ(-βh)) / (1 - 2ε): DPO's loss without the bias of a share ε of
+    flipped labels (rDPO, Eq. 12 of arXiv:2403.00409)."""
+    z = beta * h_P
+    unscaled = -(1 - smoothing) * F.logsigmoid(z) + smoothing * F.logsigmoid(-z)
+    return unscaled / (1 - 2 * smoothing)
+
+
+def ipo(h_P: Tensor, beta: float, smoothing: float) -> Tensor:
+    """(h - 1/(2β))², on log-probs averaged over the response's tokens (Eq. 17 of
+    arXiv:2310.12036; the mean is the authors' correction). 1/(4β²) at h = 0."""
+    return (h_P - 1 / (2 * beta)).square()
+
+
+def hinge(h_P: Tensor, beta: float, smoothing: float) -> Tensor:
+    """max(0, 1 - βh), as in SLiC (Eq. 10 of arXiv:2305.10425) with DPO's log-ratio, after RSO
+    (arXiv:2309.06657). 1 at h = 0."""
+    return torch.relu(1 - beta * h_P)
+
+
+OBJECTIVES: dict[str, Callable[[Tensor, float, float], Tensor]] = {
+    "dpo": dpo, "robust": robust, "ipo": ipo, "hinge": hinge,
+}  # fmt: skip
+
+
+def preference(
+    name: str, policy_2P: Tensor, reference_2P: Tensor, tokens_2P: Tensor, beta: float,
+    smoothing: float = 0.0,
+) -> dict[str, Tensor]:
+    """What METRICS names, of each pair [P]; `loss` alone carries a gradient.
+
+    `tokens_2P` are the responses' lengths, by which `ipo` divides. A reward is β times the
+    log-ratio that the objective sees; `rewards/accuracies` counts margins strictly above 0, so it
+    is 0 while policy and reference are the same.
+    """
+    ratio_2P = policy_2P - reference_2P
+    if name == "ipo":
+        ratio_2P = ratio_2P / tokens_2P
+    h_P = ratio_2P[0::2] - ratio_2P[1::2]
+    reward_2P = beta * ratio_2P.detach()
+    margin_P = beta * h_P.detach()
+    logprob_2P = policy_2P.detach()
+    return {
+        "loss": OBJECTIVES[name](h_P, beta, smoothing),
+        "rewards/chosen": reward_2P[0::2],
+        "rewards/rejected": reward_2P[1::2],
+        "rewards/accuracies": (margin_P > 0).float(),
+        "rewards/margins": margin_P,
+        "logps/chosen": logprob_2P[0::2],
+        "logps/rejected": logprob_2P[1::2],
+    }
+
+
+def check_start(
+    name: str, beta: float, smoothing: float, means: dict[str, float], precision: str
+) -> None:
+    """Raise ValueError unless a step taken before any update starts from equal policies.
+
+    Then every margin is 0 and the loss is the objective's at h = 0 (`dpo`: ln 2), to 1e-5 in fp32
+    and 1e-2 in bf16. `means` are a step's `loss` and `rewards/margins`.
+    """
+    tolerance = 1e-5 if precision == "fp32" else 1e-2
+    expected = float(OBJECTIVES[name](torch.zeros(1), beta, smoothing))
+    loss, margin = means["loss"], means["rewards/margins"]
+    # not (<=), so that a NaN stops too; the tolerance is relative where the loss is large (ipo)
+    if not (abs(loss - expected) <= tolerance * max(1, expected) and abs(margin) <= 4 * tolerance):
+        raise ValueError(
+            f"before the first update policy and reference must agree, but the mean loss is "
+            f"{loss:.6f} where {expected:.6f} is due, and the mean margin {margin:.2e}: the cached "
+            "reference log-probs are not this model's; delete them (reference-*.npy in the cache)"
+        )

@@ -1,0 +1,45 @@
+"""AdamW groups, learning-rate schedules, clip and step."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+BETAS, EPS = (0.9, 0.999), 1e-8  # Zephyr's (model card of zephyr-7b-beta)
+
+
+def adamw(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW (arXiv:1711.05101) on fp32 masters; norms, being vectors, are not decayed."""
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    groups = [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=0.0, betas=BETAS, eps=EPS, fused=True)
+
+
+def schedule(kind: str, step: int, total: int, warmup: float) -> float:
+    """The factor on the peak learning rate for optimizer step `step`, counted from 0.
+
+    It rises linearly from 0 over ceil(warmup x total) steps, so that the first update has rate 0,
+    then falls to 0 along a line or half a cosine, or stays; as transformers' schedules do.
+    """
+    rise = math.ceil(warmup * total)
+    if step < rise:
+        return step / rise
+    progress = (step - rise) / max(1, total - rise)
+    if kind == "linear":
+        return 1 - progress
+    return 0.5 * (1 + math.cos(math.pi * progress)) if kind == "cosine" else 1.0
+
+
+def step(optimizer: torch.optim.Optimizer, lr: float, clip: float) -> Tensor:
+    """Clip the global gradient norm to `clip`, update, clear; returns the norm before clipping."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = nn.utils.clip_grad_norm_(parameters, clip)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
