@@ -1,0 +1,101 @@
+"""dDPO: direct preference optimization on AI feedback, the second stage of Zephyr.
+
+    python train_dpo.py                                  the tiny recipe, on whatever there is
+    torchrun --nproc-per-node 8 train_dpo.py zephyr-7b-dpo --model PATH --data PATH --out RUN
+"""
+
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from zephyr import anchor, checkpoint, config, data, losses, metrics, optim, parallel, toy, weights
+from zephyr.config import DPOConfig
+from zephyr.packing import Batch, PairPlan
+from zephyr.tokenizer import Tokenizer
+
+
+def main() -> None:
+    c, recipe = config.parse(DPOConfig, doc=__doc__)
+    ranks = parallel.start()
+    if recipe == "tiny":
+        parallel.once_per_node(ranks, toy.ensure)
+
+    shape = parallel.together(lambda: weights.config(c.model))
+    tokenizer = parallel.together(lambda: Tokenizer(c.model))
+    parallel.together(lambda: weights.check_vocabulary(shape, tokenizer))
+
+    def plan(paths: tuple[str, ...], shuffle: bool) -> PairPlan:
+        pairs = parallel.once_per_node(ranks, lambda: data.preferences(paths, tokenizer, c))
+        ranks.say(pairs.report("pairs"))
+        return parallel.together(lambda: PairPlan(
+            pairs, c.batch, c.microbatch_tokens, c.seed, ranks.rank, ranks.size, shuffle,
+        ))  # fmt: skip
+
+    train = plan(c.data, shuffle=True)
+    held_out = plan(c.eval_data, shuffle=False) if c.eval_data else None
+    steps = c.steps or c.epochs * train.steps_per_epoch
+
+    earlier = parallel.together(lambda: checkpoint.open_run(c, train.data.digest, ranks))
+    policy = parallel.build(shape, ranks, c.precision, c.recompute)
+    parallel.together(lambda: weights.load(c.model, policy))
+    if c.reference == "live":
+        frozen = parallel.build(shape, ranks, c.precision)
+        parallel.together(lambda: weights.load(c.model, frozen))
+        anchors = [anchor.live(frozen)] * 2
+    else:
+        origin = parallel.on_first(lambda: weights.digest(c.model))
+        cached = partial(anchor.cached, policy, weights=origin, precision=c.precision, ranks=ranks)
+        anchors = [cached(train, steps), held_out and cached(held_out, held_out.steps_per_epoch)]
+    optimizer = optim.adamw(policy, c.weight_decay)
+    start = checkpoint.load(earlier, policy, optimizer) if earlier else 0
+    log = metrics.Log(c.out, steps, losses.METRICS, start_step=start, every=c.log_every,
+                      rank=ranks.rank, world=ranks.size, device=ranks.device)  # fmt: skip
+
+    def forward(batch: Batch, reference: anchor.Reference) -> dict[str, Tensor]:
+        """Loss and metrics of a micro-batch, summed over its pairs."""
+        batch = batch.to(ranks.device)
+        logprob_N, responses = policy(batch), 2 * len(batch.pairs)
+        policy_2P = losses.response_sums(logprob_N, batch.response_N, responses)
+        tokens_2P = losses.response_sums(torch.ones_like(logprob_N), batch.response_N, responses)
+        per_pair = losses.preference(
+            c.loss, policy_2P, reference(batch), tokens_2P, c.beta, c.label_smoothing
+        )
+        return {name: value_P.sum() for name, value_P in per_pair.items()}
+
+    def evaluate(step: int) -> None:
+        means = metrics.Means(losses.METRICS, ranks.device)
+        with log.paused(), torch.no_grad():
+            for batch in held_out.epoch():
+                means.add(len(batch.pairs), forward(batch, anchors[1]))
+            log.evaluation(step, means.reduce())
+
+    for step in range(start, steps):
+        lr = c.lr * optim.schedule(c.schedule, step, steps, c.warmup)
+        pairs = len(train.step(step))
+        for batch in train.microbatches(step):
+            sums = forward(batch, anchors[0])
+            # a mean over all the step's pairs; FSDP averages over the ranks, which this undoes
+            (sums["loss"] * ranks.size / pairs).backward()
+            log.add(len(batch.pairs), sums, **metrics.work(shape, batch))
+        if step == 0:
+            losses.check_start(c.loss, c.beta, c.label_smoothing, log.means.mean(), c.precision)
+        norm = optim.step(optimizer, lr, c.clip)
+        done = step + 1
+        epoch = done / train.steps_per_epoch
+        log.step(done, grad_norm=norm, learning_rate=lr, epoch=epoch)
+        if held_out and (done == steps or (c.eval_every and done % c.eval_every == 0)):
+            evaluate(done)
+        if c.save_every and done % c.save_every == 0:
+            with log.paused():
+                checkpoint.save(c.out, done, policy, optimizer)
+
+    parallel.together(lambda: weights.save(policy, Path(c.out) / "model", c.model))
+    log.close()
+    ranks.say(log.summary())
+    parallel.finish()
+
+
+if __name__ == "__main__":
+    config.run(main)

@@ -1,0 +1,82 @@
+"""dSFT: supervised fine-tuning on a teacher's conversations, the first stage of Zephyr.
+
+    python train_sft.py                                  the tiny recipe, on whatever there is
+    torchrun --nproc-per-node 8 train_sft.py zephyr-7b-sft --model PATH --data PATH --out RUN
+"""
+
+from pathlib import Path
+
+import torch
+
+from zephyr import checkpoint, config, data, losses, metrics, optim, parallel, toy, weights
+from zephyr.config import SFTConfig
+from zephyr.packing import DocumentPlan
+from zephyr.tokenizer import Tokenizer
+
+
+def main() -> None:
+    c, recipe = config.parse(SFTConfig, doc=__doc__)
+    ranks = parallel.start()
+    if recipe == "tiny":
+        parallel.once_per_node(ranks, lambda: weights.fresh(toy.ensure(), c.seed))
+
+    shape = parallel.together(lambda: weights.config(c.model))
+    tokenizer = parallel.together(lambda: Tokenizer(c.model))
+    parallel.together(lambda: weights.check_vocabulary(shape, tokenizer))
+
+    def plan(paths: tuple[str, ...], shuffle: bool) -> DocumentPlan:
+        documents = parallel.once_per_node(ranks, lambda: data.conversations(paths, tokenizer, c))
+        ranks.say(documents.report("documents"))
+        return parallel.together(lambda: DocumentPlan(
+            documents, c.batch, c.max_length, c.microbatch_tokens, c.seed, ranks.rank, ranks.size,
+            c.train_on, shuffle,
+        ))  # fmt: skip
+
+    train = plan(c.data, shuffle=True)
+    held_out = plan(c.eval_data, shuffle=False) if c.eval_data else None
+    steps = c.steps or c.epochs * train.steps_per_epoch
+
+    earlier = parallel.together(lambda: checkpoint.open_run(c, train.data.digest, ranks))
+    model = parallel.build(shape, ranks, c.precision, c.recompute)
+    parallel.together(lambda: weights.load(c.model, model))
+    optimizer = optim.adamw(model, c.weight_decay)
+    start = checkpoint.load(earlier, model, optimizer) if earlier else 0
+    log = metrics.Log(c.out, steps, ["loss"], start_step=start, every=c.log_every,
+                      rank=ranks.rank, world=ranks.size, device=ranks.device,
+                      bar=["loss", "tokens_per_second"])  # fmt: skip
+
+    def evaluate(step: int) -> None:
+        means = metrics.Means(["loss"], ranks.device)
+        with log.paused(), torch.no_grad():
+            for batch in held_out.epoch():
+                loss = losses.sft(model(batch.to(ranks.device)))
+                means.add(len(batch.targets_N), {"loss": loss})
+            log.evaluation(step, means.reduce())
+
+    for step in range(start, steps):
+        lr = c.lr * optim.schedule(c.schedule, step, steps, c.warmup)
+        batches = train.microbatches(step)
+        trained = parallel.total(sum(len(batch.targets_N) for batch in batches), ranks)
+        for batch in batches:
+            loss = losses.sft(model(batch.to(ranks.device)))
+            # a mean over all the step's tokens; FSDP averages over the ranks, which this undoes
+            (loss * ranks.size / max(trained, 1)).backward()
+            log.add(len(batch.targets_N), {"loss": loss}, **metrics.work(shape, batch))
+        norm = optim.step(optimizer, lr, c.clip)
+        done = step + 1
+        epoch = done / train.steps_per_epoch
+        log.step(done, grad_norm=norm, learning_rate=lr, epoch=epoch)
+        if held_out and (done == steps or (c.eval_every and done % c.eval_every == 0)):
+            evaluate(done)
+        if c.save_every and done % c.save_every == 0:
+            with log.paused():
+                checkpoint.save(c.out, done, model, optimizer)
+
+    parallel.together(lambda: weights.save(model, Path(c.out) / "model", c.model))
+    log.close()
+    ranks.say(log.summary())
+    parallel.finish()
+
+
+if __name__ == "__main__":
+    config.run(main)
