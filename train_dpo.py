@@ -71,28 +71,28 @@ def main() -> None:
                 means.add(len(batch.pairs), forward(batch, anchors[1]))
             log.evaluation(step, means.reduce())
 
-    for step in range(start, steps):
-        lr = c.lr * optim.schedule(c.schedule, step, steps, c.warmup)
-        pairs = len(train.step(step))
-        for batch in train.microbatches(step):
-            sums = forward(batch, anchors[0])
-            # a mean over all the step's pairs; FSDP averages over the ranks, which this undoes
-            (sums["loss"] * ranks.size / pairs).backward()
-            log.add(len(batch.pairs), sums, **metrics.work(shape, batch))
-        if step == 0:
-            losses.check_start(c.loss, c.beta, c.label_smoothing, log.means.mean(), c.precision)
-        norm = optim.step(optimizer, lr, c.clip)
-        done = step + 1
-        epoch = done / train.steps_per_epoch
-        log.step(done, grad_norm=norm, learning_rate=lr, epoch=epoch)
-        if held_out and (done == steps or (c.eval_every and done % c.eval_every == 0)):
-            evaluate(done)
-        if c.save_every and done % c.save_every == 0:
-            with log.paused():
-                checkpoint.save(c.out, done, policy, optimizer)
+    with log:
+        for step in range(start, steps):
+            lr = c.lr * optim.schedule(c.schedule, step, steps, c.warmup)
+            pairs = len(train.step(step))
+            for batch in train.microbatches(step):
+                sums = forward(batch, anchors[0])
+                # a mean over all the step's pairs; FSDP averages over the ranks, which this undoes
+                (sums["loss"] * ranks.size / pairs).backward()
+                log.add(len(batch.pairs), sums, **metrics.work(shape, batch))
+            if step == 0:
+                losses.check_start(c.loss, c.beta, c.label_smoothing, log.means.mean(), c.precision)
+            norm = optim.step(optimizer, lr, c.clip)
+            done = step + 1
+            epoch = done / train.steps_per_epoch
+            log.step(done, grad_norm=norm, learning_rate=lr, epoch=epoch)
+            if held_out and (done == steps or (c.eval_every and done % c.eval_every == 0)):
+                evaluate(done)
+            if c.save_every and done % c.save_every == 0:
+                with log.paused():
+                    checkpoint.save(c.out, done, policy, optimizer)
 
     parallel.together(lambda: weights.save(policy, Path(c.out) / "model", c.model))
-    log.close()
     ranks.say(log.summary())
     parallel.finish()
 

@@ -53,27 +53,27 @@ def main() -> None:
                 means.add(len(batch.targets_N), {"loss": loss})
             log.evaluation(step, means.reduce())
 
-    for step in range(start, steps):
-        lr = c.lr * optim.schedule(c.schedule, step, steps, c.warmup)
-        batches = train.microbatches(step)
-        trained = parallel.total(sum(len(batch.targets_N) for batch in batches), ranks)
-        for batch in batches:
-            loss = losses.sft(model(batch.to(ranks.device)))
-            # a mean over all the step's tokens; FSDP averages over the ranks, which this undoes
-            (loss * ranks.size / max(trained, 1)).backward()
-            log.add(len(batch.targets_N), {"loss": loss}, **metrics.work(shape, batch))
-        norm = optim.step(optimizer, lr, c.clip)
-        done = step + 1
-        epoch = done / train.steps_per_epoch
-        log.step(done, grad_norm=norm, learning_rate=lr, epoch=epoch)
-        if held_out and (done == steps or (c.eval_every and done % c.eval_every == 0)):
-            evaluate(done)
-        if c.save_every and done % c.save_every == 0:
-            with log.paused():
-                checkpoint.save(c.out, done, model, optimizer)
+    with log:
+        for step in range(start, steps):
+            lr = c.lr * optim.schedule(c.schedule, step, steps, c.warmup)
+            batches = train.microbatches(step)
+            trained = parallel.total(sum(len(batch.targets_N) for batch in batches), ranks)
+            for batch in batches:
+                loss = losses.sft(model(batch.to(ranks.device)))
+                # a mean over all the step's tokens; FSDP averages over the ranks, which this undoes
+                (loss * ranks.size / max(trained, 1)).backward()
+                log.add(len(batch.targets_N), {"loss": loss}, **metrics.work(shape, batch))
+            norm = optim.step(optimizer, lr, c.clip)
+            done = step + 1
+            epoch = done / train.steps_per_epoch
+            log.step(done, grad_norm=norm, learning_rate=lr, epoch=epoch)
+            if held_out and (done == steps or (c.eval_every and done % c.eval_every == 0)):
+                evaluate(done)
+            if c.save_every and done % c.save_every == 0:
+                with log.paused():
+                    checkpoint.save(c.out, done, model, optimizer)
 
     parallel.together(lambda: weights.save(model, Path(c.out) / "model", c.model))
-    log.close()
     ranks.say(log.summary())
     parallel.finish()
 

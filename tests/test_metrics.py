@@ -34,7 +34,7 @@ def log(tmp_path):
 
     yield make
     for one in made:
-        one.close()
+        one.__exit__()
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def worker(rank, folder):
             log.add(len(values), sums, tokens=7 * len(values), pairs=len(values))
         log.step(step, grad_norm=torch.tensor(float(step)))
     assert log.last["loss"] == pytest.approx(3.25), "every rank knows the global mean"
-    log.close()
+    log.__exit__()
     dist.destroy_process_group()
 
 
@@ -238,7 +238,7 @@ def test_a_terminal_gets_one_bar(log, monkeypatch):
         run.step(step, learning_rate=1e-3)
         if step == 20:
             run.evaluation(step, {"loss": 0.75, "rewards/margins": 3.0})
-    run.close()
+    run.__exit__()
     text = screen.getvalue()
     bars = [part for part in text.replace("\n", "\r").split("\r") if "run:" in part]
     assert text.count("step ") == 1
@@ -267,7 +267,7 @@ def test_tensorboard_gets_the_same_values(log, tmp_path):
         run.add(2, {"loss": float(step)})
         run.step(step)
     run.evaluation(2, {"loss": 9.0})
-    run.close()
+    run.__exit__()
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 0.5), (2, 1.0)]
     assert [(e.step, e.value) for e in events.Scalars("eval_loss")] == [(2, 9.0)]

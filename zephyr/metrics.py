@@ -228,7 +228,10 @@ class Log:
                   f"  {'curves':{width}}  python -m zephyr.metrics {self.folder}"]
         return "\n".join([f"{self.folder}:", *values, *places])
 
-    def close(self) -> None:
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """Closes the bar and the files."""
         for part in (self.bar, self.writer, self.file):
             if part is not None:

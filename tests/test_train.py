@@ -1,0 +1,315 @@
+"""The scripts end to end, on a two-layer Mistral whose window is shorter than its rows.
+
+An independent plain implementation (transformers, textbook losses, torch's AdamW) gives the
+trajectory; then everything that may change speed only must leave it as it is.
+"""
+
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+import torch.distributed as dist
+from torch.nn import functional as F
+from transformers import MistralConfig, MistralForCausalLM
+from transformers.optimization import get_cosine_schedule_with_warmup
+
+import train_dpo
+import train_sft
+from zephyr.files import write_rows
+from zephyr.tokenizer import Tokenizer
+
+ROOT = Path(__file__).parent.parent
+SHAPE = dict(
+    hidden_size=32, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=8, sliding_window=24, max_position_embeddings=512,
+    rms_norm_eps=1e-5, tie_word_embeddings=False, attn_implementation="eager",
+)  # fmt: skip
+WORDS = "the cat sat on a mat and the dog ran to it while rain fell over every hill".split()
+DPO = (
+    "--epochs 6 --batch 8 --lr 1e-3 --warmup 0.2 --beta 0.1 --max-length 160 --max-prompt-length 96 "
+    "--precision fp32 --microbatch-tokens 4096"
+).split()
+SFT = "--epochs 6 --batch 1 --lr 1e-3 --max-length 2048 --precision fp32".split()
+
+
+def sentence(rng: random.Random, low: int, high: int) -> str:
+    return " ".join(rng.choice(WORDS) for _ in range(rng.randint(low, high)))
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory) -> Path:
+    """base/ (model and tokenizer), pairs.jsonl, test.jsonl, chats.jsonl"""
+    place, rng = tmp_path_factory.mktemp("train"), random.Random(0)
+    base = place / "base"
+    base.mkdir()
+    with (base / "tokenizer.model").open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter([*WORDS, "<|user|> <|assistant|> <|system|>"] * 3),
+            model_writer=file, vocab_size=301, model_type="bpe", byte_fallback=True,
+            remove_extra_whitespaces=False, normalization_rule_name="identity", minloglevel=2,
+            hard_vocab_limit=False, num_threads=1,
+        )  # fmt: skip
+    torch.manual_seed(0)
+    vocab = Tokenizer(base).vocab_size
+    model = MistralForCausalLM(MistralConfig(vocab_size=vocab, **SHAPE))
+    for p in model.parameters():
+        if p.dim() > 1:
+            torch.nn.init.normal_(p, std=0.3)  # sharp enough that every difference would show
+    model.save_pretrained(base)
+
+    def pair() -> dict:
+        ask = {"role": "user", "content": sentence(rng, 3, 14)}
+        sides = {
+            side: [ask, {"role": "assistant", "content": sentence(rng, 1, 12)}]
+            for side in ("chosen", "rejected")
+        }
+        return {"prompt": ask["content"], **sides}
+
+    write_rows(place / "pairs.jsonl", [pair() for _ in range(8)])
+    write_rows(place / "test.jsonl", [pair() for _ in range(5)])
+    write_rows(place / "chats.jsonl", [{"messages": pair()["chosen"]} for _ in range(7)])
+    return place
+
+
+def run(script, place: Path, out: Path, *flags: str) -> list[dict]:
+    """The script's main in this process; returns its metrics."""
+    data = "pairs.jsonl" if script is train_dpo else "chats.jsonl"
+    old = sys.argv
+    sys.argv = ["train", "--model", str(place / "base"), "--data", str(place / data),
+                "--out", str(out), *flags]  # fmt: skip
+    try:
+        script.main()
+    finally:
+        sys.argv = old
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return read(out)
+
+
+def launch(script: str, place: Path, out: Path, ranks: int, *flags: str, check: bool = True):
+    """The script under torchrun, as a user starts it."""
+    data = "pairs.jsonl" if script == "train_dpo.py" else "chats.jsonl"
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+        str(ranks), script, "--model", str(place / "base"), "--data", str(place / data),
+        "--out", str(out), *flags,
+    ]  # fmt: skip
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert not check or done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def read(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights_of(out: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(out / "model" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def baseline(place, tmp_path_factory) -> tuple[list[dict], dict[str, torch.Tensor]]:
+    out = tmp_path_factory.mktemp("baseline") / "run"
+    held_out = ("--eval-data", str(place / "test.jsonl"), "--eval-every", "3")
+    return run(train_dpo, place, out, *DPO, *held_out), weights_of(out)
+
+
+KEYS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen",
+        "logps/rejected", "grad_norm", "learning_rate")  # fmt: skip
+
+
+def same(rows: list[dict], expected: list[dict], rel: float = 1e-4, abs: float = 1e-5) -> None:
+    assert [r["step"] for r in rows] == [r["step"] for r in expected]
+    for row, right in zip(rows, expected, strict=True):
+        for key in right.keys() & {*KEYS, *(f"eval_{k}" for k in KEYS)}:
+            assert row[key] == pytest.approx(right[key], rel=rel, abs=abs), (row["step"], key)
+
+
+def plain_dpo(place: Path, loss: str, steps: int = 6, beta: float = 0.1, lr: float = 1e-3):
+    """DPO as a textbook has it: two sequences per pair, one at a time, a second model, log_softmax."""
+    tokenizer = Tokenizer(place / "base")
+    rows = [json.loads(line) for line in (place / "pairs.jsonl").read_text().splitlines()]
+    policy = MistralForCausalLM.from_pretrained(place / "base", attn_implementation="eager")
+    frozen = MistralForCausalLM.from_pretrained(place / "base", attn_implementation="eager")
+    optimizer = torch.optim.AdamW(policy.parameters(), lr, (0.9, 0.999), 1e-8, weight_decay=0.0)
+    schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(0.2 * steps), steps)
+
+    def logprob(model, messages: list[dict]) -> tuple[torch.Tensor, int]:
+        ids, mask = (torch.tensor(x) for x in tokenizer.render(messages))
+        token = model(ids[None]).logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
+        return token[mask[1:]].sum(), int(mask.sum())
+
+    history = []
+    for _ in range(steps):
+        terms, chosen_all, rejected_all, logps = [], [], [], []
+        for row in rows:
+            (pc, nc), (pr, nr) = (logprob(policy, row[s]) for s in ("chosen", "rejected"))
+            with torch.no_grad():
+                (rc, _), (rr, _) = (logprob(frozen, row[s]) for s in ("chosen", "rejected"))
+            if loss == "ipo":
+                chosen, rejected = (pc - rc) / nc, (pr - rr) / nr
+                terms.append((chosen - rejected - 1 / (2 * beta)) ** 2)
+            else:
+                chosen, rejected = pc - rc, pr - rr
+                terms.append(-F.logsigmoid(beta * (chosen - rejected)))
+            chosen_all.append(beta * chosen.item())
+            rejected_all.append(beta * rejected.item())
+            logps.append((pc.item(), pr.item()))
+        total = torch.stack(terms).mean()
+        total.backward()
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        rate = schedule.get_last_lr()[0]
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        history.append({
+            "step": len(history) + 1, "loss": total.item(), "grad_norm": norm.item(),
+            "learning_rate": rate, "rewards/chosen": np.mean(chosen_all),
+            "rewards/rejected": np.mean(rejected_all),
+            "rewards/margins": np.mean(chosen_all) - np.mean(rejected_all),
+            "rewards/accuracies": np.mean(np.array(chosen_all) > np.array(rejected_all)),
+            "logps/chosen": np.mean([c for c, _ in logps]),
+            "logps/rejected": np.mean([r for _, r in logps]),
+        })  # fmt: skip
+    return history
+
+
+@pytest.mark.parametrize("loss", ["dpo", "ipo"])
+def test_dpo_equals_the_textbook(place, tmp_path, loss):
+    rows = run(train_dpo, place, tmp_path / "run", *DPO, "--loss", loss)
+    expected = plain_dpo(place, loss)
+    same(rows, expected, rel=1e-4, abs=1e-4)
+    assert [r["rewards/accuracies"] for r in rows] == [r["rewards/accuracies"] for r in expected]
+    start = math.log(2) if loss == "dpo" else 25.0
+    assert rows[0]["loss"] == pytest.approx(start, abs=1e-6)
+    assert rows[0]["rewards/margins"] == 0 and rows[0]["rewards/accuracies"] == 0
+    assert rows[-1]["loss"] < 0.8 * rows[0]["loss"], "nothing was learned, so nothing was compared"
+
+
+@pytest.mark.parametrize("train_on", ["all", "assistant"])
+def test_sft_equals_the_textbook(place, tmp_path, train_on):
+    """One row holds the whole epoch, so that no document is cut and each can run alone."""
+    rows = run(train_sft, place, tmp_path / "run", *SFT, "--train-on", train_on)
+    tokenizer, steps = Tokenizer(place / "base"), 6
+    chats = [json.loads(line) for line in (place / "chats.jsonl").read_text().splitlines()]
+    model = MistralForCausalLM.from_pretrained(place / "base", attn_implementation="eager")
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, (0.9, 0.999), 1e-8, weight_decay=0.0)
+    schedule = get_cosine_schedule_with_warmup(optimizer, 1, steps)
+    for row in rows:
+        terms = []
+        for chat in chats:
+            ids, mask = (torch.tensor(x) for x in tokenizer.render(chat["messages"]))
+            trained = mask[1:] if train_on == "assistant" else torch.ones_like(mask[1:])
+            logits = model(ids[None]).logits[0, :-1]
+            terms.append(F.cross_entropy(logits, ids[1:], reduction="none")[trained])
+        loss = torch.cat(terms).mean()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        assert row["loss"] == pytest.approx(loss.item(), rel=1e-4), row["step"]
+        assert row["grad_norm"] == pytest.approx(norm.item(), rel=1e-4), row["step"]
+        assert row["learning_rate"] == pytest.approx(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.1
+
+
+@pytest.mark.parametrize("change", [
+    "--microbatch-tokens 200", "--microbatch-tokens 140", "--recompute full", "--reference live",
+])  # fmt: skip
+def test_the_trajectory_is_the_same(place, tmp_path, baseline, change):
+    held_out = ("--eval-data", str(place / "test.jsonl"), "--eval-every", "3")
+    rows = run(train_dpo, place, tmp_path / "run", *DPO, *held_out, *change.split())
+    same(rows, baseline[0])
+    for name, weight in weights_of(tmp_path / "run").items():
+        torch.testing.assert_close(weight, baseline[1][name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("budget", ["4096", "150"])
+def test_two_ranks_equal_one(place, tmp_path, baseline, budget):
+    """With the wide budget a rank has all its pairs in one row; with the narrow, some have none."""
+    held_out = ("--eval-data", str(place / "test.jsonl"), "--eval-every", "3")
+    flags = (*DPO, *held_out, "--microbatch-tokens", budget)
+    launch("train_dpo.py", place, tmp_path / "run", 2, *flags)
+    same(read(tmp_path / "run"), baseline[0])
+    for name, weight in weights_of(tmp_path / "run").items():
+        torch.testing.assert_close(weight, baseline[1][name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_two_ranks_equal_one_in_sft(place, tmp_path):
+    flags = (*SFT, "--batch", "4", "--max-length", "48", "--microbatch-tokens", "96",
+             "--eval-data", str(place / "chats.jsonl"), "--train-on", "assistant")  # fmt: skip
+    expected = run(train_sft, place, tmp_path / "one", *flags)
+    launch("train_sft.py", place, tmp_path / "two", 2, *flags)
+    same(read(tmp_path / "two"), expected)
+
+
+def test_a_run_resumed_from_a_checkpoint_is_the_run_that_would_have_been(place, tmp_path):
+    flags = (*DPO, "--save-every", "2")
+    whole = run(train_dpo, place, tmp_path / "whole", *flags)
+    expected = weights_of(tmp_path / "whole")
+    for name in ("step-000004", "step-000006"):
+        (tmp_path / "whole" / "checkpoints" / name).rename(tmp_path / name)
+    (tmp_path / "whole" / "model").rename(tmp_path / "model")
+    resumed = run(train_dpo, place, tmp_path / "whole", *flags)
+    for a, b in zip(resumed, whole, strict=True):
+        assert {k: a[k] for k in KEYS} == {k: b[k] for k in KEYS}, "not bit for bit"
+    got = weights_of(tmp_path / "whole")
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+def test_bf16_starts_at_ln_2_and_learns(place, tmp_path):
+    rows = run(train_dpo, place, tmp_path / "run", *DPO, "--precision", "bf16")
+    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-6), "cached in the same rows"
+    assert rows[-1]["loss"] < 0.6
+
+
+def test_a_poisoned_reference_stops_the_run(place, tmp_path, monkeypatch):
+    monkeypatch.setenv("ZEPHYR_CACHE", str(tmp_path / "cache"))
+    run(train_dpo, place, tmp_path / "one", *DPO)
+    (path,) = (tmp_path / "cache").glob("reference-*.npy")
+    table = np.load(path)
+    np.save(path, table + np.array([1.0, 0.0], np.float32))
+    with pytest.raises(ValueError, match="before the first update policy and reference must agree"):
+        run(train_dpo, place, tmp_path / "two", *DPO)
+
+
+def test_the_cached_reference_is_what_the_loss_sees(place, tmp_path, monkeypatch):
+    """A poison too small for the check at the start still shows in the margin."""
+    monkeypatch.setenv("ZEPHYR_CACHE", str(tmp_path / "cache"))
+    clean = run(train_dpo, place, tmp_path / "one", *DPO)
+    (path,) = (tmp_path / "cache").glob("reference-*.npy")
+    np.save(path, np.load(path) - np.array([2e-4, 0.0], np.float32))
+    rows = run(train_dpo, place, tmp_path / "two", *DPO)
+    assert clean[0]["rewards/margins"] == 0
+    assert rows[0]["rewards/margins"] == pytest.approx(2e-5, rel=0.1)
+
+
+def test_a_finished_run_is_not_overwritten(place, tmp_path):
+    run(train_dpo, place, tmp_path / "run", *DPO, "--steps", "1")
+    with pytest.raises(ValueError, match="holds a finished run; --resume fresh moves it aside"):
+        run(train_dpo, place, tmp_path / "run", *DPO, "--steps", "1")
+    run(train_dpo, place, tmp_path / "run", *DPO, "--steps", "1", "--resume", "fresh")
+    assert (tmp_path / "run.1" / "model").exists() and (tmp_path / "run" / "model").exists()
+
+
+def test_a_mistake_is_one_line_under_torchrun_and_the_exit_code_tells(place, tmp_path):
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text((place / "pairs.jsonl").read_text() + '{"chosen": \n')
+    done = launch("train_dpo.py", place, tmp_path / "run", 2, *DPO, "--data", str(broken),
+                  check=False)  # fmt: skip
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if line.startswith("train_dpo.py: ")]
+    assert len(lines) == 1 and f"{broken.name}:9" in lines[0], done.stderr
+    assert not (tmp_path / "run").exists(), "a mistake in the data leaves no run folder"
