@@ -23,5 +23,5 @@ clean:   ## remove .venv and runs
 .venv/bin/python: setup.py constraints.txt
 	python3 -m venv .venv
 	.venv/bin/python -m pip install -q "$$(grep '^torch==' constraints.txt)"
-	.venv/bin/python -m pip install -q -c constraints.txt -e '.[test,plot,parquet,tensorboard]'
+	.venv/bin/python -m pip install -q -c constraints.txt -e '.[test]'
 	@touch $@

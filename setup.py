@@ -22,7 +22,10 @@ setup(
         "parquet": ["pyarrow>=15"],
         "plot": ["matplotlib>=3.8"],
         "tensorboard": ["tensorboard>=2.16"],
-        "test": ["pytest>=8", "hypothesis>=6.100", "transformers>=5", "ruff>=0.12"],
+        "test": [
+            "pytest>=8", "hypothesis>=6.100", "transformers>=5", "ruff>=0.12",
+            "pyarrow>=15", "matplotlib>=3.8", "tensorboard>=2.16",
+        ],
         "peers": ["trl>=0.29", "liger-kernel>=0.6", "datasets>=3"],
     },
 )
