@@ -1,0 +1,237 @@
+"""Every way a weight file or an index can be wrong, and what is left when writing fails."""
+
+import errno
+import json
+import os
+import re
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from zephyr import disk
+
+A, B = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+
+
+def raw(path: Path, header: dict | bytes, data: bytes = b"", length: int | None = None) -> None:
+    """A safetensors file by hand."""
+    header = header if isinstance(header, bytes) else json.dumps(header).encode()
+    header += b" " * (-len(header) % 8)
+    path.write_bytes(struct.pack("<Q", len(header) if length is None else length) + header + data)
+
+
+def entry(*offsets: int, shape=(2,), dtype="F32") -> dict:
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
+
+
+def read(folder: Path) -> dict[str, disk.Stored]:
+    return disk.stored(*disk.weight_files(folder))
+
+
+def sharded(folder: Path, **changes: str) -> None:
+    """Tensors a and b in two files; `changes` are put in the index."""
+    save_file({"a": torch.ones(2)}, folder / A)
+    save_file({"b": torch.ones(3)}, folder / B)
+    weight_map = {"a": A, "b": B} | changes
+    (folder / disk.INDEX).write_text(json.dumps({"weight_map": weight_map}))
+
+
+def test_headers_say_what_is_where(tmp_path):
+    sharded(tmp_path)
+    assert read(tmp_path) == {
+        "a": disk.Stored(tmp_path / A, "a", (2,), "F32"),
+        "b": disk.Stored(tmp_path / B, "b", (3,), "F32"),
+    }
+    one = tmp_path / "one"
+    one.mkdir()
+    tensors = {"w": torch.ones(2, 3).bfloat16(), "layers.0.rotary_emb.inv_freq": torch.ones(4)}
+    save_file(tensors, one / disk.SINGLE)
+    assert read(one) == {"w": disk.Stored(one / disk.SINGLE, "w", (2, 3), "BF16")}
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (lambda p: p.write_bytes(b""), "0 bytes, its first 8 announce a header of 0: tru"),
+        (lambda p: p.write_bytes(b"version https://git-lfs.github.com/spec/v1\n"), "43 bytes, its"),
+        (lambda p: raw(p, {}, length=1 << 63), "announce a header of 9223372036854775808"),
+        (lambda p: raw(p, {"a": entry(0, 8)}, b"1234567"), r"\d+ bytes where its header says \d+;"),
+        (lambda p: raw(p, {"a": entry(0, 8)}, b"123456789"), "where its header says"),
+        (lambda p: raw(p, b"{"), "malformed JSON"),
+        (lambda p: raw(p, b"[1]"), "holds a JSON list, not an object"),
+        (lambda p: raw(p, b'{"a":' * 100_000), "malformed JSON"),
+        (lambda p: raw(p, b'{"a": 1, "a": 2}'), "key 'a' appears twice"),
+        (lambda p: raw(p, b'{"a": {"dtype": "F32", "dtype": "F16"}}'), "key 'dtype' appears twice"),
+        (lambda p: raw(p, {"a": 3}), "malformed header"),
+        (lambda p: raw(p, {"a": {"shape": []}}), "malformed header"),
+        (lambda p: raw(p, {"a": entry(0, 8, dtype="F7")}, bytes(8)), "not a valid safetensors"),
+        (lambda p: raw(p, {"a": entry(0, 8, shape=[-2])}, bytes(8)), "not a valid safetensors"),
+        (lambda p: raw(p, {"a": entry(0, 8, shape=[1 << 62, 4])}, bytes(8)), "not a valid"),
+        (lambda p: raw(p, {"a": entry(0, 8), "b": entry(4, 12)}, bytes(12)), "not a valid"),
+        (lambda p: raw(p, {"a": entry(8, 16)}, bytes(16)), "not a valid safetensors file"),
+    ],
+)  # fmt: skip
+def test_a_bad_file_is_refused(tmp_path, write, message):
+    write(tmp_path / disk.SINGLE)
+    where = re.escape(str(tmp_path / disk.SINGLE))
+    with pytest.raises(ValueError, match=f"^{where}:? .*{message}") as raised:
+        read(tmp_path)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_header_over_the_limit_is_not_read(tmp_path):
+    path = tmp_path / disk.SINGLE
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", 200 << 20))
+        file.truncate(300 << 20)
+    with pytest.raises(ValueError, match="announce a header of 209715200"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"b": "../" + B}, r"'../model-00002-of-00002.safetensors' is not the plain name"),
+        ({"b": "/etc/model.safetensors"}, "is not the plain name"),
+        ({"b": "sub\\model.safetensors"}, "is not the plain name"),
+        ({"b": "C:model.safetensors"}, "is not the plain name"),
+        ({"b": "model.bin"}, "'model.bin' is not the plain name of a safetensors file"),
+        ({"b": ".."}, "'..' is not the plain name"),
+        ({"b": "model-00003-of-00002.safetensors"}, "00003-of-00002.safetensors is missing from"),
+        ({"b": A}, f"the index has b in {A}; no file holds it"),
+        ({"c": B}, f"the index has c in {B}; no file holds it"),
+        ({"a": B, "b": A}, f"the index has a in {B}; {A} holds it"),
+        ({f"t{i}": f"model-{i}.safetensors" for i in range(1001)}, "lists 1003 files; 1000 is the"),
+        ({"b": 3}, "weight_map must be an object of tensor: file name"),
+    ],
+)  # fmt: skip
+def test_a_bad_index_is_refused(tmp_path, changes, message):
+    sharded(tmp_path, **changes)
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path)
+
+
+def test_a_tensor_the_index_lacks(tmp_path):
+    sharded(tmp_path)
+    save_file({"a": torch.ones(2), "c": torch.ones(1)}, tmp_path / A)
+    with pytest.raises(ValueError, match=f"{tmp_path}: the index has c in no file; {A} holds it"):
+        read(tmp_path)
+
+
+def test_a_tensor_in_two_files(tmp_path):
+    sharded(tmp_path)
+    save_file({"a": torch.ones(2), "b": torch.ones(3)}, tmp_path / B)
+    with pytest.raises(ValueError, match=f"{B}: a is in {A} too"):
+        read(tmp_path)
+
+
+def test_a_link_that_leaves_the_folder(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    sharded(folder)
+    (folder / B).rename(tmp_path / "elsewhere.safetensors")
+    (folder / B).symlink_to(tmp_path / "elsewhere.safetensors")
+    with pytest.raises(ValueError, match=f"{B} links out of the folder; hf download --local-dir"):
+        read(folder)
+    (tmp_path / "elsewhere.safetensors").rename(folder / "here.safetensors")
+    (folder / B).unlink()
+    (folder / B).symlink_to("here.safetensors")
+    assert read(folder).keys() == {"a", "b"}
+    (tmp_path / "other").symlink_to(folder)  # the folder itself may be a link
+    assert read(tmp_path / "other").keys() == {"a", "b"}
+
+
+def test_no_weights_or_two_kinds(tmp_path):
+    with pytest.raises(ValueError, match=r"has no model.safetensors and no model.safe.*json$"):
+        read(tmp_path)
+    (tmp_path / "pytorch_model.bin").touch()
+    (tmp_path / "consolidated.00.pth").touch()
+    pickles = "only consolidated.00.pth, pytorch_model.bin: reading a pickle can run code"
+    with pytest.raises(ValueError, match=pickles):
+        read(tmp_path)
+    sharded(tmp_path)
+    save_file({"a": torch.ones(2)}, tmp_path / disk.SINGLE)
+    with pytest.raises(ValueError, match="has both model.safetensors and model.safetensors.index"):
+        read(tmp_path)
+
+
+def test_json_is_read_with_suspicion(tmp_path):
+    path = tmp_path / "config.json"
+    with pytest.raises(ValueError, match=r"config\.json: cannot read: No such file"):
+        disk.read_json(path)
+    for text, message in {
+        '{"a": 1,': "malformed JSON", '{"a": 1, "a": 2}': "key 'a' appears twice",
+        "3": "holds a JSON int, not an object", "[" * 100_000: "malformed JSON",
+    }.items():  # fmt: skip
+        path.write_text(text)
+        with pytest.raises(ValueError, match=f"config.json.*{message}"):
+            disk.read_json(path)
+    path.write_bytes(b'{"\xff": 1}')
+    with pytest.raises(ValueError, match="malformed JSON"):
+        disk.read_json(path)
+
+
+def test_split():
+    sizes = {"a": 3, "b": 4, "c": 9, "d": 1, "e": 7, "f": 7}
+    assert disk.split(sizes, 8) == [["a", "b"], ["c"], ["d", "e"], ["f"]]
+    assert disk.split(sizes, 100) == [[*"abcdef"]]
+
+
+def groups():
+    yield {"a": torch.ones(2)}
+    yield {"b": torch.ones(3).half(), "c": torch.zeros(1)}
+
+
+def test_a_new_folder_is_complete_and_readable_by_all(tmp_path):
+    target = tmp_path / "deep" / "model"
+    before = os.umask(0o077)
+    try:
+        with disk.new_folder(target, 30) as temp:
+            disk.write_json(temp / "config.json", {"a": 1})
+            disk.write_shards(temp, groups(), 2)
+            assert not target.exists()
+    finally:
+        os.umask(before)
+    names = ["config.json", A, B, disk.INDEX]
+    assert sorted(p.name for p in target.iterdir()) == names
+    assert {oct(p.stat().st_mode & 0o777) for p in target.iterdir()} == {"0o644"}
+    assert oct(target.stat().st_mode & 0o777) == "0o755"
+    assert disk.read_json(target / disk.INDEX) == {
+        "metadata": {"total_size": 8 + 6 + 4}, "weight_map": {"a": A, "b": B, "c": B}
+    }  # fmt: skip
+    assert load_file(target / B)["b"].tolist() == [1, 1, 1]
+    assert [p.name for p in target.parent.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize(
+    ("failure", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left"), "model: cannot write: .*No space left"),
+        (disk.SafetensorError("I/O error"), "model: cannot write: I/O error"),
+        (ValueError("something else"), "^something else$"),
+    ],
+)
+def test_a_failure_leaves_nothing(tmp_path, failure, message):
+    with pytest.raises(ValueError, match=message):
+        with disk.new_folder(tmp_path / "model", 0) as temp:
+            disk.write_shards(temp, groups(), 2)
+            raise failure
+    assert not any(tmp_path.iterdir())
+
+
+def test_what_cannot_be_written(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="NaN or infinity in b; the weights are not saved"):
+        disk.write_shards(tmp_path, iter([{"a": torch.ones(1), "b": torch.tensor(torch.inf)}]), 1)
+    with pytest.raises(ValueError, match=r"exists already; choose another name or move it away"):
+        with disk.new_folder(tmp_path, 0):
+            pass
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"model: cannot write: .*(Not a directory|File exists)"):
+        with disk.new_folder(tmp_path / "file" / "model", 0):
+            pass
+    with pytest.raises(ValueError, match=r"model takes [0-9,]+ bytes and the disk has \d"):
+        with disk.new_folder(tmp_path / "model", 10**18 * 1000):
+            pass

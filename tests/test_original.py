@@ -1,0 +1,150 @@
+"""Mistral's own layout against a model permuted by hand, and against interleaved RoPE itself."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_model import model, packed, tokens
+
+from zephyr import disk, original, weights
+from zephyr.model import Mistral, rope, rotate
+
+PARAMS = {
+    "dim": 32, "n_layers": 2, "head_dim": 8, "hidden_dim": 48, "n_heads": 4, "n_kv_heads": 2,
+    "norm_eps": 1e-5, "vocab_size": 101, "sliding_window": 5,
+}  # fmt: skip
+NAMES = {
+    "self_attn.q_proj": "attention.wq", "self_attn.k_proj": "attention.wk",
+    "self_attn.v_proj": "attention.wv", "self_attn.o_proj": "attention.wo",
+    "mlp.gate_proj": "feed_forward.w1", "mlp.up_proj": "feed_forward.w3",
+    "mlp.down_proj": "feed_forward.w2", "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "ffn_norm",
+}  # fmt: skip
+
+
+def interleaved(w, heads):
+    """Row by row: where Hugging Face has x0 x1 x2 x3 y0 y1 y2 y3, Mistral has x0 y0 x1 y1 ..."""
+    rows = []
+    for head in range(heads):
+        for i in range(4):
+            rows += [head * 8 + i, head * 8 + 4 + i]
+    return w[rows]
+
+
+def published(folder, m: Mistral, dtype=torch.float32, **changes):
+    """A folder as Mistral would publish the model."""
+    folder.mkdir()
+    tensors = {
+        "tok_embeddings.weight": m.model.embed_tokens.weight, "norm.weight": m.model.norm.weight,
+        "output.weight": m.lm_head.weight,
+    }  # fmt: skip
+    for i in range(2):
+        for ours, theirs in NAMES.items():
+            w = m.get_parameter(f"model.layers.{i}.{ours}.weight")
+            w = interleaved(w, {"q_proj": 4, "k_proj": 2}[ours[-6:]]) if ours[-6] in "qk" else w
+            tensors[f"layers.{i}.{theirs}.weight"] = w
+    tensors = {name: w.detach().to(dtype).contiguous() for name, w in tensors.items()}
+    save_file(tensors, folder / "consolidated.safetensors")
+    (folder / "params.json").write_text(json.dumps(PARAMS | changes))
+    (folder / "tokenizer.model.v1").write_bytes(b"sentencepiece")
+    return folder
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_same_logits(tmp_path, capsys, monkeypatch, dtype):
+    monkeypatch.setattr(weights, "SHARD_BYTES", 20_000)
+    m = model()
+    with torch.no_grad():
+        for p in m.parameters():
+            p.copy_(p.to(dtype))
+    source = published(tmp_path / "source", m, dtype)
+    weights.main([str(source), str(tmp_path / "target")])
+    told = capsys.readouterr().out
+    assert "params.json has no rope_theta: 10000.0, as in Mistral-7B-v0.1" in told
+    assert "params.json has no max_position_embeddings: 32768" in told
+    assert len(list((tmp_path / "target").glob("model-*.safetensors"))) > 1
+    converted = Mistral(weights.config(tmp_path / "target"))
+    assert converted.config.sliding_window == 5
+    weights.load(tmp_path / "target", converted)
+    x = tokens(23)
+    torch.testing.assert_close(
+        converted.logits(x, packed(23)), m.logits(x, packed(23)), rtol=0, atol=0
+    )
+    config = disk.read_json(tmp_path / "target" / "config.json")
+    assert config["torch_dtype"] == str(dtype).removeprefix("torch.")
+    assert (tmp_path / "target" / "tokenizer.model").read_bytes() == b"sentencepiece"
+    assert not (tmp_path / "target" / "params.json").exists()
+
+
+def test_attention_scores_are_those_of_interleaved_rope(tmp_path):
+    """Mistral multiplies complex numbers x0 + i y0; ours turns halves. q·k must not notice."""
+    m = model(sliding_window=None)
+    published(tmp_path / "source", m, sliding_window=None, rope_theta=500.0)
+    original.convert(tmp_path / "source", tmp_path / "target")
+    converted = Mistral(weights.config(tmp_path / "target"))
+    weights.load(tmp_path / "target", converted)
+    h, position = torch.randn(9, 32), torch.arange(9) * 3
+    cos, sin = rope(position, converted.config, torch.float32)
+    attention = converted.model.layers[1].self_attn
+    q, k = (rotate(p(h).view(9, -1, 8), cos, sin) for p in (attention.q_proj, attention.k_proj))
+    turn = torch.polar(torch.ones(9, 4), torch.outer(position, 500.0 ** (-torch.arange(4) / 4)))
+    theirs = load_file(tmp_path / "source" / "consolidated.safetensors")
+
+    def turned(name):
+        x = h @ theirs[f"layers.1.attention.{name}.weight"].T
+        x = torch.view_as_complex(x.view(9, -1, 4, 2)) * turn[:, None]
+        return torch.view_as_real(x).flatten(2)
+
+    wq, wk = turned("wq"), turned("wk")
+    for head in range(4):
+        expected = wq[:, head] @ wk[:, head // 2].T
+        scores = q[:, head] @ k[:, head // 2].T
+        torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_several_files_and_any_tokenizer(tmp_path):
+    source = published(tmp_path / "source", model(), rope_theta=1e6)
+    whole = load_file(source / "consolidated.safetensors")
+    (source / "consolidated.safetensors").unlink()
+    for i in range(2):
+        part = {name: whole[name] for name in sorted(whole)[i::2]}
+        save_file(part, source / f"consolidated.{i:02}.safetensors")
+    (source / "tokenizer.model").write_bytes(b"the one")
+    original.convert(source, tmp_path / "target")
+    assert weights.config(tmp_path / "target").rope_theta == 1e6
+    assert (tmp_path / "target" / "tokenizer.model").read_bytes() == b"the one"
+    weights.load(tmp_path / "target", Mistral(weights.config(tmp_path / "target")))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"moe": {"num_experts": 8}}, "params.json: moe: only a dense Mistral can be converted"),
+        ({"n_kv_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
+        ({"n_layers": 3}, "source lacks model.layers.2.input_layernorm.weight, .* and 6 more"),
+        ({"n_layers": 1}, r"source has layers.1.attention.wk.weight, .* unknown to its config"),
+        ({"hidden_dim": 49}, r"feed_forward.w1.weight is \[48, 32\]; its config says \[49, 32\]"),
+    ],
+    ids=str,
+)
+def test_refused(tmp_path, changes, message):
+    published(tmp_path / "source", model(), **changes)
+    with pytest.raises(ValueError, match=message):
+        original.convert(tmp_path / "source", tmp_path / "target")
+    assert not (tmp_path / "target").exists()
+
+
+def test_what_is_missing(tmp_path, capsys):
+    source = published(tmp_path / "source", model())
+    (source / "tokenizer.model.v1").unlink()
+    with pytest.raises(ValueError, match=r"source has no tokenizer\.model"):
+        original.convert(source, tmp_path / "target")
+    (source / "consolidated.safetensors").rename(source / "consolidated.00.pth")
+    with pytest.raises(ValueError, match=r"has no consolidated\*\.safetensors; of a \.pth, a pick"):
+        original.convert(source, tmp_path / "target")
+    with pytest.raises(SystemExit) as ended:
+        weights.main([str(tmp_path / "none"), str(tmp_path / "target")])
+    assert ended.value.code == 2
+    assert "weights: " in (told := capsys.readouterr().err) and "cannot read" in told
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]

@@ -1,0 +1,277 @@
+"""Weights in and out against transformers, on one rank and on several."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from test_model import model, packed, tokens
+
+from zephyr import disk, huggingface, weights
+from zephyr.model import Mistral, MistralConfig
+
+
+def empty(config: MistralConfig) -> Mistral:
+    """A model as training builds it, its memory not yet filled."""
+    with torch.device("meta"):
+        m = Mistral(config)
+    return m.to_empty(device="cpu")
+
+
+def folder_of(m: Mistral, folder: Path, **changes: torch.Tensor) -> Path:
+    """A folder with the model's config and tensors; `changes` of None leave a tensor out."""
+    folder.mkdir()
+    huggingface.write_config(folder, m.config, "float32", {})
+    (folder / "tokenizer.model").write_bytes(b"sentencepiece")
+    tensors = {name: p.detach() for name, p in m.named_parameters()} | changes
+    tensors = {name: x for name, x in tensors.items() if x is not None}
+    save_file(tensors, folder / disk.SINGLE, metadata={"format": "pt"})
+    return folder
+
+
+def same(a: dict, b: dict) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]), name
+
+
+@pytest.mark.parametrize("shards", ["single", "sharded"])
+@pytest.mark.parametrize("style", [4, 5])
+@pytest.mark.parametrize(
+    ("dtype", "changes"),
+    [
+        ("float32", {"rope_theta": 5e5}),
+        ("bfloat16", {"sliding_window": None, "head_dim": 6}),
+        ("float16", {"tie_word_embeddings": True}),
+        ("bfloat16", {"model_type": "llama", "sliding_window": None}),
+    ],
+    ids=str,
+)
+def test_round_trip_through_transformers(tmp_path, dtype, changes, style, shards):
+    limit = 20_000 if shards == "sharded" else 10**9
+    first = model(**changes)
+    huggingface_type = getattr(transformers, huggingface.CLASSES[first.config.model_type])
+    base = folder_of(first, tmp_path / "first")
+    theirs = huggingface_type.from_pretrained(base, dtype=getattr(torch, dtype))
+    theirs.save_pretrained(tmp_path / "base", max_shard_size=limit)
+    base = tmp_path / "base"
+    (base / "tokenizer.model").write_bytes(b"sentencepiece")
+    if style == 4:
+        config = disk.read_json(base / "config.json")
+        config["rope_theta"] = config.pop("rope_parameters")["rope_theta"]
+        config["torch_dtype"] = config.pop("dtype")
+        disk.write_json(base / "config.json", config)
+
+    ours = empty(weights.config(base))
+    weights.load(base, ours)
+    assert ours.config == first.config
+    weights.save(ours, tmp_path / "out", base, shard_bytes=limit)
+
+    again, report = huggingface_type.from_pretrained(
+        tmp_path / "out", dtype="auto", output_loading_info=True, attn_implementation="eager"
+    )
+    assert not any(report.values()), report
+    assert (tmp_path / "out" / disk.INDEX).exists() == (shards == "sharded")
+    same(dict(again.state_dict()), dict(theirs.state_dict()))
+    assert disk.read_json(tmp_path / "out" / "config.json")["torch_dtype"] == dtype
+    x = tokens(23)
+    with torch.no_grad():
+        expected = again.float()(x[None]).logits[0]
+        torch.testing.assert_close(ours.logits(x, packed(23)), expected, rtol=0, atol=1e-5)
+
+
+def test_what_a_saved_folder_holds(tmp_path):
+    base = folder_of(model(), tmp_path / "base")
+    (base / "tokenizer.json").write_text("{}")
+    config = disk.read_json(base / "config.json") | {"eos_token_id": 7, "auto_map": {}}
+    disk.write_json(base / "config.json", config)
+    weights.save(model(), tmp_path / "out", base, torch.bfloat16)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors",
+        "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+    ]  # fmt: skip
+    assert {oct(p.stat().st_mode & 0o777) for p in (tmp_path / "out").iterdir()} == {"0o644"}
+    config = disk.read_json(tmp_path / "out" / "config.json")
+    assert config["torch_dtype"] == "bfloat16" and config["eos_token_id"] == 7
+    assert "auto_map" not in config
+    with pytest.raises(ValueError, match="out exists already; choose another name"):
+        weights.save(model(), tmp_path / "out", base)
+
+
+def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
+    base, calls = folder_of(model(), tmp_path / "base"), []
+
+    def full_disk(tensors, path, metadata):
+        calls.append(path)
+        if len(calls) == 3:
+            raise OSError(28, "No space left on device")
+        save_file(tensors, path, metadata)
+
+    monkeypatch.setattr(disk, "save_file", full_disk)
+    with pytest.raises(ValueError, match="out: cannot write: .*No space left on device"):
+        weights.save(model(), tmp_path / "out", base, shard_bytes=20_000)
+    (base / "tokenizer.model").unlink()
+    with pytest.raises(ValueError, match="out: cannot write: .*No such file.*tokenizer.model"):
+        weights.save(model(), tmp_path / "out", base)
+    broken = model()
+    broken.model.norm.weight.data[3] = torch.nan
+    (base / "tokenizer.model").touch()
+    with pytest.raises(ValueError, match="NaN or infinity in model.norm.weight; the weights are"):
+        weights.save(broken, tmp_path / "out", base)
+    assert [p.name for p in tmp_path.iterdir()] == ["base"]
+
+
+K, Q = "model.layers.1.self_attn.k_proj.weight", "model.layers.0.self_attn.q_proj.weight"
+NORM, HEAD = "model.norm.weight", "lm_head.weight"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({K: None}, f"folder lacks {K}, which its config asks for"),
+        ({K: None, Q: None, NORM: None, HEAD: None}, f"lacks {HEAD}, {Q}, {K} and 1 more"),
+        ({"model.layers.2.x": torch.ones(1)}, "folder has model.layers.2.x, unknown to its config"),
+        ({K: torch.ones(32, 16)}, rf"{K} is \[32, 16\]; its config says \[16, 32\]"),
+        ({HEAD: torch.ones(102, 32)}, rf"{HEAD} is \[102, 32\]; its config says \[101, 32\]"),
+        ({NORM: torch.ones(32).int()}, f"{NORM} is I32; weights are one of F64, F32, F16, BF16"),
+        ({NORM: torch.ones(32).to(torch.float8_e4m3fn)}, f"{NORM} is F8_E4M3; weights are one"),
+        ({NORM: torch.full((32,), torch.nan)}, f"NaN or infinity in {NORM} as torch.float32$"),
+        ({NORM: torch.ones(32).double() * 1e300}, f"infinity in {NORM} as torch.float32$"),
+        ({n: torch.full(s, torch.inf) for n, s in {K: (16, 32), Q: (32, 32), NORM: (32,),
+          HEAD: (101, 32)}.items()}, f"{HEAD} as .*, {Q} as .*, {K} as .* and 1 more"),
+    ],
+    ids=range(10),
+)  # fmt: skip
+def test_refused(tmp_path, changes, message):
+    m = model()
+    folder = folder_of(m, tmp_path / "folder", **changes)
+    with pytest.raises(ValueError, match=message) as raised:
+        weights.load(folder, empty(m.config))
+    assert str(tmp_path) in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_load_casts_and_overlooks_what_follows_from_the_config(tmp_path):
+    m, inv_freq = model(), "model.layers.0.self_attn.rotary_emb.inv_freq"
+    extra = {inv_freq: torch.ones(4), NORM: m.model.norm.weight.detach().double()}
+    folder = folder_of(m, tmp_path / "folder", **extra)
+    ours = empty(m.config).bfloat16()
+    weights.load(folder, ours)
+    same(ours.state_dict(), {name: x.bfloat16() for name, x in m.state_dict().items()})
+
+
+def test_a_tied_model_stays_tied(tmp_path):
+    m = model(tie_word_embeddings=True)
+    with_head = folder_of(m, tmp_path / "a", **{HEAD: m.lm_head.weight.detach().clone()})
+    for folder in (with_head, folder_of(m, tmp_path / "b")):
+        ours = empty(m.config)
+        weights.load(folder, ours)
+        assert ours.lm_head.weight is ours.model.embed_tokens.weight
+        same(ours.state_dict(), m.state_dict())
+
+
+def test_digest_sees_every_byte_of_config_and_weights(tmp_path):
+    m = model()
+    folder = folder_of(m, tmp_path / "a")
+    first = weights.digest(folder)
+    shutil.copytree(folder, tmp_path / "b")
+    (tmp_path / "b" / "tokenizer.model").write_text("another")
+    assert weights.digest(tmp_path / "b") == first and len(first) == 64
+    digests = {first}
+    weights.save(m, tmp_path / "c", folder, shard_bytes=20_000)
+    digests.add(weights.digest(tmp_path / "c"))
+    for name in ("config.json", disk.SINGLE):
+        content = bytearray((folder / name).read_bytes())
+        content[-5] ^= 1
+        (folder / name).write_bytes(content)
+        digests.add(weights.digest(folder))
+    assert len(digests) == 4
+
+
+def test_fresh_weights(tmp_path):
+    m = model()
+    folder = folder_of(m, tmp_path / "base")
+    with pytest.raises(ValueError, match="base has weights already; choose another folder"):
+        weights.fresh(folder, 5)
+    (folder / disk.SINGLE).unlink()
+    weights.fresh(folder, 5)
+    assert (folder / disk.SINGLE).stat().st_mode & 0o777 == 0o644
+    first = load_file(folder / disk.SINGLE)
+    assert {x.dtype for x in first.values()} == {torch.float32}
+    weights.load(folder, empty(m.config))
+    (folder / disk.SINGLE).unlink()
+    weights.fresh(folder, 5)
+    same(first, load_file(folder / disk.SINGLE))
+    assert len(list(folder.iterdir())) == 4
+
+
+RANK = """
+import sys
+from pathlib import Path
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from zephyr import weights
+from zephyr.model import Mistral
+
+where, rank, size = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+dist.init_process_group("gloo", init_method=f"file://{where}/store", rank=rank, world_size=size)
+
+
+def sharded():
+    with torch.device("meta"):
+        model = Mistral(weights.config(where / "base"))
+    for block in model.model.layers:
+        fully_shard(block)
+    return fully_shard(model).to_empty(device="cpu")
+
+
+model = sharded()
+weights.load(where / "base", model)
+assert model.lm_head.weight.to_local().shape[0] < 101
+weights.save(model, where / "out", where / "base", shard_bytes=20_000)
+dist.barrier()
+for act, mine in (
+    (lambda: weights.save(model, where / "out", where / "base"), rank == 0),
+    (lambda: weights.load(where / "broken", sharded()), rank == size - 1),
+):
+    try:
+        act()
+        assert not mine, "this rank should have failed"
+    except ValueError as error:
+        assert mine and ("exists already" in str(error) or "NaN" in str(error)), error
+    dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_three_ranks_equal_one(tmp_path):
+    """101 rows are shared unevenly, and of 2 rows the third rank has none. An error on one rank
+    leaves no other waiting."""
+    ranks = 3
+    m = model(num_key_value_heads=1, head_dim=2)
+    base = folder_of(m, tmp_path / "base")
+    head = m.lm_head.weight.detach().clone()
+    head[100, 31] = torch.nan
+    folder_of(m, tmp_path / "broken", **{HEAD: head})
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(tmp_path), str(rank), str(ranks)],
+            cwd=Path(__file__).parent.parent, env=environment, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(ranks)
+    ]  # fmt: skip
+    try:
+        errors = [process.communicate(timeout=100)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert all(process.returncode == 0 for process in processes), "\n".join(errors)
+    weights.save(m, tmp_path / "one", base, shard_bytes=20_000)
+    assert weights.digest(tmp_path / "out") == weights.digest(tmp_path / "one")
+    assert not [p.name for p in tmp_path.iterdir() if p.name.startswith(".out")]

@@ -1,0 +1,146 @@
+"""The small files of a Hugging Face model folder: config.json in and out, tokenizer settings out.
+
+What is written has the form of transformers 4, which 4 and 5, vLLM and llama.cpp all read right;
+of the form that 5 writes, 4 silently ignores rope_theta.
+"""
+
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+from zephyr import disk
+from zephyr.model import MistralConfig
+
+CLASSES = {"mistral": "MistralForCausalLM", "llama": "LlamaForCausalLM"}
+ONLY = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+SIZES = {  # whole numbers, and the largest that is believed
+    "vocab_size": 1_000_000, "hidden_size": 1 << 20, "intermediate_size": 1 << 20,
+    "num_hidden_layers": 1_000, "num_attention_heads": 1 << 16, "num_key_value_heads": 1 << 16,
+    "max_position_embeddings": 1 << 30, "head_dim": 1 << 16, "sliding_window": 1 << 30,
+}  # fmt: skip
+
+CHAT_TEMPLATE = (
+    r"{% if messages[0]['role'] != 'system' %}{{ '<|system|>\n</s>\n' }}{% endif %}"
+    r"{% for message in messages %}"
+    r"{{ '<|' + message['role'] + '|>\n' + message['content'] + '</s>\n' }}"
+    r"{% endfor %}"
+    r"{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+PLAIN = {  # what a base without tokenizer_config.json means
+    "add_eos_token": False, "clean_up_tokenization_spaces": False, "unk_token": "<unk>",
+    "tokenizer_class": "LlamaTokenizer",
+}  # fmt: skip
+PINNED = {"add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>", "legacy": True}
+
+
+def parse(raw: dict, path: Path) -> MistralConfig:
+    """The architecture that the content of a config.json describes; `path` is for the messages.
+
+    Where the key is absent, Mistral's sliding_window is 4096 (transformers' default) and a Llama's
+    rope_theta 10000 (Llama-2's files lack it). `auto_map` is ignored: no code comes from a model.
+    Raises ValueError for any other architecture, and for what transformers would guess.
+    """
+    kind = raw.get("model_type")
+    if kind not in list(CLASSES):
+        raise ValueError(f"{path}: model_type is {kind!r}; known are {' and '.join(CLASSES)}")
+    for key, only in ONLY.items():
+        if raw.get(key, only) != only:
+            raise ValueError(f"{path}: {key} is {raw[key]!r}; only {only!r} is implemented")
+    tied = raw.get("tie_word_embeddings", False)
+    if not isinstance(tied, bool):
+        raise ValueError(f"{path}: tie_word_embeddings is {tied!r}; it must be true or false")
+    values = {"sliding_window": 4096} | raw | {"rope_theta": _rope_theta(raw, path)}
+    if kind == "llama":
+        values["sliding_window"] = None
+    return MistralConfig(
+        **_sizes(values, path), tie_word_embeddings=tied, model_type=kind,
+        **{key: _positive(values, key, path) for key in ("rms_norm_eps", "rope_theta")},
+    )  # fmt: skip
+
+
+def _sizes(values: dict, path: Path) -> dict[str, int | None]:
+    sizes = {key: values.get(key) for key in SIZES}
+    for key, value in sizes.items():
+        if value is None and key in ("head_dim", "sliding_window"):
+            continue
+        _given(value, key, path)
+        if type(value) is not int or not 1 <= value <= SIZES[key]:
+            raise ValueError(f"{path}: {key} is {value!r}; it must be from 1 to {SIZES[key]}")
+    hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
+    if heads % sizes["num_key_value_heads"]:
+        raise ValueError(f"{path}: num_attention_heads {heads} is not a multiple of "
+                         f"num_key_value_heads {sizes['num_key_value_heads']}")  # fmt: skip
+    if sizes["head_dim"] is None and hidden % heads:
+        raise ValueError(f"{path}: hidden_size {hidden} is not a multiple of num_attention_heads "
+                         f"{heads}, and there is no head_dim")  # fmt: skip
+    sizes["head_dim"] = sizes["head_dim"] or hidden // heads
+    if sizes["head_dim"] % 2:
+        raise ValueError(f"{path}: head_dim is {sizes['head_dim']}; RoPE needs it even")
+    return sizes
+
+
+def _positive(values: dict, key: str, path: Path) -> float:
+    value = _given(values.get(key), key, path)
+    if type(value) not in (int, float) or not 0 < value < 1e12:
+        raise ValueError(f"{path}: {key} is {value!r}; it must be a positive number")
+    return float(value)
+
+
+def _given(value: object, key: str, path: Path) -> object:
+    if value is None:
+        raise ValueError(f"{path} has no {key}, and programs differ in what they assume; write it")
+    return value
+
+
+def _rope_theta(raw: dict, path: Path) -> object:
+    """`rope_theta` on top (transformers 4), in `rope_parameters` (5), or in both if they agree."""
+    thetas = [raw.get("rope_theta")]
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = raw.get(key) or {}
+        known = isinstance(rope, dict) and rope.keys() <= {"rope_theta", "rope_type", "type"}
+        if not known or any(rope.get(k, "default") != "default" for k in ("rope_type", "type")):
+            raise ValueError(f"{path}: {key} is {rope}; only the default RoPE is implemented")
+        thetas.append(rope.get("rope_theta"))
+    thetas = [theta for theta in thetas if theta is not None]
+    if thetas and thetas.count(thetas[0]) < len(thetas):
+        raise ValueError(f"{path}: rope_theta is both {thetas[0]} and {thetas[-1]}; keep one")
+    return thetas[0] if thetas else 10000.0 if raw["model_type"] == "llama" else None
+
+
+def dtype(base: dict, path: Path) -> str:
+    """The name of a base's dtype: "float32", "bfloat16" or "float16"."""
+    name = base.get("torch_dtype") or base.get("dtype") or "float32"
+    if name not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"{path}: torch_dtype is {name!r}; use float32, bfloat16 or float16")
+    return name
+
+
+def write_config(folder: Path, c: MistralConfig, dtype: str, base: dict) -> None:
+    """config.json and generation_config.json; ids of special tokens are the base's."""
+    tokens = {"bos_token_id": 1, "eos_token_id": 2}
+    tokens = {key: base.get(key, usual) for key, usual in tokens.items()}
+    disk.write_json(folder / "config.json", {
+        "architectures": [CLASSES[c.model_type]], **asdict(c), **tokens, "hidden_act": "silu",
+        "attention_dropout": 0.0, "initializer_range": base.get("initializer_range", 0.02),
+        "torch_dtype": dtype, "use_cache": True,
+    })  # fmt: skip
+    disk.write_json(folder / "generation_config.json", {"_from_model_config": True, **tokens})
+
+
+def write_tokenizer(folder: Path, tokenizer: Path, chat: bool) -> None:
+    """tokenizer.model and what lies beside it, byte for byte; tokenizer_config.json.
+
+    `chat` adds the template, which renders the text zephyr.tokenizer trains on: empty system
+    message first when there is none.
+    """
+    base = tokenizer.parent
+    shutil.copyfile(tokenizer, folder / "tokenizer.model")
+    for name in ("tokenizer.json", "special_tokens_map.json"):
+        if (base / name).exists():
+            shutil.copyfile(base / name, folder / name)
+    settings = base / "tokenizer_config.json"
+    value = PLAIN | (disk.read_json(settings) if settings.exists() else {}) | PINNED
+    if chat:
+        value |= {"pad_token": "</s>", "chat_template": CHAT_TEMPLATE}
+        (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    disk.write_json(folder / "tokenizer_config.json", value)

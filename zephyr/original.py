@@ -1,0 +1,101 @@
+"""From the layout Mistral publishes (params.json, consolidated*.safetensors, interleaved RoPE) to a
+Hugging Face folder; the command is `python -m zephyr.weights SOURCE TARGET`.
+
+H query or key heads  E head width  D width
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from zephyr import disk, huggingface, weights
+from zephyr.model import Mistral
+
+PARAMS = {
+    "dim": "hidden_size", "n_layers": "num_hidden_layers", "head_dim": "head_dim",
+    "hidden_dim": "intermediate_size", "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads", "norm_eps": "rms_norm_eps", "vocab_size": "vocab_size",
+    "sliding_window": "sliding_window", "rope_theta": "rope_theta",
+}  # fmt: skip
+ASSUMED = {"rope_theta": 10000.0, "max_position_embeddings": 32768}  # of Mistral-7B-v0.1
+NAMES = {
+    "model.embed_tokens": "tok_embeddings", "model.layers": "layers", "model.norm": "norm",
+    "lm_head": "output", "self_attn.q_proj": "attention.wq", "self_attn.k_proj": "attention.wk",
+    "self_attn.v_proj": "attention.wv", "self_attn.o_proj": "attention.wo",
+    "mlp.gate_proj": "feed_forward.w1", "mlp.down_proj": "feed_forward.w2",
+    "mlp.up_proj": "feed_forward.w3", "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "ffn_norm",
+}  # fmt: skip
+
+
+def convert(source: Path | str, target: Path | str) -> None:
+    """Write the Hugging Face folder of a model in Mistral's layout, in its own dtype.
+
+    Raises ValueError for parameters other than those of a dense Mistral, and unless the tensors
+    are exactly theirs.
+    """
+    source, path = Path(source), Path(source) / "params.json"
+    params = disk.read_json(path)
+    if unknown := params.keys() - PARAMS.keys():
+        raise ValueError(f"{path}: {disk.some(unknown)}: only a dense Mistral can be converted")
+    given = {PARAMS[key]: value for key, value in params.items()}
+    for key in ASSUMED.keys() - given.keys():
+        print(f"{path} has no {key}: {ASSUMED[key]}, as in Mistral-7B-v0.1")
+    raw = {"model_type": "mistral", "sliding_window": None} | ASSUMED | given
+    config = huggingface.parse(raw, path)
+    with torch.device("meta"):
+        wanted = dict(Mistral(config).named_parameters())
+    hugging = {_original(name): name for name in wanted}
+    found = disk.stored(_files(source))
+    found = {hugging.get(name, name): x for name, x in found.items()}
+    weights.check(source, found, wanted)
+    first = found["lm_head.weight"]
+    with safe_open(first.path, "pt") as file:
+        dtype = file.get_slice(first.name)[:0].dtype
+
+    def shards() -> Iterator[dict[str, Tensor]]:
+        for names in plan:
+            yield {name: _tensor(found[name], config.head_dim).to(dtype) for name in names}
+
+    sizes = {name: p.numel() * dtype.itemsize for name, p in wanted.items()}
+    plan = disk.split(sizes, weights.SHARD_BYTES)
+    with disk.new_folder(Path(target), sum(sizes.values())) as temp:
+        huggingface.write_config(temp, config, str(dtype).removeprefix("torch."), {})
+        huggingface.write_tokenizer(temp, _tokenizer(source), chat=False)
+        disk.write_shards(temp, shards(), len(plan))
+
+
+def _original(name: str) -> str:
+    for ours, theirs in NAMES.items():
+        name = name.replace(ours, theirs)
+    return name
+
+
+def _files(source: Path) -> list[Path]:
+    files = sorted(source.glob("consolidated*.safetensors"))
+    if not files:
+        raise ValueError(f"{source} has no consolidated*.safetensors; of a .pth, a pickle that can "
+                         "run code, fetch the safetensors version")  # fmt: skip
+    return files
+
+
+def _tokenizer(source: Path) -> Path:
+    for end in ("", ".v1", ".v2", ".v3"):
+        if (path := source / f"tokenizer.model{end}").exists():
+            return path
+    raise ValueError(f"{source} has no tokenizer.model")
+
+
+def _tensor(stored: disk.Stored, head_dim: int) -> Tensor:
+    """A tensor as Hugging Face has it: wq and wk with RoPE's pairs moved apart.
+
+    Rows of a head:  x0 y0 x1 y1 -> x0 x1 y0 y1
+    """
+    with safe_open(stored.path, "pt") as file:
+        w = file.get_tensor(stored.name)
+    if stored.name.endswith(("wq.weight", "wk.weight")):
+        w = w.view(-1, head_dim // 2, 2, w.shape[1]).transpose(1, 2).reshape(w.shape)
+    return w

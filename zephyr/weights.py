@@ -1,0 +1,184 @@
+"""Hugging Face folders to and from a (sharded) model, one tensor at a time.
+
+    python -m zephyr.weights SOURCE TARGET     a folder in Mistral's own layout, converted
+
+transformers fills in what a folder lacks and loads what is broken; here both are errors.
+"""
+
+import argparse
+import hashlib
+import re
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import safetensors.torch
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from zephyr import disk, files, huggingface
+from zephyr.model import Mistral, MistralConfig, initialise
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+SHARD_BYTES = 5_000_000_000
+
+
+def config(folder: Path | str) -> MistralConfig:
+    """The architecture in a folder's config.json; see `huggingface.parse`."""
+    folder = Path(folder)
+    path = folder / "config.json"
+    if not folder.is_dir():
+        hub = re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(folder))
+        fetch = f"; from the Hub: hf download {folder} --local-dir {folder}" if hub else ""
+        raise ValueError(f"{folder}: no such folder{fetch}")
+    if not path.exists():
+        ours = f", but params.json: convert it with python -m zephyr.weights {folder} TARGET"
+        raise ValueError(f"{folder} has no config.json{ours * (folder / 'params.json').exists()}")
+    return huggingface.parse(disk.read_json(path), path)
+
+
+def check_vocabulary(config: MistralConfig, tokenizer) -> None:
+    """Raises ValueError unless there is one embedding row for each piece of the tokenizer."""
+    if config.vocab_size != tokenizer.vocab_size:
+        raise ValueError(
+            f"{tokenizer.path} has {tokenizer.vocab_size} pieces, the model {config.vocab_size} "
+            "embedding rows; use the tokenizer.model that came with the model"
+        )
+
+
+@torch.no_grad()
+def load(folder: Path | str, model: Mistral) -> None:
+    """Fill the model's parameters in place, each rank reading only its own slices of the files.
+
+    Weights are cast to the parameters' dtype. A tied model is tied again, as `to_empty` unties it.
+    Raises ValueError unless the files hold exactly the model's tensors, all finite; of NaN and
+    infinity a rank sees only its own.
+    """
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    parameters = dict(model.named_parameters())
+    found = disk.stored(*disk.weight_files(Path(folder)))
+    if model.config.tie_word_embeddings:
+        found.pop("lm_head.weight", None)
+    check(folder, found, parameters)
+    broken = []
+    for name, parameter in parameters.items():
+        local, part = _share(parameter)
+        if not local.numel():  # fewer rows than ranks
+            continue
+        # opened for each tensor, so that no more than one is mapped at a time
+        with safe_open(found[name].path, "pt") as file:
+            local.copy_(file.get_slice(name)[part])
+        if not local.isfinite().all():
+            broken.append(f"{name} as {local.dtype}")
+    if broken:
+        raise ValueError(f"{folder}: NaN or infinity in {disk.some(broken)}")
+
+
+def _share(parameter: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
+    """This rank's part of a parameter, and which slices of the whole it is."""
+    if not isinstance(parameter, DTensor):
+        return parameter, tuple(slice(0, n) for n in parameter.shape)
+    shape, offset = compute_local_shape_and_global_offset(
+        parameter.shape, parameter.device_mesh, parameter.placements
+    )
+    part = tuple(slice(a, a + n) for a, n in zip(offset, shape, strict=True))
+    return parameter.to_local(), part
+
+
+def check(folder: Path | str, found: dict[str, disk.Stored], wanted: dict[str, Tensor]) -> None:
+    """Raises ValueError unless the tensors found are those wanted: names, shapes, floats."""
+    if missing := wanted.keys() - found.keys():
+        raise ValueError(f"{folder} lacks {disk.some(missing)}, which its config asks for")
+    if surplus := found.keys() - wanted.keys():
+        raise ValueError(f"{folder} has {disk.some(surplus)}, unknown to its config")
+    for name, (path, inside, shape, dtype) in found.items():
+        if shape != (right := tuple(wanted[name].shape)):
+            raise ValueError(f"{path}: {inside} is {list(shape)}; its config says {list(right)}")
+        if dtype not in FLOATS:
+            raise ValueError(f"{path}: {inside} is {dtype}; weights are one of {', '.join(FLOATS)}")
+
+
+def digest(folder: Path | str) -> str:
+    """sha256 over config.json and the weights: names and bytes, at about the disk's speed."""
+    paths = [Path(folder) / "config.json", *disk.weight_files(Path(folder))[0]]
+
+    def line(path: Path) -> str:
+        with open(path, "rb") as file:
+            return f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}\n"
+
+    with ThreadPoolExecutor(2) as pool:
+        return hashlib.sha256("".join(pool.map(line, paths)).encode()).hexdigest()
+
+
+@torch.no_grad()
+def save(
+    model: Mistral,
+    folder: Path | str,
+    base: Path | str,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write a Hugging Face folder: weights, config, the base's tokenizer, the chat template.
+
+    Every rank calls it; rank 0 writes, in `dtype` or else the base's. Raises ValueError, on rank 0
+    only, if the folder exists or cannot be written; no other rank is left waiting.
+    """
+    config = Path(base) / "config.json"
+    raw = disk.read_json(config)
+    dtype = dtype or getattr(torch, huggingface.dtype(raw, config))
+    parameters = dict(model.named_parameters())
+    sizes = {name: p.numel() * dtype.itemsize for name, p in parameters.items()}
+    writer = not dist.is_initialized() or dist.get_rank() == 0
+
+    def whole(name: str) -> Tensor | None:
+        p = parameters[name].detach()
+        p = p.full_tensor() if isinstance(p, DTensor) else p
+        return p.to("cpu", dtype) if writer else None
+
+    plan = disk.split(sizes, shard_bytes)
+    shards = ({name: whole(name) for name in names} for names in plan)
+    try:
+        if writer:
+            with disk.new_folder(Path(folder), sum(sizes.values())) as temp:
+                huggingface.write_config(temp, model.config, str(dtype).removeprefix("torch."), raw)
+                huggingface.write_tokenizer(temp, Path(base) / "tokenizer.model", chat=True)
+                disk.write_shards(temp, shards, len(plan))
+    finally:
+        for _ in shards:  # gathering takes every rank, so an error here must not end it early
+            pass
+
+
+def fresh(folder: Path | str, seed: int) -> None:
+    """Give a folder that has a config.json random weights: its model.safetensors, in fp32."""
+    path = Path(folder) / disk.SINGLE
+    if path.exists() or path.with_name(disk.INDEX).exists():
+        raise ValueError(f"{folder} has weights already; choose another folder")
+    model = Mistral(config(folder))
+    initialise(model, seed)
+    tensors = {name: p.detach() for name, p in model.named_parameters()}
+    with files.atomic(path) as file:
+        file.write(safetensors.torch.save(tensors, metadata={"format": "pt"}))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    from zephyr import original
+
+    about = original.__doc__.partition("\n\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m zephyr.weights", description=about)
+    parser.add_argument("source", help="folder with params.json and consolidated*.safetensors")
+    parser.add_argument("target", help="the Hugging Face folder to make")
+    options = parser.parse_args(arguments)
+    try:
+        original.convert(options.source, options.target)
+    except ValueError as error:
+        print(f"weights: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
