@@ -1,4 +1,4 @@
-"""Packaging: `pip install -e .` beside the scripts, or with extras `pip install -e .[test,plot]`."""
+"""Packaging: `pip install -e .` beside the scripts, with extras `pip install -e .[plot]`."""
 
 from setuptools import setup
 

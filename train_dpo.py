@@ -92,7 +92,9 @@ def main() -> None:
                 with log.paused():
                     checkpoint.save(c.out, done, policy, optimizer)
 
-    parallel.together(lambda: weights.save(policy, Path(c.out) / "model", c.model))
+    parallel.together(lambda: weights.save(
+        policy, Path(c.out) / "model", base=c.model, empty_system=c.empty_system
+    ))  # fmt: skip
     ranks.say(log.summary())
     parallel.finish()
 

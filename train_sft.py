@@ -73,7 +73,9 @@ def main() -> None:
                 with log.paused():
                     checkpoint.save(c.out, done, model, optimizer)
 
-    parallel.together(lambda: weights.save(model, Path(c.out) / "model", c.model))
+    parallel.together(lambda: weights.save(
+        model, Path(c.out) / "model", base=c.model, empty_system=c.empty_system
+    ))  # fmt: skip
     ranks.say(log.summary())
     parallel.finish()
 

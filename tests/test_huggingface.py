@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import transformers
-from conftest import shared
 
+from conftest import shared
 from zephyr import disk, huggingface, weights
 from zephyr.model import MistralConfig
 from zephyr.tokenizer import Tokenizer
@@ -159,11 +159,21 @@ def base(tmp_path):
     return path
 
 
-def written(base: Path, chat: bool) -> Path:
+def written(base: Path, chat: bool, system: bool = True) -> Path:
     folder = base.parent.parent / "out"
     folder.mkdir()
-    huggingface.write_tokenizer(folder, base, chat)
+    huggingface.write_tokenizer(folder, base, huggingface.chat_template(system) if chat else None)
     return folder
+
+
+def test_chat_template_without_the_empty_system_message(base):
+    folder = written(base, chat=True, system=False)
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(folder), Tokenizer(folder)
+    hi = [{"role": "user", "content": "Hi"}]
+    text = theirs.apply_chat_template(hi, tokenize=False, add_generation_prompt=True)
+    assert text == "<|user|>\nHi</s>\n<|assistant|>\n"
+    first, last = text.split("</s>")
+    assert ours.prompt(hi, system=False) == [1, *ours.encode(first), 2, *ours.encode(last)]
 
 
 def test_chat_template_renders_what_training_sees(base):

@@ -34,8 +34,8 @@ SHAPE = dict(
 )  # fmt: skip
 WORDS = "the cat sat on a mat and the dog ran to it while rain fell over every hill".split()
 DPO = (
-    "--epochs 6 --batch 8 --lr 1e-3 --warmup 0.2 --beta 0.1 --max-length 160 --max-prompt-length 96 "
-    "--precision fp32 --microbatch-tokens 4096"
+    "--epochs 6 --batch 8 --lr 1e-3 --warmup 0.2 --beta 0.1 --precision fp32 "
+    "--max-length 160 --max-prompt-length 96 --microbatch-tokens 4096"
 ).split()
 SFT = "--epochs 6 --batch 1 --lr 1e-3 --max-length 2048 --precision fp32".split()
 
@@ -137,7 +137,7 @@ def same(rows: list[dict], expected: list[dict], rel: float = 1e-4, abs: float =
 
 
 def plain_dpo(place: Path, loss: str, steps: int = 6, beta: float = 0.1, lr: float = 1e-3):
-    """DPO as a textbook has it: two sequences per pair, one at a time, a second model, log_softmax."""
+    """DPO as a textbook has it: two sequences per pair, one at a time, and a second model."""
     tokenizer = Tokenizer(place / "base")
     rows = [json.loads(line) for line in (place / "pairs.jsonl").read_text().splitlines()]
     policy = MistralForCausalLM.from_pretrained(place / "base", attn_implementation="eager")

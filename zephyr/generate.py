@@ -155,7 +155,8 @@ def answer(model: Mistral, tokenizer: Tokenizer, messages: list, new: int, **sam
 
     Raises ValueError if the conversation leaves no room in the model's positions.
     """
-    prompt, limit = tokenizer.prompt(messages), model.config.max_position_embeddings
+    prompt = tokenizer.prompt(messages, system=False)  # the caller has put one there, or none
+    limit = model.config.max_position_embeddings
     if len(prompt) >= limit:
         raise ValueError(f"the conversation has {len(prompt)} tokens, the model {limit} positions")
     ids: list[int] = []
@@ -174,26 +175,35 @@ def answer(model: Mistral, tokenizer: Tokenizer, messages: list, new: int, **sam
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser("python -m zephyr.generate", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m zephyr.generate", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a Hugging Face folder, as a run's model/")
     parser.add_argument("--prompt", help="answer this and end; without it, chat")
-    parser.add_argument("--system", default="", help="the system message")
+    parser.add_argument("--system", default="", help="the system message [empty]")
+    parser.add_argument("--no-empty-system", action="store_true", help="as the model was trained")
     parser.add_argument("--max-new", type=int, default=1024, help="longest answer, tokens [1024]")
     parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy [0.7]")
     parser.add_argument("--top-p", type=float, default=1.0, help="nucleus to sample from [1.0]")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling [0]")
+
+    def error(message: str) -> None:
+        raise ValueError(f"{message}; see --help")
+
+    parser.error = error
     args = parser.parse_args()
     for flag, value, fits in (
+        ("--prompt", repr(args.prompt), args.prompt != ""),
         ("--max-new", args.max_new, args.max_new > 0),
         ("--temperature", args.temperature, 0 <= args.temperature < float("inf")),
         ("--top-p", args.top_p, 0 < args.top_p <= 1),
+        ("--seed", args.seed, 0 <= args.seed < 1 << 64),
     ):
         if not fits:
-            raise ValueError(f"{flag} {value} is out of range; see --help")
+            error(f"{flag} {value} is out of range")
     model, tokenizer = load(args.model)
     sampling = {"temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
-    messages = [{"role": "system", "content": args.system}]
+    bare = args.no_empty_system and not args.system
+    messages = [] if bare else [{"role": "system", "content": args.system}]
     while asked := args.prompt or ask():
         messages.append({"role": "user", "content": asked})
         said = answer(model, tokenizer, messages, args.max_new, **sampling)

@@ -19,8 +19,8 @@ SIZES = {  # whole numbers, and the largest that is believed
     "max_position_embeddings": 1 << 30, "head_dim": 1 << 16, "sliding_window": 1 << 30,
 }  # fmt: skip
 
-CHAT_TEMPLATE = (
-    r"{% if messages[0]['role'] != 'system' %}{{ '<|system|>\n</s>\n' }}{% endif %}"
+EMPTY_SYSTEM = r"{% if messages[0]['role'] != 'system' %}{{ '<|system|>\n</s>\n' }}{% endif %}"
+TURNS = (
     r"{% for message in messages %}"
     r"{{ '<|' + message['role'] + '|>\n' + message['content'] + '</s>\n' }}"
     r"{% endfor %}"
@@ -127,12 +127,14 @@ def write_config(folder: Path, c: MistralConfig, dtype: str, base: dict) -> None
     disk.write_json(folder / "generation_config.json", {"_from_model_config": True, **tokens})
 
 
-def write_tokenizer(folder: Path, tokenizer: Path, chat: bool) -> None:
-    """tokenizer.model and what lies beside it, byte for byte; tokenizer_config.json.
+def chat_template(empty_system: bool) -> str:
+    """The template, as Jinja, of the text zephyr.tokenizer trains on."""
+    return EMPTY_SYSTEM * empty_system + TURNS
 
-    `chat` adds the template, which renders the text zephyr.tokenizer trains on: empty system
-    message first when there is none.
-    """
+
+def write_tokenizer(folder: Path, tokenizer: Path, template: str | None) -> None:
+    """tokenizer.model and what lies beside it, byte for byte; tokenizer_config.json with the chat
+    template, if there is one."""
     base = tokenizer.parent
     shutil.copyfile(tokenizer, folder / "tokenizer.model")
     for name in ("tokenizer.json", "special_tokens_map.json"):
@@ -140,7 +142,7 @@ def write_tokenizer(folder: Path, tokenizer: Path, chat: bool) -> None:
             shutil.copyfile(base / name, folder / name)
     settings = base / "tokenizer_config.json"
     value = PLAIN | (disk.read_json(settings) if settings.exists() else {}) | PINNED
-    if chat:
-        value |= {"pad_token": "</s>", "chat_template": CHAT_TEMPLATE}
-        (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    if template:
+        value |= {"pad_token": "</s>", "chat_template": template}
+        (folder / "chat_template.jinja").write_text(template)
     disk.write_json(folder / "tokenizer_config.json", value)

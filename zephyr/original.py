@@ -64,7 +64,7 @@ def convert(source: Path | str, target: Path | str) -> None:
     plan = disk.split(sizes, weights.SHARD_BYTES)
     with disk.new_folder(Path(target), sum(sizes.values())) as temp:
         huggingface.write_config(temp, config, str(dtype).removeprefix("torch."), {})
-        huggingface.write_tokenizer(temp, _tokenizer(source), chat=False)
+        huggingface.write_tokenizer(temp, _tokenizer(source), template=None)
         disk.write_shards(temp, shards(), len(plan))
 
 

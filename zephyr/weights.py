@@ -121,12 +121,14 @@ def save(
     folder: Path | str,
     base: Path | str,
     dtype: torch.dtype | None = None,
+    empty_system: bool = True,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write a Hugging Face folder: weights, config, the base's tokenizer, the chat template.
 
-    Every rank calls it; rank 0 writes, in `dtype` or else the base's. Raises ValueError, on rank 0
-    only, if the folder exists or cannot be written; no other rank is left waiting.
+    The template inserts an empty system message if training did. Every rank calls it; rank 0
+    writes, in `dtype` or else the base's. Raises ValueError, on rank 0 only, if the folder exists
+    or cannot be written; no other rank is left waiting.
     """
     config = Path(base) / "config.json"
     raw = disk.read_json(config)
@@ -146,7 +148,8 @@ def save(
         if writer:
             with disk.new_folder(Path(folder), sum(sizes.values())) as temp:
                 huggingface.write_config(temp, model.config, str(dtype).removeprefix("torch."), raw)
-                huggingface.write_tokenizer(temp, Path(base) / "tokenizer.model", chat=True)
+                template = huggingface.chat_template(empty_system)
+                huggingface.write_tokenizer(temp, Path(base) / "tokenizer.model", template)
                 disk.write_shards(temp, shards, len(plan))
     finally:
         for _ in shards:  # gathering takes every rank, so an error here must not end it early
