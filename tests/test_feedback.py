@@ -7,10 +7,10 @@ import random
 import stat
 
 import pytest
-from conftest import shared
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import shared
 from zephyr.feedback import Counts, Rules, binarize, hold_out, main
 from zephyr.files import BadRow, BadRows, read_rows, write_rows
 

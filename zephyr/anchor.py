@@ -10,6 +10,7 @@ P pairs
 import hashlib
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import kernels
-from zephyr import files, losses
+from zephyr import files, losses, parallel
 from zephyr.data import cache_folder
 from zephyr.model import Mistral
 from zephyr.packing import Batch, PairPlan
@@ -48,21 +49,32 @@ def cached(
     key = [weights, plan.data.digest, precision, ranks.device.type, kernels.implementation()]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]
     path = cache_folder() / f"reference-{name}.npy"
-    table_P2 = torch.full((len(plan.data), 2), torch.nan, device=ranks.device)
-    if ranks.rank == 0 and path.is_file():
-        table_P2.copy_(torch.from_numpy(np.load(path)))
-    dist.broadcast(table_P2, 0)  # one rank's file decides, so that all agree on what is missing
+    # one rank's file decides, so that all agree on what is missing
+    table_P2 = parallel.on_first(lambda: _read(path, len(plan.data))).to(ranks.device)
     missing = [
         s for s in range(min(steps, plan.steps_per_epoch))
         if table_P2[torch.from_numpy(plan.step(s)).to(ranks.device)].isnan().any()
     ]  # fmt: skip
     if missing:
         _fill(table_P2, live(model), plan, missing, ranks)
-        if ranks.rank == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with files.atomic(path) as file:
-                np.save(file, table_P2.cpu().numpy())
+        parallel.on_first(lambda: _write(path, table_P2))
     return lambda batch: table_P2[batch.pairs].flatten()
+
+
+def _read(path: Path, pairs: int) -> Tensor:
+    """The table on disk [P, 2], NaN where a pair is missing; all NaN if absent or damaged."""
+    try:
+        with path.open("rb") as file:
+            table_P2 = np.load(file)
+        whole = (table_P2.shape, table_P2.dtype) == ((pairs, 2), np.float32)
+    except Exception:  # for a damaged file numpy raises any of half a dozen kinds
+        whole = False
+    return torch.from_numpy(table_P2) if whole else torch.full((pairs, 2), torch.nan)
+
+
+def _write(path: Path, table_P2: Tensor) -> None:
+    with files.atomic(path) as file:
+        np.save(file, table_P2.cpu().numpy())
 
 
 def _fill(

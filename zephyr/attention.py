@@ -46,7 +46,7 @@ class Layout:
     def attend(self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, layer: int, window: int | None):
         """softmax(q kᵀ / √E, over visible keys) v  [T, H, E]; the same for every `layer`."""
         if self.kv_rows_G is not None:
-            k_TKE, v_TKE = k_TKE[self.kv_rows_G], v_TKE[self.kv_rows_G]
+            k_TKE, v_TKE = (x.index_select(0, self.kv_rows_G) for x in (k_TKE, v_TKE))
         if q_THE.is_cuda and q_THE.dtype in (torch.bfloat16, torch.float16):
             return self._flash(q_THE, k_TKE, v_TKE, window)
         return self._segments(q_THE, k_TKE, v_TKE, window)
@@ -63,22 +63,23 @@ class Layout:
 
     def _segments(self, q_THE: Tensor, k_GKE: Tensor, v_GKE: Tensor, window: int | None) -> Tensor:
         """The same, segment by segment, for CPUs and fp32."""
-        q_HTE, k_KGE, v_KGE = (x.transpose(0, 1) for x in (q_THE, k_GKE, v_GKE))
-        rows_G = self.kv_rows_G
-        outputs, ends_q, ends_k = [], self.cu_q.tolist(), self.cu_k.tolist()
-        for a, b, c, d in zip(ends_q, ends_q[1:], ends_k, ends_k[1:], strict=False):
-            whole = b - a == d - c
-            if whole and (window is None or d - c <= window):
-                mask = None
-            else:
-                keys = self.position_T[c:d] if rows_G is None else self.position_T[rows_G[c:d]]
-                mask = visible(self.position_T[a:b, None], keys, window)
+        sizes_q, sizes_k = self.cu_q.diff().tolist(), self.cu_k.diff().tolist()
+        position_G = self.position_T if self.kv_rows_G is None else self.position_T[self.kv_rows_G]
+        # split, not slices: the gradient of a split is one concatenation
+        segments = zip(
+            q_THE.transpose(0, 1).split(sizes_q, 1), self.position_T.split(sizes_q),
+            k_GKE.transpose(0, 1).split(sizes_k, 1), v_GKE.transpose(0, 1).split(sizes_k, 1),
+            position_G.split(sizes_k), strict=True,
+        )  # fmt: skip
+        outputs = []
+        for q_HQE, i_Q, k_KGE, v_KGE, j_G in segments:
+            whole = len(i_Q) == len(j_G) and (window is None or len(j_G) <= window)
+            mask_QG = None if whole else visible(i_Q[:, None], j_G, window)
             outputs.append(
                 F.scaled_dot_product_attention(
-                    q_HTE[None, :, a:b], k_KGE[None, :, c:d], v_KGE[None, :, c:d],
-                    attn_mask=mask, is_causal=mask is None, enable_gqa=True,
+                    q_HQE[None], k_KGE[None], v_KGE[None], mask_QG, is_causal=whole, enable_gqa=True
                 )[0]
-            )  # fmt: skip
+            )
         return torch.cat(outputs, 1).transpose(0, 1)
 
 

@@ -25,7 +25,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 import kernels
-from zephyr import config
+from zephyr import config, files, parallel
 from zephyr.config import Training
 from zephyr.parallel import Ranks
 
@@ -39,36 +39,43 @@ def open_run(c: Training, digest: str, ranks: Ranks) -> Path | None:
     Raises ValueError if the folder holds a finished run, or one whose settings differ in what
     shapes the trajectory; `--resume fresh` moves such a folder aside.
     """
+    return parallel.on_first(lambda: _open(c, digest, ranks))
+
+
+def _open(c: Training, digest: str, ranks: Ranks) -> Path | None:
     out = Path(c.out)
-    if c.resume == "fresh" and out.exists() and ranks.rank == 0:
+    if c.resume == "fresh" and out.exists():
         k = 1
         while (aside := out.with_name(f"{out.name}.{k}")).exists():
             k += 1
         out.rename(aside)
-    dist.barrier()
     if (out / "model").exists():
         raise ValueError(f"{out} holds a finished run; --resume fresh moves it aside, or change "
                          "--out")  # fmt: skip
-    saved = sorted((out / "checkpoints").glob("step-??????"))
-    if saved:
+    if saved := sorted((out / "checkpoints").glob("step-??????")):
         _same_trajectory(c, digest, out)
-    elif ranks.rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "config.toml").write_text(config.to_toml(c))
-        (out / "run.json").write_text(json.dumps(_about(digest, ranks), indent=1) + "\n")
-    dist.barrier()
-    return saved[-1] if saved else None
+        return saved[-1]
+    about = json.dumps(_about(digest, ranks), indent=1) + "\n"
+    for name, text in (("config.toml", config.to_toml(c)), ("run.json", about)):
+        with files.atomic(out / name) as file:
+            file.write(text.encode())
+    return None
 
 
 def _same_trajectory(c: Training, digest: str, out: Path) -> None:
-    before = tomllib.loads((out / "config.toml").read_text())[c.table]
+    try:
+        before = tomllib.loads((out / "config.toml").read_text(encoding="utf-8"))[c.table]
+        data = json.loads((out / "run.json").read_text(encoding="utf-8"))["data"]
+    except (OSError, ValueError, KeyError):
+        raise ValueError(f"{out} has checkpoints, but no config.toml and run.json of a [{c.table}] "
+                         "run; --resume fresh moves it aside, or change --out") from None
     now = tomllib.loads(config.to_toml(c))[c.table]
     changed = [
         f"{config.flag(name)} was {before.get(name)!r}, is {now.get(name)!r}"
         for name in sorted((before.keys() | now.keys()) - FREE)
         if before.get(name) != now.get(name)
     ]
-    if json.loads((out / "run.json").read_text())["data"] != digest:
+    if data != digest:
         changed.append("the content of --data changed")
     if changed:
         raise ValueError(f"{out} has checkpoints of another run: {'; '.join(changed)}. Continue it "
@@ -84,11 +91,6 @@ def _about(digest: str, ranks: Ranks) -> dict:
         except PackageNotFoundError:
             return None
 
-    root = Path(__file__).parent.parent
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40"],
-        cwd=root, capture_output=True, text=True, check=False,
-    ).stdout.strip()  # fmt: skip
     cuda = ranks.device.type == "cuda"
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -96,10 +98,21 @@ def _about(digest: str, ranks: Ranks) -> dict:
         "ranks": ranks.size,
         "device": torch.cuda.get_device_name() if cuda else platform.processor() or "cpu",
         "kernels": kernels.implementation(),
-        "commit": commit or None,
+        "commit": _commit(),
         "python": platform.python_version(),
         **{name: installed(name) for name in ("torch", "triton", "sentencepiece", "safetensors")},
     }
+
+
+def _commit() -> str | None:
+    """The commit of this code, with -dirty if files differ; None without git or a checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.check_output(
+            command, cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True
+        ).strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def save(out: str, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -110,7 +123,10 @@ def save(out: str, step: int, model: torch.nn.Module, optimizer: torch.optim.Opt
         shutil.rmtree(part, ignore_errors=True)
     dist.barrier()
     weights, moments = get_state_dict(model, optimizer)
-    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=part)
+    try:
+        dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=part)
+    except dcp.CheckpointException as error:
+        raise ValueError(f"{part}: cannot write: {_first(error)}") from None
     dist.barrier()
     if dist.get_rank() == 0:
         part.rename(folder)
@@ -121,8 +137,18 @@ def load(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer)
     """Fill model and optimizer from a checkpoint of any number of ranks; returns its step."""
     weights, moments = get_state_dict(model, optimizer)
     state = {"model": weights, "optimizer": moments}
-    dcp.load(state, checkpoint_id=folder)
+    try:
+        dcp.load(state, checkpoint_id=folder)
+    except dcp.CheckpointException as error:
+        raise ValueError(f"{folder} is damaged: {_first(error)}; remove it, and the run continues "
+                         "from the checkpoint before") from None  # fmt: skip
     set_state_dict(
         model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
     )
     return int(folder.name.removeprefix("step-"))
+
+
+def _first(error: dcp.CheckpointException) -> str:
+    """The first sentence of the first rank's failure."""
+    reason, _ = next(iter(error.failures.values()))
+    return f"{type(reason).__name__}: {reason}".splitlines()[0].partition(". ")[0]

@@ -21,7 +21,7 @@ from types import NoneType
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 RECIPES = Path(__file__).parent / "recipes"
-KNOBS = {"batch", "microbatch_tokens", "max_length", "lr", "log_every", "clip", "epochs"}
+KNOBS = ("epochs", "microbatch_tokens", "clip", "log_every", "batch", "lr", "max_length")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,12 +53,12 @@ class Training:
         """Raise ValueError for the first value out of range."""
         for name in KNOBS:
             if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{flag(name)} {getattr(self, name)} must be greater than 0")
+                raise ValueError(f"{flag(name)} {getattr(self, name)} must be finite and above 0")
         if self.steps is not None and self.steps <= 0:
             raise ValueError(f"--steps {self.steps} must be greater than 0; leave it out for all")
         for name in ("eval_every", "save_every", "weight_decay", "seed"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{flag(name)} {getattr(self, name)} must not be negative")
+                raise ValueError(f"{flag(name)} {getattr(self, name)} must be finite and 0 or more")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"--warmup {self.warmup} must be a share of the steps, 0 <= w < 1")
 
@@ -99,11 +99,11 @@ class DPOConfig(Training):
     def __post_init__(self) -> None:
         self.check()
         if not 0 < self.beta < math.inf:
-            raise ValueError(f"--beta {self.beta} must be greater than 0; Zephyr used 0.1 or 0.01")
+            raise ValueError(f"--beta {self.beta} must be finite and above 0; Zephyr's: 0.1, 0.01")
         if not 0 < self.max_prompt_length < self.max_length:
             raise ValueError(
-                f"--max-length {self.max_length} must be greater than --max-prompt-length "
-                f"{self.max_prompt_length}: the difference is what a long pair keeps of a response"
+                f"--max-prompt-length {self.max_prompt_length} must be above 0 and below "
+                f"--max-length {self.max_length}: what is between a long pair keeps of a response"
             )
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"--label-smoothing {self.label_smoothing} must be in 0 <= s < 0.5")
@@ -161,7 +161,7 @@ def parse(cls: type, argv: list[str] | None = None, doc: str = "") -> tuple[Any,
     recipe = flags.pop("recipe", None) or ("" if "model" in flags else "tiny")
     values = (read_recipe(recipe, cls.table, hints) if recipe else {}) | flags
     for name, field in fields.items():
-        if name not in values and field.default is dataclasses.MISSING:
+        if field.default is dataclasses.MISSING and not values.get(name):
             raise ValueError(f"{flag(name)} is required: {helps[name]}")
     config = cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
     return config, recipe
@@ -196,7 +196,8 @@ def read_recipe(recipe: str, table: str, hints: dict[str, Any]) -> dict[str, Any
             type(v) is wanted or (wanted is float and type(v) is int) for v in items
         )
         if not fits or (choices and value not in choices):
-            rule = f"one of {', '.join(choices)}" if choices else f"{wanted.__name__}"
+            rule = f"one of {', '.join(choices)}" if choices else wanted.__name__
+            rule = f"a list of {rule}" if get_origin(kind) is tuple else rule
             raise ValueError(f"{path}: [{table}] {name} = {value!r} is not {rule}")
     return tables[table]
 

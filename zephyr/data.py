@@ -8,10 +8,13 @@ at once.
 import hashlib
 import json
 import os
-import shutil
+import re
+import reprlib
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +27,7 @@ from zephyr.files import BadRow, BadRows
 from zephyr.tokenizer import Tokenizer, Turn, conversation
 
 TEMPLATE = "zephyr-1"  # part of the cache's key: change it when the rendering or cutting changes
-CHUNK = 1024  # rows tokenized at once
+CHUNK = 256  # rows tokenized at once: what memory holds
 
 Spoken = list[tuple[str, str]]  # (role, content) of each message
 
@@ -76,11 +79,11 @@ class Tokens:
 def conversations(paths: tuple[str, ...], tokenizer: Tokenizer, c: Any) -> Tokens:
     """UltraChat-200k rows, `messages`, as whole conversations."""
 
-    def parse(where: str, row: dict) -> Spoken:
-        spoken = _in_form(where, lambda: conversation(row.get("messages"), c.empty_system))
+    def parse(row: dict) -> Spoken:
+        spoken = conversation(_field(row, "messages"), c.empty_system)
         if not any(role == "assistant" for role, _ in spoken):
-            raise BadRow(f"{where}: no message is the assistant's; there is nothing to learn")
-        _no_blanks(where, spoken)
+            raise ValueError("no message is the assistant's; there is nothing to learn")
+        _no_blanks(spoken)
         return spoken
 
     def encode(rows: list[Spoken], counts: Counter) -> Iterator[tuple[list, list[bool]]]:
@@ -94,16 +97,10 @@ def conversations(paths: tuple[str, ...], tokenizer: Tokenizer, c: Any) -> Token
 
 
 def preferences(paths: tuple[str, ...], tokenizer: Tokenizer, c: Any) -> Tokens:
-    """Preference rows in any of the forms that `preference` reads, truncated as `cut_pair` does."""
+    """Preference rows in any of the forms that `preference` reads, truncated as `cut_pair` does.
 
-    def parse(where: str, row: dict) -> tuple[Spoken, str, str]:
-        prompt, chosen, rejected = preference(where, row)
-        messages = [{"role": role, "content": text} for role, text in prompt]
-        spoken = _in_form(where, lambda: conversation(messages, c.empty_system))
-        if spoken[-1][0] != "user":
-            raise BadRow(f"{where}: the prompt must end with a user's message")
-        _no_blanks(where, spoken)
-        return spoken, chosen, rejected
+    A pair with an empty response, and one whose responses are the same once cut, is dropped.
+    """
 
     def encode(rows: list[tuple[Spoken, str, str]], counts: Counter) -> Iterator[tuple]:
         flat = []
@@ -125,10 +122,11 @@ def preferences(paths: tuple[str, ...], tokenizer: Tokenizer, c: Any) -> Tokens:
             yield pair, []
 
     key = ("dpo", c.empty_system, c.max_length, c.max_prompt_length)
+    parse = partial(preference, system=c.empty_system)
     return _cached(paths, tokenizer, c, key, parse, encode)
 
 
-def preference(where: str, row: dict) -> tuple[Spoken, str, str]:
+def preference(row: dict, system: bool = True) -> tuple[Spoken, str, str]:
     """The prompt's messages and both responses of one row. Three forms are read:
 
     messages     chosen, rejected: whole conversations that differ in their last message; or, beside
@@ -136,61 +134,53 @@ def preference(where: str, row: dict) -> tuple[Spoken, str, str]:
     text         prompt, chosen, rejected
     transcripts  chosen, rejected: "\\n\\nHuman: ...\\n\\nAssistant: ..." up to the response
 
-    Raises BadRow if a side is missing or the two prompts differ.
+    Raises ValueError if a side is missing or out of form, or the two prompts differ.
     """
-    sides, prompt = [row.get("chosen"), row.get("rejected")], row.get("prompt")
-    for name, side in zip(("chosen", "rejected"), sides, strict=True):
-        if name not in row:
-            raise BadRow(f"{where}: has no field {name!r}; it has {', '.join(row)[:80]}")
-        if not isinstance(side, str | list) or (isinstance(side, list) and not side):
-            raise BadRow(f"{where}: {name} must be text or messages, got {str(side)[:60]!r}")
-    if type(sides[0]) is not type(sides[1]):
-        raise BadRow(f"{where}: chosen and rejected must both be text or both be messages")
-    if isinstance(sides[0], str):
-        if prompt is None:
-            dialogues = [transcript(where, side) for side in sides]
-        elif isinstance(prompt, str | list):
-            dialogues = [_lead(prompt) + [("assistant", side)] for side in sides]
-        else:
-            raise BadRow(f"{where}: prompt must be text or messages, got {str(prompt)[:60]!r}")
-    else:
-        dialogues = [_in_form(where, lambda s=side: _messages(s)) for side in sides]
-        if prompt is not None and dialogues[0][0][0] == "assistant":
-            dialogues = [_lead(prompt) + dialogue for dialogue in dialogues]
-    (chosen_prompt, chosen), (rejected_prompt, rejected) = ((d[:-1], d[-1]) for d in dialogues)
-    if chosen[0] != "assistant" or rejected[0] != "assistant" or not chosen_prompt:
-        raise BadRow(f"{where}: chosen and rejected must end with an assistant's message")
-    if chosen_prompt != rejected_prompt:
-        raise BadRow(f"{where}: the prompts of chosen and rejected differ")
-    return chosen_prompt, chosen[1], rejected[1]
+    sides = {name: _field(row, name) for name in ("chosen", "rejected")}
+    if len({type(side) for side in sides.values()}) > 1:
+        raise ValueError("chosen and rejected must both be text or both be messages")
+    dialogues = []
+    for name, side in sides.items():
+        try:
+            dialogues.append(conversation(_dialogue(row.get("prompt"), side), system))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        if dialogues[-1][-1][0] != "assistant":
+            raise ValueError(f"{name} must end with an assistant's message, the response")
+    (*prompt, (_, chosen)), (*other, (_, rejected)) = dialogues
+    if prompt != other:
+        raise ValueError("the prompts of chosen and rejected differ")
+    _no_blanks(prompt)
+    return prompt, chosen, rejected
 
 
-def _lead(prompt: str | list) -> Spoken:
-    return [("user", prompt)] if isinstance(prompt, str) else _messages(prompt)
+def _dialogue(prompt: object, side: object) -> object:
+    """One side's whole conversation, as the messages they should be."""
+    match prompt, side:
+        case None, str():
+            return transcript(side)
+        case _, str():
+            side = [{"role": "assistant", "content": side}]
+        case _, [{"role": "assistant"}, *_]:
+            pass
+        case _:
+            return side
+    if not isinstance(prompt, str | list):
+        raise ValueError(f"prompt must be text or messages, got {reprlib.repr(prompt)}")
+    return ([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt) + side
 
 
-def _messages(messages: list) -> Spoken:
-    if not all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in messages):
-        raise ValueError(f"messages must have role and content, got {str(messages)[:60]!r}")
-    return [(m["role"], m["content"]) for m in messages]
-
-
-def transcript(where: str, text: str) -> Spoken:
+def transcript(text: str) -> list[dict[str, str]]:
     """hh-rlhf's flat text as messages: "\\n\\nHuman: Hi\\n\\nAssistant: Yo" -> Hi, Yo."""
-    marks = {"\n\nHuman:": "user", "\n\nAssistant:": "assistant"}
-    if not text.startswith("\n\nHuman:"):
-        raise BadRow(
-            f"{where}: text without a prompt must be a transcript that opens with "
-            f"'\\n\\nHuman:', got {text[:40]!r}"
+    roles = {"Human": "user", "Assistant": "assistant"}
+    opening, *parts = re.split(r"\n\n(Human|Assistant):", text)
+    if opening or not parts or parts[0] != "Human":
+        raise ValueError(
+            "text without a prompt must be a transcript that opens with '\\n\\nHuman:', "
+            f"got {text[:40]!r}"
         )
-    spoken, rest = [], text
-    while rest:
-        mark = next(m for m in marks if rest.startswith(m))
-        rest = rest[len(mark) :]
-        end = min((k for m in marks if (k := rest.find(m)) >= 0), default=len(rest))
-        spoken.append((marks[mark], rest[:end].strip()))
-        rest = rest[end:]
-    return spoken
+    said = zip(parts[::2], parts[1::2], strict=True)
+    return [{"role": roles[who], "content": what.strip()} for who, what in said]
 
 
 def cut_pair(
@@ -223,20 +213,19 @@ def cut_prompt(context: list[Turn], header: list[int], bos: int, limit: int) -> 
     keeps its own header and its content's end. [s] system, u1 a1 u2 turns, limit reached in a1:
         BOS [s] u1 a1 u2 header  ->  BOS [s] (header of a1, end of a1) u2 header
     """
-    opening, turns = [bos], list(context)
-    if turns[0].role == "system":
-        opening += _end(turns.pop(0), limit // 2 - 1)
+    systems = [turn for turn in context if turn.role == "system"]
+    opening = [bos, *(i for turn in systems for i in _end(turn, limit // 2 - 1))]
     room = limit - len(opening) - len(header)
     kept: list[list[int]] = []
-    for turn in reversed(turns):
+    for turn in reversed(context[len(systems) :]):
         kept.append(_end(turn, room))
         room -= len(kept[-1])
         if len(kept[-1]) < len(turn.ids):
             break
-    if not kept[0]:
+    if not kept[0] or len(opening) <= len(systems):
         raise ValueError(
             f"--max-prompt-length {limit} leaves no room for a prompt beside the template's "
-            f"opening and headers of {limit - room} tokens; use a larger one"
+            "headers; use a larger one"
         )
     return [*opening, *(i for ids in reversed(kept) for i in ids), *header]
 
@@ -249,18 +238,17 @@ def _end(turn: Turn, room: int) -> list[int]:
     return turn.ids[: turn.header] + turn.ids[-tail:] if tail > 1 else []
 
 
-def _no_blanks(where: str, spoken: Spoken) -> None:
-    for k, (role, text) in enumerate(spoken):
-        if role != "system" and not text.strip():
-            raise BadRow(f"{where}: message {k}, the {role}'s, is empty")
+def _field(row: dict, name: str) -> object:
+    if name not in row:
+        raise ValueError(f"has no field {name!r}; it has {', '.join(row)[:80]!r}")
+    return row[name]
 
 
-def _in_form(where: str, parse: Callable[[], Spoken]) -> Spoken:
-    """Messages out of form are a bad row, and the line says which."""
-    try:
-        return parse()
-    except ValueError as error:
-        raise BadRow(f"{where}: {error}") from None
+def _no_blanks(spoken: Spoken) -> None:
+    turns = [turn for turn in spoken if turn[0] != "system"]
+    for k, (role, text) in enumerate(turns):
+        if not text.strip():
+            raise ValueError(f"turn {k}, the {role}'s, is empty")
 
 
 def _cached(
@@ -269,19 +257,26 @@ def _cached(
 ) -> Tokens:  # fmt: skip
     """Open the arrays of this key, first making them if they are not there."""
     sources = files.expand(paths)
-    whole = [TEMPLATE, tokenizer.digest, *key, c.on_bad_row, *(_sha256(p) for p in sources)]
+    whole = [tokenizer.digest, *key, c.on_bad_row, *(_sha256(p) for p in sources)]
     digest = hashlib.sha256(json.dumps(whole).encode()).hexdigest()
     folder = cache_folder() / f"{key[0]}-{digest[:20]}"
     if not folder.is_dir():
-        part = folder.with_name(f"{folder.name}.{os.getpid()}")
-        part.mkdir(parents=True)
-        try:
-            _write(part, sources, tokenizer, c, parse, encode)
-            part.rename(folder)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
+        cache_folder().mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="part-", dir=cache_folder()) as temp:
+            part = Path(temp) / folder.name
+            part.mkdir()
+            try:
+                _write(part, sources, tokenizer, c, parse, encode)
+            except BadRow as error:
+                raise ValueError(f"{error}; --on-bad-row skip drops such rows") from None
+            try:
+                part.rename(folder)
+            except OSError:
+                if not folder.is_dir():  # else another process was first, with the same arrays
+                    raise
     about = json.loads((folder / "about.json").read_text())
-    ids, mask = (np.memmap(folder / f, t) for f, t in (("ids", about["dtype"]), ("mask", bool)))
+    types = {"ids": about["dtype"], "mask": bool}
+    ids, mask = (np.memmap(folder / name, dtype, "r") for name, dtype in types.items())
     ends = np.load(folder / "ends.npy")
     return Tokens(ids, mask, ends, digest, about["counts"], about["skipped"])
 
@@ -305,7 +300,8 @@ def _write(
                 mask_file.write(np.asarray(mask, bool).tobytes())
         bad.check()
         if not ends:
-            raise ValueError(f"{sources[0]}: no row is left to train on; {dict(counts) or 'empty'}")
+            why = "".join(f"; {what} {count}" for what, count in counts.items())
+            raise ValueError(f"{sources[0]}: no row is left to train on{why}")
         if not mask_file.tell():
             mask_file.write(b"\0")  # an empty file cannot be mapped
     counts["rows"] = bad.rows
@@ -322,7 +318,10 @@ def _parsed(sources: list[Path], parse: Callable, bad: BadRows) -> Iterator:
                 bar.update()
                 parsed = None
                 with bad.guard():
-                    parsed = parse(where, row)
+                    try:
+                        parsed = parse(row)
+                    except ValueError as error:
+                        raise BadRow(f"{where}: {error}") from None
                 if parsed is not None:
                     yield parsed
 

@@ -140,9 +140,8 @@ class Mistral(nn.Module):
     def forward(self, batch) -> Tensor:
         """logprob_N of the batch's targets, fp32 nats. The head runs only on rows that predict."""
         h_TD = self.model(batch.tokens_T, batch.layout.position_T, batch.layout)
-        return kernels.linear_logprob(
-            h_TD[batch.predict_N], self.lm_head.weight, batch.targets_N
-        )
+        h_ND = h_TD.index_select(0, batch.predict_N)
+        return kernels.linear_logprob(h_ND, self.lm_head.weight, batch.targets_N)
 
     def logits(self, tokens_T: Tensor, layout, rows: Tensor | slice = slice(None)) -> Tensor:
         """Logits [rows, V] of the next token, for sampling."""
