@@ -25,7 +25,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 import kernels
-from zephyr import config, files, parallel
+from zephyr import config, disk, files, parallel
 from zephyr.config import Training
 from zephyr.parallel import Ranks
 
@@ -65,7 +65,7 @@ def _open(c: Training, digest: str, ranks: Ranks) -> Path | None:
 def _same_trajectory(c: Training, digest: str, out: Path) -> None:
     try:
         before = tomllib.loads((out / "config.toml").read_text(encoding="utf-8"))[c.table]
-        data = json.loads((out / "run.json").read_text(encoding="utf-8"))["data"]
+        data = disk.read_json(out / "run.json")["data"]
     except (OSError, ValueError, KeyError):
         raise ValueError(f"{out} has checkpoints, but no config.toml and run.json of a [{c.table}] "
                          "run; --resume fresh moves it aside, or change --out") from None

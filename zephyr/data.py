@@ -257,7 +257,7 @@ def _cached(
 ) -> Tokens:  # fmt: skip
     """Open the arrays of this key, first making them if they are not there."""
     sources = files.expand(paths)
-    whole = [tokenizer.digest, *key, c.on_bad_row, *(_sha256(p) for p in sources)]
+    whole = [TEMPLATE, tokenizer.digest, *key, c.on_bad_row, *(_sha256(p) for p in sources)]
     digest = hashlib.sha256(json.dumps(whole).encode()).hexdigest()
     folder = cache_folder() / f"{key[0]}-{digest[:20]}"
     if not folder.is_dir():

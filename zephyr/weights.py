@@ -7,6 +7,7 @@ transformers fills in what a folder lacks and loads what is broken; here both ar
 
 import argparse
 import hashlib
+import math
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from tqdm import tqdm
 
 from zephyr import disk, files, huggingface
 from zephyr.model import Mistral, MistralConfig, initialise
@@ -66,14 +68,16 @@ def load(folder: Path | str, model: Mistral) -> None:
         found.pop("lm_head.weight", None)
     check(folder, found, parameters)
     broken = []
-    for name, parameter in parameters.items():
+    quiet = dist.is_initialized() and dist.get_rank() > 0
+    for name, parameter in tqdm(parameters.items(), "weights", delay=3, leave=False, disable=quiet):
         local, part = _share(parameter)
         if not local.numel():  # fewer rows than ranks
             continue
         # opened for each tensor, so that no more than one is mapped at a time
         with safe_open(found[name].path, "pt") as file:
             local.copy_(file.get_slice(name)[part])
-        if not local.isfinite().all():
+        # the extremes carry any NaN or infinity, and need no second tensor as isfinite() does
+        if not all(math.isfinite(x) for x in torch.aminmax(local)):
             broken.append(f"{name} as {local.dtype}")
     if broken:
         raise ValueError(f"{folder}: NaN or infinity in {disk.some(broken)}")

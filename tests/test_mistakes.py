@@ -1,0 +1,132 @@
+"""What a user gets for a mistake: exit code 2 and one line that says what to change."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from test_train import DPO, SFT, place  # noqa: F401 the same small model and data
+
+import train_dpo
+import train_sft
+from zephyr import config
+
+
+@pytest.fixture
+def fails(place, tmp_path, capfd, monkeypatch):  # noqa: F811
+    """Run a script as from the command line; returns its one line."""
+
+    def fails(script, *flags: str, data: bytes | None = None, model: Path | None = None) -> str:
+        files = {train_dpo: "pairs.jsonl", train_sft: "chats.jsonl"}
+        path = place / files[script]
+        if data is not None:
+            path = tmp_path / "data.jsonl"
+            path.write_bytes(data)
+        argv = ["--model", str(model or place / "base"), "--data", str(path),
+                "--out", str(tmp_path / "run"), *flags]  # fmt: skip
+        monkeypatch.setattr(sys, "argv", [Path(script.__file__).name, *argv])
+        try:
+            with pytest.raises(SystemExit) as stop:
+                config.run(script.main)
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+        assert stop.value.code == 2
+        assert not list((tmp_path / "run").glob("m*")), "no metrics, no model"
+        name = Path(script.__file__).name
+        err = capfd.readouterr().err
+        assert "Traceback" not in err
+        lines = [line for line in err.splitlines() if line.startswith(f"{name}: ")]
+        assert len(lines) == 1 and err.endswith(lines[0] + "\n"), err
+        return lines[0]
+
+    return fails
+
+
+def rows(place: Path, name: str = "pairs.jsonl") -> list[dict]:  # noqa: F811
+    return [json.loads(line) for line in (place / name).read_text().splitlines()]
+
+
+def lines(rows: list) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def test_data(fails, place):  # noqa: F811
+    good = rows(place)
+    assert "gone.jsonl: no such file" in fails(train_dpo, *DPO, "--data", "gone.jsonl")
+    assert "data.jsonl:3: " in fails(train_dpo, *DPO, data=lines(good[:2]) + b'{"chosen": [\n')
+    assert "data.jsonl" in fails(train_dpo, *DPO, data=b"")
+    line = fails(train_dpo, *DPO, data=lines([*good, {"chosen": good[0]["chosen"]}]))
+    assert "data.jsonl:9: has no field 'rejected'" in line
+    odd = json.loads(json.dumps(good[1]))
+    odd["chosen"][1]["role"] = odd["rejected"][1]["role"] = "robot"
+    assert "data.jsonl:1: " in fails(train_dpo, *DPO, data=lines([odd]))
+    odd["chosen"][0]["role"] = odd["rejected"][0]["role"] = "robot"
+    odd["chosen"][1]["role"] = odd["rejected"][1]["role"] = "assistant"
+    line = fails(train_dpo, *DPO, data=lines([good[0], odd]))
+    assert "data.jsonl:2: " in line and "message 0 has role 'robot'; known roles are" in line
+    assert "UTF-8" in fails(train_dpo, *DPO, data=lines(good[:1]) + b'{"prompt": "\xff"}\n')
+    line = fails(train_sft, *SFT, data=b'{"messages": [{"role": "wizard", "content": "x"}]}\n')
+    assert "data.jsonl:1: message 0 has role 'wizard'" in line
+    same = json.loads(json.dumps(good[0])) | {"rejected": good[0]["chosen"]}
+    assert "no row is left" in fails(train_dpo, *DPO, data=lines([same]))
+
+
+def test_model(fails, place, tmp_path):  # noqa: F811
+    assert "no such folder" in fails(train_dpo, *DPO, model=tmp_path / "nothing")
+    broken = tmp_path / "broken"
+    shutil.copytree(place / "base", broken)
+    (broken / "tokenizer.model").unlink()
+    assert "needs its tokenizer.model" in fails(train_dpo, *DPO, model=broken)
+    shutil.copy(place / "base" / "tokenizer.model", broken)
+    about = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(about | {"vocab_size": 999}))
+    line = fails(train_dpo, *DPO, model=broken)
+    assert "999 embedding rows" in line and "tokenizer.model" in line
+
+
+def test_weights(fails, place, tmp_path, monkeypatch):  # noqa: F811
+    """These need the model built, so the run folder is there: only settings and versions in it."""
+    broken = tmp_path / "broken"
+    shutil.copytree(place / "base", broken)
+    about = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(about | {"intermediate_size": 57}))
+    line = fails(train_dpo, *DPO, model=broken)
+    assert "mlp.down_proj.weight is [32, 56]; its config says [32, 57]" in line
+
+
+def test_flags(fails):
+    assert "--beta 0.0 must be" in fails(train_dpo, *DPO, "--beta", "0")
+    line = fails(train_dpo, *DPO, "--max-length", "64", "--max-prompt-length", "64")
+    assert "--max-length 64 must be greater than --max-prompt-length 64" in line
+    assert "unknown argument --bata" in fails(train_dpo, *DPO, "--bata", "0")
+    line = fails(train_dpo, *DPO, "--microbatch-tokens", "20")
+    assert "--microbatch-tokens 20 is less than the longest pair" in line
+    line = fails(train_sft, *SFT, "--label-smoothing", "0.1")
+    assert "unknown argument --label-smoothing" in line
+
+
+def test_fewer_pairs_in_a_batch_than_ranks(fails, monkeypatch):
+    from zephyr import parallel
+
+    real = parallel.start
+
+    def of_eight():
+        return real()._replace(size=8)
+
+    monkeypatch.setattr(parallel, "start", of_eight)
+    assert "--batch 4 is less than the 8 ranks" in fails(train_dpo, *DPO, "--batch", "4")
+
+
+def test_a_model_that_is_not_finite_stops_where_it_is_noticed(fails, place, tmp_path):  # noqa: F811
+    from safetensors.torch import load_file, save_file
+
+    broken = tmp_path / "broken"
+    shutil.copytree(place / "base", broken)
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"][3] = torch.nan
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    assert "NaN or infinity in model.norm.weight" in fails(train_dpo, *DPO, model=broken)
