@@ -161,12 +161,16 @@ def save(
 
 
 def fresh(folder: Path | str, seed: int) -> None:
-    """Give a folder that has a config.json random weights: its model.safetensors, in fp32."""
+    """Give a folder that has a config.json random weights: its model.safetensors, in fp32.
+
+    Their spread is the config's initializer_range (0.02 where it has none).
+    """
     path = Path(folder) / disk.SINGLE
     if path.exists() or path.with_name(disk.INDEX).exists():
         raise ValueError(f"{folder} has weights already; choose another folder")
     model = Mistral(config(folder))
-    initialise(model, seed)
+    raw = disk.read_json(Path(folder) / "config.json")
+    initialise(model, seed, std=raw.get("initializer_range", 0.02))
     tensors = {name: p.detach() for name, p in model.named_parameters()}
     with files.atomic(path) as file:
         file.write(safetensors.torch.save(tensors, metadata={"format": "pt"}))
