@@ -269,6 +269,9 @@ def _cached(
                 _write(part, sources, tokenizer, c, parse, encode)
             except BadRow as error:
                 raise ValueError(f"{error}; --on-bad-row skip drops such rows") from None
+            for file in part.iterdir():
+                with file.open("rb") as written:
+                    os.fsync(written.fileno())
             try:
                 part.rename(folder)
             except OSError:
