@@ -20,7 +20,7 @@ def main() -> None:
     c, recipe = config.parse(DPOConfig, doc=__doc__)
     ranks = parallel.start()
     if recipe == "tiny":
-        parallel.once_per_node(ranks, toy.ensure)
+        parallel.once_per_node(ranks, toy.ensure_pairs)
 
     shape = parallel.together(lambda: weights.config(c.model))
     tokenizer = parallel.together(lambda: Tokenizer(c.model))

@@ -18,7 +18,7 @@ def main() -> None:
     c, recipe = config.parse(SFTConfig, doc=__doc__)
     ranks = parallel.start()
     if recipe == "tiny":
-        parallel.once_per_node(ranks, lambda: weights.fresh(toy.ensure(), c.seed))
+        parallel.once_per_node(ranks, newborn)
 
     shape = parallel.together(lambda: weights.config(c.model))
     tokenizer = parallel.together(lambda: Tokenizer(c.model))
@@ -78,6 +78,13 @@ def main() -> None:
     ))  # fmt: skip
     ranks.say(log.summary())
     parallel.finish()
+
+
+def newborn() -> None:
+    """The tiny recipe starts from random weights."""
+    base = toy.ensure() / "base"
+    if not (base / "model.safetensors").exists():
+        weights.fresh(base, seed=0)
 
 
 if __name__ == "__main__":

@@ -82,7 +82,8 @@ def _fill(
 ) -> None:
     """Write the pairs of `steps` into the table, on every rank."""
     sums_P2, done_P = torch.zeros_like(table_P2), torch.zeros_like(table_P2[:, 0])
-    bar = tqdm(steps, "reference log-probs", delay=3, leave=False, disable=ranks.rank > 0)
+    hidden = True if ranks.rank else None  # None: shown on a terminal only
+    bar = tqdm(steps, "reference log-probs", delay=3, leave=False, disable=hidden)
     for step in bar:
         for batch in plan.microbatches(step):
             batch = batch.to(ranks.device)

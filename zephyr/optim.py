@@ -35,11 +35,18 @@ def schedule(kind: str, step: int, total: int, warmup: float) -> float:
 
 
 def step(optimizer: torch.optim.Optimizer, lr: float, clip: float) -> Tensor:
-    """Clip the global gradient norm to `clip`, update, clear; returns the norm before clipping."""
+    """Clip the global gradient norm to `clip`, update, clear; returns the norm before clipping.
+
+    Raises ValueError, on every rank, before a norm that is NaN or infinite spoils the weights.
+    """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = nn.utils.clip_grad_norm_(parameters, clip)
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    if not norm.isfinite():
+        raise ValueError(f"the gradient norm is {float(norm)}, so this step is not taken; lower "
+                         "--lr, or look for what is unusual in the rows of this step")  # fmt: skip
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad()
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    return norm

@@ -45,7 +45,8 @@ def conversation(messages: object, system: bool = True) -> list[tuple[str, str]]
             raise ValueError(f"message {k} must have role and content, got {str(message)[:80]!r}")
         role, content = message["role"], message["content"]
         if role not in ROLES:
-            raise ValueError(f"message {k} has role {str(role)[:40]!r}; known roles are {', '.join(ROLES)}")
+            known = ", ".join(ROLES)
+            raise ValueError(f"message {k} has role {str(role)[:40]!r}; known roles are {known}")
         if not isinstance(content, str):
             raise ValueError(f"message {k} has content of type {type(content).__name__}, not text")
         turns.append((role, content))

@@ -68,8 +68,9 @@ def load(folder: Path | str, model: Mistral) -> None:
         found.pop("lm_head.weight", None)
     check(folder, found, parameters)
     broken = []
-    quiet = dist.is_initialized() and dist.get_rank() > 0
-    for name, parameter in tqdm(parameters.items(), "weights", delay=3, leave=False, disable=quiet):
+    hidden = True if dist.is_initialized() and dist.get_rank() else None  # on a terminal only
+    bar = tqdm(parameters.items(), "weights", delay=3, leave=False, disable=hidden)
+    for name, parameter in bar:
         local, part = _share(parameter)
         if not local.numel():  # fewer rows than ranks
             continue
