@@ -237,8 +237,10 @@ def test_the_trajectory_is_the_same(place, tmp_path, baseline, change):
 
 
 @pytest.mark.parametrize("budget", ["4096", "150"])
-def test_two_ranks_equal_one(place, tmp_path, baseline, budget):
-    """With the wide budget a rank has all its pairs in one row; with the narrow, some have none."""
+def test_two_ranks_equal_one(place, tmp_path, baseline, budget, monkeypatch):
+    """With the wide budget a rank has all its pairs in one row; with the narrow, some have none.
+    The cache is empty, so the reference pass runs on both."""
+    monkeypatch.setenv("ZEPHYR_CACHE", str(tmp_path / "cache"))
     held_out = ("--eval-data", str(place / "test.jsonl"), "--eval-every", "3")
     flags = (*DPO, *held_out, "--microbatch-tokens", budget)
     launch("train_dpo.py", place, tmp_path / "run", 2, *flags)

@@ -87,7 +87,7 @@ def _fill(
     for step in bar:
         for batch in plan.microbatches(step):
             batch = batch.to(ranks.device)
-            sums_P2[batch.pairs] = reference(batch).view(-1, 2)
+            sums_P2[batch.pairs] = reference(batch).view(len(batch.pairs), 2)
             done_P[batch.pairs] = 1
     dist.all_reduce(sums_P2)
     dist.all_reduce(done_P)

@@ -1,0 +1,290 @@
+"""Two ranks against one process: messages, sums, sharded forward, gradients and steps."""
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_model import model
+from test_packing import tokens
+from test_weights import folder_of
+from torch.distributed.tensor import DTensor
+
+from zephyr import anchor, losses, optim, packing, parallel, weights
+from zephyr.data import Pair
+from zephyr.model import Mistral
+from zephyr.packing import PairPlan
+
+
+def torchrun(script: str, where: Path) -> list[dict]:
+    """Run the script on two ranks with `where` as its argument; what each saved as RANK.pt."""
+    (where / "worker.py").write_text(script)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+               where / "worker.py", where]  # fmt: skip
+    here = {"PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1",
+            "GLOO_SOCKET_IFNAME": "lo"}  # fmt: skip
+    process = subprocess.Popen(
+        command, env=os.environ | here, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        said, _ = process.communicate(timeout=120)
+    finally:
+        process.terminate()
+    assert process.returncode == 0, said
+    return [torch.load(where / f"{rank}.pt") for rank in range(2)]
+
+
+def pairs(rank: int) -> packing.Batch:
+    """A micro-batch of three pairs that differs between the ranks."""
+    rng = np.random.default_rng(rank)
+    sizes = rng.integers(1, 12, (3, 3))
+    return packing.pack_pairs([Pair(*(rng.integers(0, 101, n) for n in row)) for row in sizes],
+                              [3 * rank, 3 * rank + 1, 3 * rank + 2])  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    yield parallel.start()
+    parallel.finish()
+
+
+def gradients(m: Mistral, batches: list[packing.Batch]) -> dict[str, torch.Tensor]:
+    """Of the mean over all targets, one batch after the other."""
+    for batch in batches:
+        (losses.sft(m(batch)) / sum(len(b.targets_N) for b in batches)).backward()
+    return {name: p.grad.clone() for name, p in m.named_parameters()}
+
+
+SCRIPT = """
+import os
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+from zephyr import anchor, losses, optim, packing, parallel, weights
+from zephyr.packing import PairPlan
+
+where = Path(sys.argv[1])
+ranks = parallel.start()
+os.environ["ZEPHYR_CACHE"] = str(where / f"cache of {ranks.rank}")
+inputs = torch.load(where / "inputs.pt", weights_only=False)
+batches, data = inputs["batches"], inputs["data"]
+count = sum(len(batch.targets_N) for batch in batches)
+everything = PairPlan(data, len(data), 10**6, 0, 0, 1).microbatches(0)[0]
+
+
+def attempt(act):
+    try:
+        return act()
+    except ValueError as error:
+        return f"ValueError: {error}"
+
+
+def refuse(kind, *guilty):
+    if ranks.rank in guilty:
+        raise kind(f"{ranks.rank} refuses")
+    return f"{ranks.rank} agrees"
+
+
+def built(folder, recompute="none", precision="fp32"):
+    m = parallel.build(weights.config(where / folder), ranks, precision, recompute)
+    parallel.together(lambda: weights.load(where / folder, m))
+    return m
+
+
+def whole(tensors):
+    return {name: x.full_tensor() for name, x in tensors.items()}
+
+
+def backward(m, batches):
+    logprobs = [m(batch) for batch in batches]
+    for logprob_N in logprobs:
+        (losses.sft(logprob_N) * ranks.size / count).backward()
+    return logprobs, whole({name: p.grad for name, p in m.named_parameters()})
+
+
+mine, nothing = batches[ranks.rank], packing.nothing()
+uneven = list(batches) if ranks.rank == 0 else [nothing, nothing]
+results = {
+    "together": [
+        attempt(lambda: parallel.together(partial(refuse, kind, *guilty)))
+        for kind, *guilty in ((ValueError,), (ValueError, 0, 1), (ValueError, 1), (OSError, 1))
+    ],
+    "on_first": [
+        attempt(lambda: parallel.on_first(partial(refuse, ValueError, *guilty)))
+        for guilty in ((), (0,), (1,))
+    ],
+    "total": parallel.total(10 ** ranks.rank, ranks),
+}
+
+
+def on_disk():
+    first = not (where / "built").exists()
+    (where / "built").touch()
+    return first
+
+
+results["once_per_node"] = [parallel.once_per_node(ranks, on_disk)] + [
+    attempt(lambda: parallel.once_per_node(ranks, partial(refuse, ValueError, *guilty)))
+    for guilty in ((0,), (1,))
+]
+for folder in ("base", "tied"):
+    m = built(folder)
+    shards = {name: p.to_local().numel() for name, p in m.named_parameters()}
+    logprobs, gradient = backward(m, [mine])
+    m.zero_grad()
+    plan = PairPlan(data, 3, 40, 0, ranks.rank, ranks.size)
+    anchor.cached(m, plan, 99, folder, "fp32", ranks)
+    cached = anchor.cached(None, plan, 99, folder, "fp32", ranks)  # from rank 0's file alone
+    _, of_uneven = backward(m, uneven)
+    full = backward(built(folder, "full"), [mine])
+    norm = optim.step(optim.adamw(m, 0.1), 1e-3, 1e-2)
+    results[folder] = {
+        "shards": shards, "logprob": logprobs[0].detach(), "gradients": gradient,
+        "uneven": of_uneven, "recomputed": full[1], "norm": norm,
+        "stepped": whole(dict(m.named_parameters())),
+        "tied": m.lm_head.weight is m.model.embed_tokens.weight,
+        "after": m(mine).detach(), "cached": cached(everything),
+    }
+results["bf16"] = backward(built("base", precision="bf16"), [mine])[1]
+torch.save(results, where / f"{ranks.rank}.pt")
+parallel.finish()
+"""
+
+
+@pytest.fixture(scope="module")
+def inputs() -> dict:
+    rng = np.random.default_rng(5)
+    sizes = rng.integers(1, 9, (7, 3))
+    rows = [[rng.integers(0, 101, n).tolist() for n in row] for row in sizes]
+    return {"batches": [pairs(0), pairs(1)], "data": tokens(rows)}
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory, inputs) -> list[dict]:
+    """What each of two ranks found; the models' folders lie beside it."""
+    where = tmp_path_factory.mktemp("two")
+    for name, tied in (("base", False), ("tied", True)):
+        folder_of(model(tie_word_embeddings=tied), where / name)
+    torch.save(inputs, where / "inputs.pt")
+    return torchrun(SCRIPT, where)
+
+
+def test_together_every_rank_raises_the_first_failing_ranks_message(two):
+    for rank, found in enumerate(two):
+        agreed, first, second, system = found["together"]
+        assert agreed == f"{rank} agrees"
+        assert first == "ValueError: 0 refuses"
+        assert second == system == "ValueError: 1 refuses"
+
+
+def test_on_first_only_rank_0_builds_and_every_rank_has_it(two):
+    for found in two:
+        assert found["on_first"] == ["0 agrees", "ValueError: 0 refuses", "0 agrees"]
+
+
+def test_once_per_node_the_first_rank_builds_and_the_others_find_it(two):
+    assert two[0]["once_per_node"][0] and not two[1]["once_per_node"][0]
+    for found in two:
+        assert found["once_per_node"][1:] == ["ValueError: 0 refuses", "ValueError: 1 refuses"]
+
+
+def test_total(two):
+    assert [found["total"] for found in two] == [11, 11]
+
+
+def close(ours: dict, expected: dict, tolerance: float) -> None:
+    assert ours.keys() == expected.keys()
+    for name in ours:
+        difference = (ours[name] - expected[name]).abs().max()
+        assert difference <= tolerance, f"{name}: {difference}"
+
+
+@pytest.mark.parametrize("folder", ["base", "tied"])
+def test_two_ranks_equal_one_process(two, inputs, folder):
+    m = model(tie_word_embeddings=folder == "tied")
+    logprobs = [m(batch).detach() for batch in inputs["batches"]]
+    expected = gradients(m, inputs["batches"])
+    norm = optim.step(optim.adamw(m, 0.1), 1e-3, 1e-2)
+    after = [m(batch).detach() for batch in inputs["batches"]]
+    for rank, found in enumerate(each[folder] for each in two):
+        assert found["tied"] == (folder == "tied")
+        assert ("lm_head.weight" in found["shards"]) == (folder == "base")
+        assert found["shards"]["model.embed_tokens.weight"] in (51 * 32, 50 * 32)
+        torch.testing.assert_close(found["logprob"], logprobs[rank], rtol=0, atol=1e-6)
+        close(found["gradients"], expected, 1e-6)
+        close(found["uneven"], expected, 1e-6)
+        assert all(torch.equal(found["recomputed"][n], g) for n, g in found["gradients"].items())
+        assert float(found["norm"]) == pytest.approx(float(norm), rel=1e-5) and norm > 1e-2
+        close(found["stepped"], {name: p.detach() for name, p in m.named_parameters()}, 1e-5)
+        torch.testing.assert_close(found["after"], after[rank], rtol=0, atol=1e-3)
+        assert (found["after"] - logprobs[rank]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("folder", ["base", "tied"])
+def test_two_ranks_fill_the_reference_cache_as_one_would(two, inputs, folder):
+    """A last step of one pair leaves the second rank nothing to do."""
+    m, data = model(tie_word_embeddings=folder == "tied"), inputs["data"]
+    everything, = PairPlan(data, len(data), 10**6, 0, 0, 1).microbatches(0)
+    for found in two:
+        torch.testing.assert_close(found[folder]["cached"], anchor.live(m)(everything))
+
+
+def test_bf16_gradients_are_added_in_fp32(two, inputs):
+    """Each rank's own are bf16; the sum of two has more digits."""
+    narrow, count = model().bfloat16(), sum(len(b.targets_N) for b in inputs["batches"])
+    expected = {}
+    for batch in inputs["batches"]:
+        narrow.zero_grad()
+        (losses.sft(narrow(batch)) * 2 / count).backward()
+        for name, p in narrow.named_parameters():
+            expected[name] = expected.get(name, 0) + p.grad.float() / 2
+    for found in two:
+        assert all(torch.equal(found["bf16"][name], g) for name, g in expected.items())
+    assert any((g != g.bfloat16()).any() for g in expected.values())
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_one_process_in_fp32_is_a_plain_module(ranks, inputs, tmp_path, recompute):
+    m = model()
+    built = parallel.build(m.config, ranks, "fp32", recompute)
+    weights.load(folder_of(m, tmp_path / "base"), built)
+    assert not any(isinstance(p, DTensor) for p in built.parameters())
+    expected = gradients(m, inputs["batches"])
+    ours = gradients(built, inputs["batches"])
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])
+def test_bf16_computes_narrow_and_keeps_fp32(ranks, inputs, tmp_path, tied, recompute):
+    """The oracle is the same model in bf16, its gradients widened before they are added."""
+    m = model(tie_word_embeddings=tied)
+    built = parallel.build(m.config, ranks, "bf16", recompute)
+    weights.load(folder_of(m, tmp_path / "base"), built)
+    narrow, seen, expected = copy.deepcopy(m).bfloat16(), [], {}
+    built.model.layers[1].mlp.register_forward_hook(lambda *call: seen.append(call[2].dtype))
+    for batch in inputs["batches"]:
+        logprob_N, narrow_N = built(batch), narrow(batch)
+        assert logprob_N.dtype == torch.float32 and torch.equal(logprob_N, narrow_N)
+        (losses.sft(logprob_N) / len(batch.targets_N)).backward()
+        for name, g in gradients(narrow, [batch]).items():
+            expected[name] = expected.get(name, 0) + g.float()
+        narrow.zero_grad()
+    assert set(seen) == {torch.bfloat16}
+    for name, p in built.named_parameters():
+        assert p.dtype == p.grad.dtype == torch.float32
+        assert torch.equal(p.full_tensor(), m.get_parameter(name))
+        assert torch.equal(p.grad.full_tensor(), expected[name]), name
+
+
+def test_only_the_first_rank_speaks(ranks, capsys):
+    ranks.say("hello")
+    ranks._replace(rank=1).say("silence")
+    shown = capsys.readouterr()
+    assert shown.err == "hello\n" and shown.out == ""
