@@ -296,5 +296,5 @@ def test_checkpoints_without_their_settings_are_refused(ranks, c, damage):
         c = SFTConfig(model=c.model, data=c.data, out=c.out)
     else:
         (Path(c.out) / "run.json").write_text(damage)
-    with pytest.raises(ValueError, match=rf"but no config.toml and run.json of a \[{c.table}\] run;"):
+    with pytest.raises(ValueError, match=rf"no config.toml and run.json of a \[{c.table}\] run;"):
         checkpoint.open_run(c, "digest", ranks)

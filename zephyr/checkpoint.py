@@ -15,6 +15,7 @@ import platform
 import shutil
 import subprocess
 import tomllib
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -56,7 +57,8 @@ def _open(c: Training, digest: str, ranks: Ranks) -> Path | None:
         _same_trajectory(c, digest, out)
         return saved[-1]
     about = json.dumps(_about(digest, ranks), indent=1) + "\n"
-    for name, text in (("config.toml", config.to_toml(c)), ("run.json", about)):
+    recipe = config.to_toml(replace(c, resume="auto"))  # run as a recipe, it moves nothing aside
+    for name, text in (("config.toml", recipe), ("run.json", about)):
         with files.atomic(out / name) as file:
             file.write(text.encode())
     return None
