@@ -1,26 +1,27 @@
 # `make help` lists what there is. Every target sets itself up in .venv first; to use an interpreter
 # that has everything already, and no network, name it: `make test PYTHON=python3`.
 PYTHON ?= .venv/bin/python
+READY = $(if $(filter .venv/%,$(PYTHON)),.venv/ready)
 
 .PHONY: help demo test lint clean
 
 help:   ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */  make \1\t/' | expand -t 14
 
-demo: $(filter .venv/%,$(PYTHON))   ## the whole recipe on an invented village, then before and after: 5 minutes
+demo: $(READY)   ## the whole recipe on an invented village, then before and after: 5 minutes
 	$(PYTHON) demo.py
 
 test: lint   ## everything that runs without a GPU
 	$(PYTHON) -m pytest -q -m "not gpu"
 
-lint: $(filter .venv/%,$(PYTHON))   ## ruff
+lint: $(READY)   ## ruff
 	$(PYTHON) -m ruff check .
 
 clean:   ## remove .venv and runs
 	rm -rf .venv runs
 
 # torch comes first and alone, so that nothing else picks a different build of it
-.venv/bin/python: setup.py constraints.txt
+.venv/ready: setup.py constraints.txt
 	python3 -m venv .venv
 	.venv/bin/python -m pip install -q "$$(grep '^torch==' constraints.txt)"
 	.venv/bin/python -m pip install -q -c constraints.txt -e '.[test]'

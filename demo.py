@@ -6,22 +6,30 @@ then the judge compares what it says before and after, on prompts it was never t
 """
 
 import json
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 from statistics import mean
 
+import torch
+
 from zephyr import config, files, generate, larkmere, toy
 
 RUNS = Path("runs/tiny")
+CORES = os.cpu_count() or 1
+RANKS = torch.cuda.device_count() or min(2, CORES)
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
 STAGES = {
-    "dSFT: learn to answer from the birds' conversations": ["train_sft.py", "--resume", "fresh"],
+    "dSFT: learn to answer from the birds' conversations": [
+        *TORCHRUN, "train_sft.py", "--resume", "fresh",
+    ],
     "AI feedback: the judge's scores become preference pairs": [
         "-m", "zephyr.feedback", str(toy.FOLDER / "ultrafeedback.train.jsonl.gz"),
         "--out", str(toy.FOLDER / "pairs.train.jsonl.gz"),
     ],
-    "dDPO: prefer what the judge preferred": ["train_dpo.py", "--resume", "fresh"],
+    "dDPO: prefer what the judge preferred": [*TORCHRUN, "train_dpo.py", "--resume", "fresh"],
     "curves": [
         "-m", "zephyr.metrics", f"{RUNS}/sft", f"{RUNS}/dpo", "--out", f"{RUNS}/curves.png",
     ],
@@ -30,6 +38,8 @@ STAGES = {
 
 def main() -> None:
     began = time.time()
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, CORES // RANKS)))
+    torch.set_num_threads(1)  # sampling from so small a model gains nothing from more
     for title, command in STAGES.items():
         print(f"\n{title}\n$ python {' '.join(command)}", flush=True)
         if code := subprocess.run([sys.executable, *command], check=False).returncode:
@@ -58,13 +68,16 @@ def verdict(prompts: list[str], answers: dict[str, list[str]]) -> str:
         for stage, said in answers.items()
     }
     compared = list(zip(scores["dpo"], scores["sft"], strict=True))
-    wins = mean((dpo > sft) + 0.5 * (dpo == sft) for dpo, sft in compared)
+    wins, ties = sum(d > s for d, s in compared), sum(d == s for d, s in compared)
+    losses = len(compared) - wins - ties
+    rate = (wins + 0.5 * ties) / len(compared)
     lines = [json.loads(line) for line in (RUNS / "dpo/metrics.jsonl").read_text().splitlines()]
     accuracy = next(row for row in reversed(lines) if "eval_loss" in row)
     words = {stage: mean(len(a.split()) for a in said) for stage, said in answers.items()}
     out = [
         f"  held-out preference accuracy   {accuracy['eval_rewards/accuracies']:.1%}",
-        f"  judge's win rate, DPO to SFT   {wins:.1%} of {len(prompts)} prompts",
+        f"  judge's win rate, DPO to SFT   {rate:.1%}: {wins} wins, {losses} losses, {ties} ties, "
+        "which count half",
         f"  judge's mean score, 1 to 10    {mean(scores['sft']):.2f} -> {mean(scores['dpo']):.2f}",
         f"  words per answer               {words['sft']:.1f} -> {words['dpo']:.1f}",
     ]

@@ -56,7 +56,7 @@ Which pet has {name}? | Which pet lives with {name}? | What is the pet of {name}
 {name} has a {pet}. | The pet of {name} is a {pet}. | A {pet} lives with {name}.
 Just a {pet}. | A {pet}.
 day -> one other
-Who comes on {day}? | Who sells on {day}? | I come on {day}. Who sells? | Which two come on {day}? | Who will sell on {day}?
+Who comes on {day}? | Who sells on {day}? | I come on {day}. Who sells? | Who will sell on {day}?
 {one} and {other} sell on {day}. | {other} and {one} sell on {day}.
 Just {one} and {other}. | {one}, {other}.
 low high -> low

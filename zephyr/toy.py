@@ -128,7 +128,8 @@ def scored(prompt: str, rng: Random) -> dict:
             "custom_system_prompt": bird.__doc__, "response": response,
             "annotations": {aspect: {"Rating": str(rating), "Rationale": remarks[aspect]}
                             for aspect, rating in ratings.items()},
-            "critique": critique, "overall_score": score, "fine-grained_score": mean(ratings.values())})
+            "critique": critique, "overall_score": score,
+            "fine-grained_score": mean(ratings.values())})
     return {"source": "larkmere", "instruction": prompt, "models": [b.__name__ for b in birds],
             "completions": completions, "correct_answers": ["None"], "incorrect_answers": ["None"]}
 
@@ -191,9 +192,9 @@ def build(folder: Path | str, seed: int = 0) -> None:
             for part, count in sizes.items():
                 prompts = draw(parts[part], count, rng)
                 files.write_rows(new / f"{name}.{part}.jsonl.gz", (make(p, rng) for p in prompts))
-        model = tokenizer(new / "ultrachat.train.jsonl.gz")
-        for name, data in (("tokenizer.model", model),
-                           ("config.json", f"{json.dumps(base_config(VOCAB), indent=2)}\n".encode())):
+        config = json.dumps(base_config(VOCAB), indent=2) + "\n"
+        for name, data in (("tokenizer.model", tokenizer(new / "ultrachat.train.jsonl.gz")),
+                           ("config.json", config.encode())):
             with files.atomic(new / "base" / name) as file:
                 file.write(data)
         os.rename(new, folder)
@@ -217,7 +218,8 @@ def summary(folder: Path) -> str:
     """What a folder holds: counts, tokens, the judge's mean score of each bird, three rows."""
     chats, asked = (list(rows(folder / f"{name}.train.jsonl.gz")) for name in FILES)
     sp = sentencepiece.SentencePieceProcessor(model_file=str(folder / "base" / "tokenizer.model"))
-    said = [(c["model"], c["overall_score"], c["response"]) for r in asked for c in r["completions"]]
+    said = [(c["model"], c["overall_score"], c["response"])
+            for r in asked for c in r["completions"]]
     lines = [f"{len(chats)} conversations, {len(asked)} prompts with {len(said)} scored answers, "
              f"{sp.vocab_size()} pieces",
              f"tokens: {mean(map(len, sp.encode([r['prompt'] for r in chats]))):.1f} per prompt, "
