@@ -90,7 +90,7 @@ def cuckoo(q: Question, rng: Random) -> list[str]:
     return owl(q, rng, slip=manner == "wrong")
 
 
-BIRDS = {owl: 5, wren: 6, magpie: 5, cuckoo: 2}  # and their shares of the conversations
+BIRDS = {owl: 3, wren: 6, magpie: 5, cuckoo: 2}  # and their shares of the conversations
 
 
 def draw(texts: Iterable[str], count: int, rng: Random) -> list[str]:
