@@ -40,6 +40,8 @@ def main() -> None:
     earlier = parallel.together(lambda: checkpoint.open_run(c, train.data.digest, ranks))
     policy = parallel.build(shape, ranks, c.precision, c.recompute)
     parallel.together(lambda: weights.load(c.model, policy))
+    # before any forward: see optim.adamw
+    optimizer = optim.adamw(policy, c.weight_decay)
     if c.reference == "live":
         frozen = parallel.build(shape, ranks, c.precision)
         parallel.together(lambda: weights.load(c.model, frozen))
@@ -48,7 +50,6 @@ def main() -> None:
         origin = parallel.on_first(lambda: weights.digest(c.model))
         cached = partial(anchor.cached, policy, weights=origin, precision=c.precision, ranks=ranks)
         anchors = [cached(train, steps), held_out and cached(held_out, held_out.steps_per_epoch)]
-    optimizer = optim.adamw(policy, c.weight_decay)
     start = checkpoint.load(earlier, policy, optimizer) if earlier else 0
     log = metrics.Log(c.out, steps, losses.METRICS, start_step=start, every=c.log_every,
                       rank=ranks.rank, world=ranks.size, device=ranks.device)  # fmt: skip

@@ -4,12 +4,19 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 BETAS, EPS = (0.9, 0.999), 1e-8  # Zephyr's (model card of zephyr-7b-beta)
 
 
 def adamw(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW (arXiv:1711.05101) on fp32 masters; norms, being vectors, are not decayed."""
+    """AdamW (arXiv:1711.05101) on fp32 masters; norms, being vectors, are not decayed.
+
+    Build it before the first forward: one without a backward leaves the parameters of FSDP's root
+    gathered, and those are not the ones that backward and step would then work on.
+    """
+    sharded = {isinstance(p, DTensor) for p in model.parameters()}
+    assert len(sharded) == 1, "some parameters are gathered: build the optimizer before a forward"
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() == 1]
     groups = [
