@@ -393,7 +393,7 @@ def test_help(capsys):
 
 
 def test_parquet_rows_give_the_pairs_of_json_rows(tmp_path, capsys):
-    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow
     from pyarrow import parquet
 
     raw = raw_file(tmp_path / "raw.jsonl")

@@ -43,7 +43,7 @@ def test_formats_read_the_same_rows(tmp_path, name, escape):
 
 
 def test_parquet_is_read_over_row_groups(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow
     from pyarrow import parquet
 
     rows = [{"id": i, "messages": [{"role": "user", "content": str(i)}]} for i in range(1000)]
@@ -55,7 +55,6 @@ def test_parquet_is_read_over_row_groups(tmp_path):
 
 
 def test_parquet_damage(tmp_path, monkeypatch):
-    pytest.importorskip("pyarrow")
     for data, why in [(b"", "is empty"), (b"PAR1 and no more", "cannot read past row 0: "),
                       (b'{"a": 1}\n', "is not a parquet file; name it for what it is"),
                       (b"version https://git-lfs.github.com/spec/v1", "is a Git LFS pointer")]:

@@ -14,6 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from zephyr.files import unique
+
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEADER_BYTES = 100 << 20  # safetensors' own limit
 FILES = 1000
@@ -31,21 +33,13 @@ class Stored(NamedTuple):
 def read_json(path: Path, text: bytes | None = None) -> dict:
     """The JSON object in a file, or in `text`, a part of it; no key may come twice."""
     try:
-        value = json.loads(path.read_bytes() if text is None else text, object_pairs_hook=_unique)
+        value = json.loads(path.read_bytes() if text is None else text, object_pairs_hook=unique)
     except OSError as error:
         raise ValueError(f"{path}: cannot read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: malformed JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a JSON {type(value).__name__}, not an object")
-    return value
-
-
-def _unique(pairs: list[tuple[str, object]]) -> dict:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"key {next(k for k in value if keys.count(k) > 1)[:80]!r} appears twice")
     return value
 
 

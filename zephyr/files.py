@@ -241,7 +241,7 @@ def _row(where: str, data: bytes, offset: int = 0) -> dict:
         raise BadRow(f"{where}: longer than {LINE_BYTES >> 20} MiB, the limit for one row")
     try:
         text = data.decode().removeprefix("\ufeff").rstrip("\r\n")
-        row = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_unique)
+        row = json.loads(text, parse_constant=_no_constant, object_pairs_hook=unique)
         if re.search(r"\\u[dD][89a-fA-F]", text):
             json.dumps(row, ensure_ascii=False).encode()
     except UnicodeDecodeError as error:
@@ -268,7 +268,8 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not a JSON number")
 
 
-def _unique(pairs: list[tuple[str, object]]) -> dict:
+def unique(pairs: list[tuple[str, object]]) -> dict:
+    """json's object_pairs_hook that refuses a key which comes twice, where json keeps the last."""
     row = dict(pairs)
     if len(row) < len(pairs):
         twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
