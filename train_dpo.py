@@ -18,6 +18,8 @@ from zephyr.tokenizer import Tokenizer
 
 def main() -> None:
     c, recipe = config.parse(DPOConfig, doc=__doc__)
+    if recipe == "tiny" and not Path(c.model).exists():
+        raise ValueError(f"{c.model} is not there yet; run train_sft.py first, it makes it")
     ranks = parallel.start()
     if recipe == "tiny":
         parallel.once_per_node(ranks, toy.ensure_pairs)

@@ -130,3 +130,13 @@ def test_a_model_that_is_not_finite_stops_where_it_is_noticed(fails, place, tmp_
     weights["model.norm.weight"][3] = torch.nan
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     assert "NaN or infinity in model.norm.weight" in fails(train_dpo, *DPO, model=broken)
+
+
+def test_the_second_stage_before_the_first(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train_dpo.py"])
+    with pytest.raises(SystemExit) as stop:
+        config.run(train_dpo.main)
+    assert stop.value.code == 2
+    assert "runs/tiny/sft/model is not there yet; run train_sft.py first" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
