@@ -36,7 +36,7 @@ def main() -> None:
     held_out = plan(c.eval_data, shuffle=False) if c.eval_data else None
     steps = c.steps or c.epochs * train.steps_per_epoch
 
-    earlier = parallel.together(lambda: checkpoint.open_run(c, train.data.digest, ranks))
+    earlier = checkpoint.open_run(c, train.data.digest, ranks)
     model = parallel.build(shape, ranks, c.precision, c.recompute)
     parallel.together(lambda: weights.load(c.model, model))
     optimizer = optim.adamw(model, c.weight_decay)

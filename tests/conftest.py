@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,16 @@ def pytest_configure() -> None:
 def cache_folder(tmp_path_factory, monkeypatch):
     """Tests never touch the user's cache."""
     monkeypatch.setenv("ZEPHYR_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@dataclass
+class Limits:
+    """What of a config `zephyr.data` reads; the lengths are recipe B's."""
+
+    max_length: int = 1024
+    max_prompt_length: int = 512
+    empty_system: bool = True
+    on_bad_row: str = "stop"
 
 
 def shared(name: str) -> Path:

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,17 +15,9 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import shared
+from conftest import Limits, shared
 from zephyr import data, feedback, files
 from zephyr.tokenizer import Tokenizer
-
-
-@dataclass
-class Limits:
-    max_length: int = 1024
-    max_prompt_length: int = 512
-    empty_system: bool = True
-    on_bad_row: str = "stop"
 
 
 def chat(*contents, system=None):

@@ -1,6 +1,5 @@
 """The packed row of the docstrings, the plan's invariants, and how full micro-batches are."""
 
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -8,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import shared
+from conftest import Limits, shared
 from zephyr import config, data, packing
 from zephyr.data import Pair, Tokens
 from zephyr.tokenizer import Tokenizer
@@ -77,17 +76,9 @@ def test_bins_hold_every_item_once_within_the_budget(lengths, budget, multiple):
     assert len(groups) % multiple == 0
 
 
-@dataclass
-class Limits:
-    max_length: int = 1024
-    max_prompt_length: int = 512
-    empty_system: bool = True
-    on_bad_row: str = "stop"
-
-
 @pytest.fixture(scope="module")
 def real_pairs(tmp_path_factory):
-    """Pairs of the real sample: its best and second completions, with Mistral's tokenizer."""
+    """Pairs that zephyr.feedback makes of the real sample, with Mistral's tokenizer."""
     from zephyr import feedback
 
     out = tmp_path_factory.mktemp("real") / "pairs.jsonl"
