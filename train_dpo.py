@@ -59,11 +59,8 @@ def main() -> None:
     def forward(batch: Batch, reference: anchor.Reference) -> dict[str, Tensor]:
         """Loss and metrics of a micro-batch, summed over its pairs."""
         batch = batch.to(ranks.device)
-        logprob_N, responses = policy(batch), 2 * len(batch.pairs)
-        policy_2P = losses.response_sums(logprob_N, batch.response_N, responses)
-        tokens_2P = losses.response_sums(torch.ones_like(logprob_N), batch.response_N, responses)
         per_pair = losses.preference(
-            c.loss, policy_2P, reference(batch), tokens_2P, c.beta, c.label_smoothing
+            c.loss, policy(batch), batch.response_N, reference(batch), c.beta, c.label_smoothing
         )
         return {name: value_P.sum() for name, value_P in per_pair.items()}
 

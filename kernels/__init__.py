@@ -1,29 +1,97 @@
 """Fused ops for training on token log-probs, and the one rule that picks their implementation.
 
-They know tensors, not language models, and never import `zephyr`.
+    from kernels import linear_logprob, dpo_loss, response_sums
+
+They know tensors, not language models: torch is all they need, and Triton on a GPU.
+ZEPHYR_KERNELS forces one of three implementations:
+
+    triton     the default on CUDA; elsewhere only interpreted (TRITON_INTERPRET=1), for tests
+    torch      the default elsewhere: the same algorithm with its row steps in torch ops
+    reference  the specification, kernels/reference.py
+
+N predicting rows  D width  V vocabulary  P pairs  2P responses
 """
 
 import os
 
+import torch
 from torch import Tensor
 
-from kernels import reference
+from kernels import fused_dpo, fused_logprob, jit, reference
+from kernels.reference import Preference
 
-IMPLEMENTATIONS = ("reference",)
+IMPLEMENTATIONS = ("triton", "torch", "reference")
 
 
-def implementation() -> str:
-    """The implementation every op uses: ZEPHYR_KERNELS if set, else `reference`.
-
-    Raises ValueError when the variable asks for one that this installation does not have.
-    """
-    choice = os.environ.get("ZEPHYR_KERNELS") or "reference"
+def implementation(device: torch.device) -> str:
+    """The implementation for tensors on `device`: ZEPHYR_KERNELS if set, else Triton on CUDA and
+    torch elsewhere. Raises ValueError where that cannot run; nothing falls back silently."""
+    forced = os.environ.get("ZEPHYR_KERNELS")
+    choice = forced or ("triton" if device.type == "cuda" else "torch")
     if choice not in IMPLEMENTATIONS:
-        have = ", ".join(IMPLEMENTATIONS)
-        raise ValueError(f"ZEPHYR_KERNELS={choice}: this installation has {have}; unset it")
+        raise ValueError(f"ZEPHYR_KERNELS={choice} is none of {', '.join(IMPLEMENTATIONS)}")
+    if choice == "triton" and jit.triton is None:
+        raise ValueError("Triton is not installed: pip install triton, or set ZEPHYR_KERNELS=torch")
+    if choice == "triton" and device.type != "cuda" and not jit.INTERPRETED:
+        raise ValueError(f"ZEPHYR_KERNELS=triton: no Triton kernel runs on {device.type}; unset it "
+                         "(tests set TRITON_INTERPRET=1, which is slow)")  # fmt: skip
     return choice
 
 
-def linear_logprob(h_ND: Tensor, w_VD: Tensor, targets_N: Tensor) -> Tensor:
-    """log p(target) per row [N], fp32 nats, p = softmax(h @ wᵀ). See `reference.linear_logprob`."""
-    return {"reference": reference.linear_logprob}[implementation()](h_ND, w_VD, targets_N)
+def linear_logprob(
+    h_ND: Tensor, w_VD: Tensor, targets_N: Tensor, workspace: int = 2**30
+) -> Tensor:
+    """log p(target) per row [N], nats, p = softmax(h wᵀ); differentiable in h and w.
+
+    fp32 for bf16, fp16 and fp32 inputs (fp64 for fp64): logits are never rounded to half precision.
+    `workspace`, in bytes, bounds what is held of [N, V]; while softmax - onehot fits 7/8 of it,
+    forward and backward are three matmuls, beyond it four, and without a gradient one. Two runs
+    give equal bits. Raises ValueError if shapes or dtypes do not match or, on a CPU, if a target is
+    not in 0..V-1; on a GPU, where looking would stall it, such a row's log-prob is NaN.
+    """
+    choice = implementation(h_ND.device)
+    if choice == "reference":
+        return reference.linear_logprob(h_ND, w_VD, targets_N)
+    return fused_logprob.linear_logprob(h_ND, w_VD, targets_N, workspace, choice == "triton")
+
+
+def response_sums(logprob_N: Tensor, response_N: Tensor, responses: int) -> Tensor:
+    """Sum of each response's token log-probs [responses]; `response_N` ascends from 0.
+
+    The order of summation is fixed, and the same as in `dpo_loss`: there, a policy that equals its
+    reference has margins of exactly 0.
+    """
+    if implementation(logprob_N.device) == "triton":
+        return fused_dpo.response_sums(logprob_N, response_N, responses)
+    return reference.response_sums(logprob_N, response_N, responses)
+
+
+def dpo_loss(
+    logprob_N: Tensor, response_N: Tensor, reference_2P: Tensor, beta: float,
+    smoothing: float = 0.0, objective: str = "dpo",
+) -> Preference:  # fmt: skip
+    """Loss of each pair from the policy's token log-probs, and its rewards: see `Preference`.
+
+    `response_N` says which response a token belongs to, ascending; pair k's chosen is response 2k,
+    its rejected 2k+1. `reference_2P` are the reference's sums (`response_sums`). Two pairs:
+
+        logprob    -1 -2 | -3 | -1 | -2 -2      reference  -4 -3 -1 -3
+        response    0  0 |  1 |  2 |  3  3
+        logprob_2P    -3   -3   -1     -4       log-ratio   1  0  0 -1
+
+    so both log-ratios' differences h are 1, and with β = 1 both losses are -log σ(1) = 0.3133.
+
+    `dpo`:  -(1-ε) log σ(βh) - ε log σ(-βh), ε = `smoothing`   (arXiv:2305.18290, Eq. 7, and cDPO)
+    `ipo`:  (h - 1/(2β))², with log-ratios averaged over a response's tokens   (arXiv:2310.12036)
+    Raises ValueError if shapes do not match, or for an objective that is neither.
+    """
+    if objective not in ("dpo", "ipo"):
+        raise ValueError(f"objective {objective!r} is neither 'dpo' nor 'ipo'")
+    if logprob_N.shape != response_N.shape or logprob_N.dim() != 1:
+        raise ValueError(f"logprob is {list(logprob_N.shape)} and response "
+                         f"{list(response_N.shape)}; both are [N]")  # fmt: skip
+    if reference_2P.dim() != 1 or len(reference_2P) % 2:
+        raise ValueError(f"reference is {list(reference_2P.shape)}; it has a chosen and a rejected "
+                         "entry for each pair")  # fmt: skip
+    run = fused_dpo if implementation(logprob_N.device) == "triton" else reference
+    return run.dpo_loss(logprob_N, response_N, reference_2P, beta, smoothing, objective)

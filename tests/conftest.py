@@ -6,12 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 # a shared machine may pause anywhere, so no property is held to a time
 settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("unhurried")
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports a kernel
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run small tensors, and subprocesses beside
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"

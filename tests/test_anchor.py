@@ -8,7 +8,8 @@ import torch
 from test_model import model, packed
 from test_packing import tokens
 
-from zephyr import anchor, data, losses, parallel
+import kernels
+from zephyr import anchor, data, parallel
 from zephyr.data import Tokens
 from zephyr.packing import PairPlan
 
@@ -94,7 +95,7 @@ def test_training_starts_from_equal_bits(ranks):
     m, p = model(), plan(pairs())
     reference = cached(m, p, ranks)
     for batch in p.epoch():
-        policy_2P = losses.response_sums(m(batch), batch.response_N, 2 * len(batch.pairs))
+        policy_2P = kernels.response_sums(m(batch), batch.response_N, 2 * len(batch.pairs))
         assert policy_2P.requires_grad and torch.equal(policy_2P, reference(batch))
 
 
@@ -147,7 +148,7 @@ def test_another_device_or_implementation_too(ranks, monkeypatch):
 
     monkeypatch.setattr(anchor, "_read", read)
     for implementation in ("reference", "triton"):
-        monkeypatch.setattr(anchor.kernels, "implementation", lambda name=implementation: name)
+        monkeypatch.setattr(anchor.kernels, "implementation", lambda _, name=implementation: name)
         for device in ("cpu", "cuda"):
             with pytest.raises(ValueError, match="far enough"):
                 cached(never, plan(pairs()), ranks._replace(device=torch.device(device)))

@@ -210,7 +210,7 @@ def test_a_fresh_start_writes_what_reproduces_it(ranks, c):
     again, _ = config.parse(DPOConfig, [str(out / "config.toml")])
     assert again == c
     about = json.loads((out / "run.json").read_text())
-    assert about["data"] == "digest" and about["ranks"] == 1 and about["kernels"] == "reference"
+    assert about["data"] == "digest" and about["ranks"] == 1 and about["kernels"] == "torch"
     assert about["torch"] == torch.__version__ and about["safetensors"]
 
 

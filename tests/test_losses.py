@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import kernels
 from zephyr import losses
 
 MARGINS = [-1e4, -300.0, -50.0, -1.0, -1e-3, 0.0, 1e-3, 0.7, 1.0, 50.0, 300.0, 1e4]
@@ -69,6 +70,14 @@ def test_known_values_at_zero():
     assert float(losses.hinge(zero, 0.1, 0.0)) == 1.0
 
 
+def preference(name, policy_2P, reference_2P, tokens_2P, beta, smoothing=0.0):
+    """`losses.preference` of responses with these sums and as many equal tokens."""
+    tokens_2P = tokens_2P.long()
+    logprob_N = (policy_2P / tokens_2P).repeat_interleave(tokens_2P)
+    response_N = torch.arange(len(tokens_2P)).repeat_interleave(tokens_2P)
+    return losses.preference(name, logprob_N, response_N, reference_2P, beta, smoothing)
+
+
 values = st.floats(-500, 0, width=32)
 
 
@@ -78,7 +87,7 @@ def test_metrics_of_interleaved_responses(rows):
     rows = np.array(rows, np.float64)
     policy, reference = rows[:, :2].ravel(), rows[:, 2:].ravel()
     tokens = np.arange(1, len(policy) + 1, dtype=np.float64)
-    got = losses.preference(
+    got = preference(
         "dpo", torch.tensor(policy), torch.tensor(reference), torch.tensor(tokens), 0.1
     )
     chosen, rejected = 0.1 * (rows[:, 0] - rows[:, 2]), 0.1 * (rows[:, 1] - rows[:, 3])
@@ -86,25 +95,49 @@ def test_metrics_of_interleaved_responses(rows):
     np.testing.assert_allclose(got["rewards/chosen"], chosen, atol=1e-12)
     np.testing.assert_allclose(got["rewards/rejected"], rejected, atol=1e-12)
     np.testing.assert_allclose(got["rewards/margins"], chosen - rejected, atol=1e-12)
-    np.testing.assert_allclose(got["logps/chosen"], rows[:, 0])
-    np.testing.assert_allclose(got["logps/rejected"], rows[:, 1])
+    np.testing.assert_allclose(got["logps/chosen"], rows[:, 0], atol=1e-12)
+    np.testing.assert_allclose(got["logps/rejected"], rows[:, 1], atol=1e-12)
     expected = [truth("dpo", (c - r) / 0.1, 0.1, 0.0)[0]
                 for c, r in zip(chosen, rejected, strict=True)]  # fmt: skip
     np.testing.assert_allclose(got["loss"], expected, rtol=1e-9, atol=1e-12)
     assert set(got) == set(losses.METRICS)
 
 
-def test_equal_policies_have_accuracy_zero():
-    x = torch.randn(6)
-    got = losses.preference("dpo", x, x, torch.ones(6), 0.1)
-    assert got["rewards/accuracies"].tolist() == [0.0] * 3
+@pytest.mark.parametrize("name", losses.OBJECTIVES)
+def test_equal_policies_have_accuracy_zero(name):
+    logprob, response = torch.randn(60), torch.arange(6).repeat_interleave(10)
+    got = losses.preference(name, logprob, response, kernels.response_sums(logprob, response, 6), 1)
+    assert got["rewards/margins"].tolist() == got["rewards/accuracies"].tolist() == [0.0] * 3
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("name", losses.OBJECTIVES)
+def test_the_loss_and_its_gradient_are_those_of_the_objective(name, smoothing):
+    """Whether it runs fused or not: through sums, ratios and, for ipo, lengths written out here."""
+    g = torch.Generator().manual_seed(0)
+    tokens = torch.randint(1, 9, (8,), generator=g)
+    logprob = -torch.rand(int(tokens.sum()), dtype=torch.float64, generator=g)
+    reference, upstream = -torch.rand(8, dtype=torch.float64, generator=g) * 5, torch.randn(4)
+    response = torch.arange(8).repeat_interleave(tokens)
+    logprob.requires_grad_()
+    got = losses.preference(name, logprob, response, reference, 0.3, smoothing)
+    slope, = torch.autograd.grad(got["loss"], logprob, upstream.double())
+    weight = 1 / tokens if name == "ipo" else torch.ones(8)
+    sums = [s.sum() for s in logprob.detach().split(tokens.tolist())]
+    ratio = [float((s - r) * w) for s, r, w in zip(sums, reference, weight, strict=True)]
+    for k in range(4):
+        loss, dh = truth(name, ratio[2 * k] - ratio[2 * k + 1], 0.3, smoothing)
+        assert float(got["loss"][k].detach()) == pytest.approx(loss, rel=1e-6)
+        for r, sign in ((2 * k, 1), (2 * k + 1, -1)):
+            expected = sign * dh * float(upstream[k] * weight[r])
+            assert slope[response == r].tolist() == pytest.approx([expected] * int(tokens[r]))
 
 
 def test_ipo_divides_by_the_tokens_of_each_response_and_dpo_does_not():
     policy, tokens = torch.tensor([-8.0, -30.0]), torch.tensor([4.0, 10.0])
-    ipo = losses.preference("ipo", policy, torch.zeros(2), tokens, 0.5)
+    ipo = preference("ipo", policy, torch.zeros(2), tokens, 0.5)
     assert float(ipo["loss"]) == pytest.approx((-2.0 + 3.0 - 1.0) ** 2)
-    dpo = losses.preference("dpo", policy, torch.zeros(2), tokens, 0.5)
+    dpo = preference("dpo", policy, torch.zeros(2), tokens, 0.5)
     assert float(dpo["rewards/margins"]) == pytest.approx(0.5 * 22)
 
 
@@ -112,25 +145,12 @@ def test_a_constant_on_the_reference_changes_nothing_and_a_swap_negates_the_marg
     g = torch.Generator().manual_seed(0)
     policy, reference = (torch.randn(8, dtype=torch.float64, generator=g) for _ in range(2))
     one = torch.ones(8)
-    base = losses.preference("dpo", policy, reference, one, 0.1)
-    moved = losses.preference("dpo", policy, reference + 3, one, 0.1)
+    base = preference("dpo", policy, reference, one, 0.1)
+    moved = preference("dpo", policy, reference + 3, one, 0.1)
     torch.testing.assert_close(moved["loss"], base["loss"])
     swap = torch.tensor([1, 0, 3, 2, 5, 4, 7, 6])
-    swapped = losses.preference("dpo", policy[swap], reference[swap], one, 0.1)
+    swapped = preference("dpo", policy[swap], reference[swap], one, 0.1)
     torch.testing.assert_close(swapped["rewards/margins"], -base["rewards/margins"])
-
-
-def test_response_sums_against_a_loop():
-    logprob = torch.randn(10, dtype=torch.float64, requires_grad=True)
-    response = torch.tensor([0, 0, 0, 1, 2, 2, 3, 3, 3, 3])
-    got = losses.response_sums(logprob, response, 4)
-    for k in range(4):
-        expected = sum(x for x, r in zip(logprob.tolist(), response, strict=True) if r == k)
-        assert float(got[k].detach()) == pytest.approx(expected, abs=1e-12)
-    upstream = torch.randn(4, dtype=torch.float64)
-    got.backward(upstream)
-    torch.testing.assert_close(logprob.grad, upstream[response])
-    assert losses.response_sums(logprob[:0], response[:0], 0).shape == (0,)
 
 
 def test_sft_is_the_sum():

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import kernels
-from zephyr import files, losses, parallel
+from zephyr import files, parallel
 from zephyr.data import cache_folder
 from zephyr.model import Mistral
 from zephyr.packing import Batch, PairPlan
@@ -33,7 +33,7 @@ def live(model: Mistral) -> Reference:
 
     @torch.no_grad()
     def reference_2P(batch: Batch) -> Tensor:
-        return losses.response_sums(model(batch), batch.response_N, 2 * len(batch.pairs))
+        return kernels.response_sums(model(batch), batch.response_N, 2 * len(batch.pairs))
 
     return reference_2P
 
@@ -46,14 +46,16 @@ def cached(
     Only the pairs that the plan's first `steps` steps visit and that the cache lacks are computed,
     in the very micro-batches that the first epoch will use: step 0 then sees equal bits.
     """
-    key = [weights, plan.data.digest, precision, ranks.device.type, kernels.implementation()]
+    device = ranks.device
+    computed_by = [precision, device.type, kernels.implementation(device)]
+    key = [weights, plan.data.digest, *computed_by]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]
     path = cache_folder() / f"reference-{name}.npy"
     # one rank's file decides, so that all agree on what is missing
-    table_P2 = parallel.on_first(lambda: _read(path, len(plan.data))).to(ranks.device)
+    table_P2 = parallel.on_first(lambda: _read(path, len(plan.data))).to(device)
     missing = [
         s for s in range(min(steps, plan.steps_per_epoch))
-        if table_P2[torch.from_numpy(plan.step(s)).to(ranks.device)].isnan().any()
+        if table_P2[torch.from_numpy(plan.step(s)).to(device)].isnan().any()
     ]  # fmt: skip
     if missing:
         _fill(table_P2, live(model), plan, missing, ranks)

@@ -99,7 +99,7 @@ def _about(digest: str, ranks: Ranks) -> dict:
         "data": digest,
         "ranks": ranks.size,
         "device": torch.cuda.get_device_name() if cuda else platform.processor() or "cpu",
-        "kernels": kernels.implementation(),
+        "kernels": kernels.implementation(ranks.device),
         "commit": _commit(),
         "python": platform.python_version(),
         **{name: installed(name) for name in ("torch", "triton", "sentencepiece", "safetensors")},

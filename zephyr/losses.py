@@ -13,16 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+import kernels
+
 METRICS = (
     "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
     "logps/chosen", "logps/rejected",
 )  # fmt: skip
-
-
-def response_sums(logprob_N: Tensor, response_N: Tensor, responses: int) -> Tensor:
-    """Sum of each response's token log-probs [responses], fp32."""
-    zeros = torch.zeros(responses, dtype=logprob_N.dtype, device=logprob_N.device)
-    return zeros.index_add(0, response_N, logprob_N)
 
 
 def sft(logprob_N: Tensor) -> Tensor:
@@ -67,30 +63,34 @@ OBJECTIVES: dict[str, Callable[[Tensor, float, float], Tensor]] = {
 
 
 def preference(
-    name: str, policy_2P: Tensor, reference_2P: Tensor, tokens_2P: Tensor, beta: float,
+    name: str, logprob_N: Tensor, response_N: Tensor, reference_2P: Tensor, beta: float,
     smoothing: float = 0.0,
-) -> dict[str, Tensor]:
+) -> dict[str, Tensor]:  # fmt: skip
     """What METRICS names, of each pair [P]; `loss` alone carries a gradient.
 
-    `tokens_2P` are the responses' lengths, by which `ipo` divides. A reward is β times the
-    log-ratio that the objective sees; `rewards/accuracies` counts margins strictly above 0, so it
-    is 0 while policy and reference are the same.
+    `response_N` says which response a token belongs to. A reward is β times the log-ratio that the
+    objective sees; `rewards/accuracies` counts margins strictly above 0, so it is 0 while policy
+    and reference are the same. `dpo` and `ipo` run fused.
     """
-    ratio_2P = policy_2P - reference_2P
-    if name == "ipo":
-        ratio_2P = ratio_2P / tokens_2P
-    h_P = ratio_2P[0::2] - ratio_2P[1::2]
-    reward_2P = beta * ratio_2P.detach()
-    margin_P = beta * h_P.detach()
-    logprob_2P = policy_2P.detach()
+    if name in ("dpo", "ipo"):
+        fused = kernels.dpo_loss(logprob_N, response_N, reference_2P, beta, smoothing, name)
+        loss_P, policy_2P, reward_2P, margin_P = fused
+    else:
+        policy_2P = kernels.response_sums(logprob_N, response_N, len(reference_2P))
+        ratio_2P = policy_2P - reference_2P
+        h_P = ratio_2P[0::2] - ratio_2P[1::2]
+        loss_P = OBJECTIVES[name](h_P, beta, smoothing)
+        policy_2P, reward_2P, margin_P = (
+            x.detach() for x in (policy_2P, beta * ratio_2P, beta * h_P)
+        )
     return {
-        "loss": OBJECTIVES[name](h_P, beta, smoothing),
+        "loss": loss_P,
         "rewards/chosen": reward_2P[0::2],
         "rewards/rejected": reward_2P[1::2],
         "rewards/accuracies": (margin_P > 0).float(),
         "rewards/margins": margin_P,
-        "logps/chosen": logprob_2P[0::2],
-        "logps/rejected": logprob_2P[1::2],
+        "logps/chosen": policy_2P[0::2],
+        "logps/rejected": policy_2P[1::2],
     }
 
 
