@@ -239,6 +239,34 @@ def test_the_trajectory_is_the_same(place, tmp_path, baseline, change):
         torch.testing.assert_close(weight, baseline[1][name], rtol=1e-3, atol=1e-4, msg=name)
 
 
+@pytest.mark.parametrize("implementation", ["triton", "torch", "reference"])
+def test_the_trajectory_is_the_same_with_every_kernel(
+    place, tmp_path, baseline, implementation, monkeypatch
+):
+    """Triton runs interpreted. There are two ranks, so the head's weight is gathered by FSDP."""
+    monkeypatch.setenv("ZEPHYR_KERNELS", implementation)
+    monkeypatch.setenv("ZEPHYR_CACHE", str(tmp_path / "cache"))
+    held_out = ("--eval-data", str(place / "test.jsonl"), "--eval-every", "3")
+    launch("train_dpo.py", place, tmp_path / "run", 2, *DPO, *held_out)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["kernels"] == implementation
+    same(read(tmp_path / "run"), baseline[0])
+    for name, weight in weights_of(tmp_path / "run").items():
+        torch.testing.assert_close(weight, baseline[1][name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("loss", ["dpo", "ipo", "robust"])
+def test_triton_and_reference_agree(place, tmp_path, loss, precision, monkeypatch):
+    smoothing = "0" if loss == "ipo" else "0.1"
+    flags = (*DPO, "--loss", loss, "--label-smoothing", smoothing, "--precision", precision)
+    rows = []
+    for implementation in ("reference", "triton"):
+        monkeypatch.setenv("ZEPHYR_KERNELS", implementation)
+        rows.append(run(train_dpo, place, tmp_path / implementation, *flags))
+    same(rows[1], rows[0], *((1e-4, 1e-5) if precision == "fp32" else (0.05, 0.05)))
+    assert rows[0][0]["loss"] != rows[0][-1]["loss"]
+
+
 @pytest.mark.parametrize("budget", ["4096", "150"])
 def test_two_ranks_equal_one(place, tmp_path, baseline, budget, monkeypatch):
     """With the wide budget a rank has all its pairs in one row; with the narrow, some have none.
