@@ -118,9 +118,10 @@ def dpo_kernel(
 def _sums(logprob_N: Tensor, response_N: Tensor, responses: int) -> Tensor:
     sums_R, N = logprob_N.new_empty(responses), len(logprob_N)
     if responses:
-        sums_kernel[(responses,)](
-            logprob_N, response_N, sums_R, N, STEPS=N.bit_length(), BLOCK=BLOCK
-        )
+        with torch.cuda.device_of(logprob_N):
+            sums_kernel[(responses,)](
+                logprob_N, response_N, sums_R, N, STEPS=N.bit_length(), BLOCK=BLOCK
+            )
     return sums_R
 
 
@@ -145,10 +146,11 @@ def _dpo(
     loss_P, margin_P, sum_2P, reward_2P = (logprob_N.new_empty(n) for n in (P, P, 2 * P, 2 * P))
     grad_N = torch.empty_like(logprob_N)
     if P:
-        dpo_kernel[(P,)](
-            logprob_N, response_N, reference_2P, loss_P, sum_2P, reward_2P, margin_P, grad_N,
-            N, beta, smoothing, IPO=ipo, STEPS=N.bit_length(), BLOCK=BLOCK,
-        )  # fmt: skip
+        with torch.cuda.device_of(logprob_N):
+            dpo_kernel[(P,)](
+                logprob_N, response_N, reference_2P, loss_P, sum_2P, reward_2P, margin_P, grad_N,
+                N, beta, smoothing, IPO=ipo, STEPS=N.bit_length(), BLOCK=BLOCK,
+            )  # fmt: skip
     return loss_P, sum_2P, reward_2P, margin_P, grad_N
 
 

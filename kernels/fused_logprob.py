@@ -201,7 +201,7 @@ def forward(
     in_place = keep and h_ND.dtype == wide
     z_CV = h_ND.new_empty(0 if in_place else rows, V, dtype=wide)
     logprob_N, lse_N = (h_ND.new_empty(N, dtype=wide) for _ in range(2))
-    with torch.autocast(h_ND.device.type, enabled=False):
+    with torch.autocast(h_ND.device.type, enabled=False), torch.cuda.device_of(h_ND):
         for start in range(0, N, rows):
             chunk = slice(start, min(start + rows, N))
             g_CV = g_NV[chunk] if keep else None
@@ -228,7 +228,7 @@ def backward(
     """dh_ND = -c ∘ (G w) and dw_VD = Gᵀ (-c ∘ h); the one that nobody needs is empty."""
     scale_N1 = -c_N[:, None]
     ch_ND = torch.mul(h_ND, scale_N1, out=torch.empty_like(h_ND)) if need_w else None
-    with torch.autocast(h_ND.device.type, enabled=False):
+    with torch.autocast(h_ND.device.type, enabled=False), torch.cuda.device_of(h_ND):
         if len(g_NV) == len(h_ND):
             gw_ND = unrounded(g_NV, w_VD) if need_h else None
             dw_VD = torch.mm(g_NV.T, ch_ND) if need_w else None
