@@ -44,7 +44,7 @@ def row_kernel(
     its row of G, which may be the row of z itself.
 
     With ONE_READ the whole row is one tile that stays in registers. Otherwise the first pass keeps
-    a maximum and a sum per lane, and the second reads the row again, mostly from the L2 cache.
+    a maximum and a sum per lane, and the second reads the row again.
     A target outside 0..V-1 gives NaN.
     """
     i_n = tl.program_id(0).to(tl.int64)
@@ -107,13 +107,15 @@ def row_step(z_CV: Tensor, targets_C: Tensor, g_CV: Tensor | None, triton: bool)
     """lse and log p(target) of each row, fp32 (fp64 for fp64); fills g_CV if there is one. Both z
     and g are contiguous and may share storage; z is used up."""
     if triton:
-        logprob_C, lse_C = z_CV.new_empty(len(z_CV)), z_CV.new_empty(len(z_CV))
-        one_read = z_CV.shape[1] <= ONE_READ
-        tile = 1 << (z_CV.shape[1] - 1).bit_length() if one_read else TILE
-        row_kernel[(len(z_CV),)](
-            z_CV, targets_C, logprob_C, lse_C, z_CV if g_CV is None else g_CV, z_CV.shape[1],
-            GRADIENT=g_CV is not None, TILE=tile, ONE_READ=one_read,
-            num_warps=min(16, max(4, tile // 1024)),
+        C, V = z_CV.shape
+        logprob_C, lse_C = z_CV.new_empty(C), z_CV.new_empty(C)
+        tile = 1 << (V - 1).bit_length() if V <= ONE_READ else TILE
+        # rows that begin unaligned are read a number at a time, which takes more registers
+        most = 16 if V % 16 == 0 else 8
+        row_kernel[(C,)](
+            z_CV, targets_C, logprob_C, lse_C, z_CV if g_CV is None else g_CV, V,
+            GRADIENT=g_CV is not None, TILE=tile, ONE_READ=V <= ONE_READ,
+            num_warps=min(most, max(4, tile // 1024)),
         )  # fmt: skip
         return logprob_C, lse_C
     rows = torch.arange(len(z_CV), device=z_CV.device)

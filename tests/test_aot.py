@@ -1,0 +1,79 @@
+"""The compiler's report: complete, and wrong where a kernel is.
+
+Kernels are compiled in other processes, since the tests of this one run them interpreted.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def python(*arguments, **env) -> subprocess.CompletedProcess:
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("ZEPHYR", "TRITON"))}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=kept | env, capture_output=True, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("triton"))
+
+
+def test_every_kernel_compiles_for_every_chip(cache):
+    ran = python("-m", "kernels.aot", TRITON_CACHE_DIR=cache)
+    assert ran.returncode == 0, ran.stderr
+    table = {tuple(line.split()[:2]) for line in ran.stdout.splitlines()[1:]}
+    source = "".join(file.read_text() for file in (ROOT / "kernels").glob("*.py"))
+    kernels = [name for name in source.replace("(", " ").split() if name.endswith("_kernel")]
+    defined = {name for name in kernels if f"@jit\ndef {name}(" in source}
+    assert {"row_kernel", "gradient_kernel", "sums_kernel", "dpo_kernel", "tile_kernel"} <= defined
+    assert table == {(name, chip) for name in defined for chip in ("sm_80", "sm_90", "sm_100")}
+
+
+BAD = """
+import sys
+from kernels import aot
+
+def bad(kernel, variant, arch, **options):
+    wanted = (kernel, variant, arch)
+    launch = next(x for x in launches if (x.kernel.__name__, x.variant, x.arch) == wanted)
+    launch.options.update(options)
+    return launch
+
+launches = aot.launches()
+# a row of 32768 in 4 warps is 256 registers a thread; there are 255
+wrong = aot.check([
+    *(bad("row_kernel", "V=32000 G bf16", arch, num_warps=4) for arch in (80, 90, 100)),
+    bad("tile_kernel", "h, w bf16", 90, num_stages=6),
+    bad("sums_kernel", "", 80, STEPS="many"),
+])
+print(*wrong, sep="\\n", file=sys.stderr)
+"""
+
+
+def test_what_is_wrong_is_named(cache):
+    """A spill on every chip, too much shared memory, and what does not compile."""
+    ran = python("-W", "ignore", "-c", BAD, TRITON_CACHE_DIR=cache)
+    table, wrong = ran.stdout.splitlines()[1:], ran.stderr.splitlines()
+    assert (ran.returncode, len(table), len(wrong)) == (0, 4, 5), ran.stderr
+    for arch, line, error in zip((80, 90, 100), table, wrong, strict=False):
+        spilled = int(line.split()[7])
+        assert spilled > 0
+        assert error == (f"row_kernel sm_{arch} V=32000 G bf16 spills {spilled} bytes of each "
+                         "thread's registers")  # fmt: skip
+    shared = int(table[3].split()[8])
+    assert wrong[3] == (f"tile_kernel sm_90 h, w bf16 needs {shared} bytes of shared memory; the "
+                        "chip has 232448")  # fmt: skip
+    assert wrong[4].startswith("sums_kernel sm_80 does not compile with Triton ")
+
+
+def test_it_must_not_be_interpreted():
+    ran = python("-m", "kernels.aot", TRITON_INTERPRET="1")
+    assert ran.returncode == 2
+    assert ran.stderr == "kernels.aot: no compiler; TRITON_INTERPRET=1 is set: unset it\n"
