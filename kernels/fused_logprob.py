@@ -163,7 +163,7 @@ def logits(h_CD: Tensor, w_VD: Tensor, out_CV: Tensor) -> Tensor:
         return torch.mm(h_CD, w_VD.T, out=out_CV)
     if h_CD.is_cuda:
         return torch.mm(h_CD, w_VD.T, out_dtype=out_CV.dtype, out=out_CV)
-    # a CPU's half-precision matmul rounds its output, so widen the factors, a block at a time
+    # a CPU's half-precision matmul rounds its output, so widen the factors, w a block at a time
     block = max(1, WIDENED // w_VD.shape[1])
     with exact_in_bf16(h_CD.dtype):
         wide_CD = h_CD.to(out_CV.dtype)
@@ -203,6 +203,8 @@ def forward(
     in_place = keep and h_ND.dtype == wide
     z_CV = h_ND.new_empty(0 if in_place else rows, V, dtype=wide)
     logprob_N, lse_N = (h_ND.new_empty(N, dtype=wide) for _ in range(2))
+    if not h_ND.is_cuda and w_VD.numel() <= WIDENED:
+        w_VD = w_VD.to(wide)  # once for all chunks
     with torch.autocast(h_ND.device.type, enabled=False), torch.cuda.device_of(h_ND):
         for start in range(0, N, rows):
             chunk = slice(start, min(start + rows, N))
