@@ -3,10 +3,10 @@
 PYTHON ?= .venv/bin/python
 READY = $(if $(filter .venv/%,$(PYTHON)),.venv/ready)
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint bench bench-gpu clean
 
 help:   ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */  make \1\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 18
 
 demo: $(READY)   ## the whole recipe on an invented village, then before and after: 5 minutes
 	$(PYTHON) demo.py
@@ -16,6 +16,12 @@ test: lint   ## everything that runs without a GPU
 
 lint: $(READY)   ## ruff
 	$(PYTHON) -m ruff check .
+
+bench: $(READY)   ## each kernel beside its peers and the hardware's limit, on what there is
+	$(PYTHON) -m kernels.bench
+
+bench-gpu: $(READY)   ## everything to measure on one GPU, under 10 minutes, into benchmarks/h200
+	$(PYTHON) -m benchmarks.gpu
 
 clean:   ## remove .venv and runs
 	rm -rf .venv runs

@@ -8,7 +8,7 @@ setup(
     description="The Zephyr recipe from scratch: dSFT, AI feedback and dDPO in plain PyTorch",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=["zephyr", "kernels"],
+    packages=["zephyr", "kernels", "kernels.bench"],
     package_data={"zephyr": ["recipes/*.toml"]},
     install_requires=[
         "torch>=2.11",

@@ -1,0 +1,300 @@
+"""DPO training beside TRL's DPOTrainer: the same weights, pairs, batches, objective and precision.
+
+    python -m benchmarks.vs_trl                                   on whatever there is
+    python -m benchmarks.vs_trl --shape 1b --batch 32 --json results.jsonl      on a GPU
+
+Each contender is a process of its own, one after another. Ours is train_dpo.py's `main`; TRL gets
+the token ids of our plan, in its order. The losses of every step must agree. bf16 is each side's
+own: autocast over fp32 weights there, fp32 masters cast when gathered here. TRL: extra `peers`.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BETA, LENGTH, WARM_UP = 0.1, 1024, 2
+TOLERANCE = {"fp32": 1e-4, "bf16": 5e-3}  # largest difference of two contenders' losses in a step
+# width, MLP width, layers, heads, key/value heads: 20 M, 1.1 B and 7.2 B parameters
+SIZES = {"tiny": (256, 896, 4, 8, 4), "1b": (2048, 5632, 22, 32, 4), "7b": (4096, 14336, 32, 32, 8)}
+CONTENDERS = {
+    "ours-cached": "train_dpo.py, the reference's log-probs computed once and timed apart",
+    "ours-live": "train_dpo.py --reference live",
+    "trl": "DPOTrainer's defaults, so live reference, recomputation, 8 pairs at a time",
+    "trl-malloc": "trl with our malloc settings (parallel.keep_buffers)",
+    "trl-tuned": "trl-malloc without recomputation, --trl-pairs pairs at a time",
+    "trl-tuned-cached": "trl-tuned with precompute_ref_log_probs, timed apart",
+}
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags. Raises ValueError for numbers that do not go together."""
+    about = "; ".join(f"{name}: {what}" for name, what in CONTENDERS.items())
+    parser = argparse.ArgumentParser("python -m benchmarks.vs_trl", epilog=about)
+    add = parser.add_argument
+    add("--precision", choices=("bf16", "fp32", "both"), default="both", help="[both]")
+    add("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="[all]")
+    add("--shape", choices=SIZES, default="tiny", help="of the random Mistral [tiny]")
+    add("--steps", type=int, default=8, help=f"optimizer steps; {WARM_UP} are warm-up [8]")
+    add("--batch", type=int, default=8, help="pairs per optimizer step [8]")
+    add("--pairs", type=int, help="pairs that the steps are drawn from [just what they need]")
+    add("--lr", type=float, default=1e-5, help="constant [1e-5: the losses move, none flies off]")
+    add("--microbatch-tokens", type=int, default=16384, help="of ours [16384]")
+    add("--trl-pairs", type=int, default=1, help="per_device_train_batch_size of trl-tuned* [1]")
+    add("--data-root", type=Path, default=ROOT.parent / "shared" / "data",
+        help="holds ultrafeedback.train.jsonl.gz, mistral/tokenizer.model [../shared/data]")
+    add("--json", type=Path, help="file to append one line per precision to")
+    o = parser.parse_args(argv)
+    if o.steps <= WARM_UP:
+        raise ValueError(f"--steps {o.steps} must be above {WARM_UP}, the steps of the warm-up")
+    for name, pairs in (("--trl-pairs", o.trl_pairs), ("TRL's default,", min(8, o.batch))):
+        if min(o.batch, pairs) < 1 or o.batch % pairs:
+            raise ValueError(f"--batch {o.batch} must be a multiple of {name} {pairs}")
+    o.pairs = o.pairs or o.steps * o.batch
+    return o
+
+
+def prepare(o: argparse.Namespace, place: Path) -> list[int]:
+    """Make the random model and the pairs in `place`; returns each step's real tokens: the prompt
+    and the response of both sequences, nothing padded."""
+    from zephyr import feedback, files, huggingface, weights
+    from zephyr.model import MistralConfig
+
+    (base := place / "base").mkdir()
+    width, mlp, layers, heads, kv_heads = SIZES[o.shape]
+    shape = MistralConfig(
+        vocab_size=32000, hidden_size=width, intermediate_size=mlp, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=width // heads,
+        max_position_embeddings=32768, rms_norm_eps=1e-5, rope_theta=1e4, sliding_window=4096,
+    )  # fmt: skip
+    raw, every = o.data_root / "ultrafeedback.train.jsonl.gz", place / "every.jsonl"
+    feedback.run(feedback.parse([str(raw), "--out", str(every)]))
+    files.write_rows(place / "pairs.jsonl", [row for _, row in files.read_rows(every)][: o.pairs])
+    huggingface.write_config(base, shape, "float32", {})
+    huggingface.write_tokenizer(base, o.data_root / "mistral" / "tokenizer.model", None)
+    batches = in_order(o, place)
+    weights.fresh(base, seed=0)
+    return [sum(2 * len(p) + len(c) + len(r) for p, c, r in batch) for batch in batches]
+
+
+def in_order(o: argparse.Namespace, place: Path) -> list[list]:
+    """Token ids (prompt, chosen, rejected) of every step's pairs, as train_dpo.py will plan it."""
+    from zephyr import config, data
+    from zephyr.packing import PairPlan
+    from zephyr.tokenizer import Tokenizer
+
+    c, _ = config.parse(config.DPOConfig, flags(o, place, "cached", "fp32"))
+    tokens = data.preferences(c.data, Tokenizer(c.model), c)
+    if len(tokens) < o.steps * o.batch:
+        raise ValueError(f"{len(tokens)} pairs are less than --steps {o.steps} x --batch {o.batch}")
+    plan = PairPlan(tokens, c.batch, c.microbatch_tokens, c.seed, rank=0, world=1)
+    return [[tokens.pair(k) for k in plan.step(step)] for step in range(o.steps)]
+
+
+def flags(o: argparse.Namespace, place: Path, reference: str, precision: str) -> list[str]:
+    """train_dpo.py's."""
+    line = (f"--beta {BETA} --schedule constant --warmup 0 --max-length {LENGTH} --steps {o.steps} "
+            f"--batch {o.batch} --lr {o.lr} --microbatch-tokens {o.microbatch_tokens} "
+            f"--reference {reference} --precision {precision}")  # fmt: skip
+    paths = {"--model": "base", "--data": "pairs.jsonl", "--out": "run"}
+    return line.split() + [x for k, v in paths.items() for x in (k, str(place / v))]
+
+
+def timed(function: Callable, spent: list[float]) -> Callable:
+    """`function`, adding the seconds of each call to `spent`."""
+
+    def wrapper(*args, **kwargs):
+        start = time.perf_counter()
+        result = function(*args, **kwargs)
+        spent.append(time.perf_counter() - start)
+        return result
+
+    return wrapper
+
+
+def ours(o: argparse.Namespace, place: Path, name: str, precision: str) -> dict:
+    """train_dpo.py from its command line; losses and times are those of its metrics.jsonl."""
+    import train_dpo
+    from zephyr import metrics
+
+    spent: list[float] = []
+    train_dpo.anchor.cached = timed(train_dpo.anchor.cached, spent)
+    sys.argv = ["train_dpo.py", *flags(o, place, name.removeprefix("ours-"), precision)]
+    train_dpo.main()
+    rows = metrics.read(place / "run")
+    seconds = [o.batch / row["pairs_per_second"] for row in rows]
+    return {"losses": [row["loss"] for row in rows], "seconds": seconds, "reference": sum(spent)}
+
+
+def trl(o: argparse.Namespace, place: Path, name: str, precision: str) -> dict:
+    """DPOTrainer with its defaults, but for what equal work and the contender ask for."""
+    import torch
+    from datasets import Dataset
+    from transformers import AutoTokenizer, TrainerCallback
+    from trl import DPOConfig, DPOTrainer
+
+    from zephyr import parallel
+
+    cpu, tuned, clock, spent = not torch.cuda.is_available(), "tuned" in name, [], []
+    if cpu and name != "trl":
+        parallel.keep_buffers()
+
+    class Trainer(DPOTrainer):
+        _precompute_ref_logps = timed(DPOTrainer._precompute_ref_logps, spent)
+        def _prepare_dataset(self, dataset, *_):
+            return dataset  # TRL would make ids of its own from text
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *_, **__):
+            if not cpu:
+                torch.cuda.synchronize()
+            clock.append(time.perf_counter())
+        on_train_begin = on_step_end
+
+    pairs = o.trl_pairs if tuned else min(8, o.batch)
+    config = DPOConfig(
+        str(place / "run"), max_steps=o.steps, per_device_train_batch_size=pairs,
+        gradient_accumulation_steps=o.batch // pairs, learning_rate=o.lr, beta=BETA,
+        lr_scheduler_type="constant", max_length=LENGTH, bf16=precision == "bf16", use_cpu=cpu,
+        train_sampling_strategy="sequential", logging_steps=1, save_strategy="no", report_to="none",
+        gradient_checkpointing=not tuned, precompute_ref_log_probs=name == "trl-tuned-cached",
+    )  # fmt: skip
+    prompts, chosen, rejected = zip(*(p for b in in_order(o, place) for p in b), strict=True)
+    columns = {"prompt_ids": prompts, "chosen_ids": chosen, "rejected_ids": rejected}
+    trainer = Trainer(
+        str(place / "base"), args=config, train_dataset=Dataset.from_dict(columns),
+        processing_class=AutoTokenizer.from_pretrained(place / "base"), callbacks=[Clock()],
+    )  # fmt: skip
+    trainer.train()
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    seconds = [b - a for a, b in zip(clock, clock[1:], strict=False)]
+    return {"losses": losses, "seconds": seconds, "reference": sum(spent)}
+
+
+def child(o: argparse.Namespace, place: Path, name: str, precision: str) -> dict:
+    """One contender in this fresh process; what it prints is dropped."""
+    import torch
+
+    for stream in (1, 2):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+    with tempfile.TemporaryDirectory(dir=place) as own:
+        os.environ |= {"ZEPHYR_CACHE": own, "HF_HOME": own, "HF_HUB_OFFLINE": "1"}
+        for made in ("base", "pairs.jsonl"):
+            (Path(own) / made).symlink_to(place / made)
+        side = ours if name.startswith("ours") else trl
+        result = side(o, Path(own), name, precision)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak
+    return result | {"peak_gib": peak / 2**30}
+
+
+def alone(function: Callable, *args):
+    """`function(*args)` in a fresh process. The system counts a child's peak memory from its
+    parent's on, so torch, zephyr and trl are imported nowhere else."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
+
+
+def race(o: argparse.Namespace, place: Path, precision: str, tokens: list[int]) -> dict[str, dict]:
+    """Each contender's result, with medians over the steps after the warm-up, or its `error`."""
+    results = {}
+    for name in o.contenders:
+        print(f"{precision} {name} ...", file=sys.stderr, flush=True)
+        try:
+            r = results[name] = alone(child, o, place, name, precision)
+        except Exception as error:  # out of memory, say: that too is a result
+            results[name] = {"error": f"{type(error).__name__}: {str(error).split(chr(10))[0]}"}
+            continue
+        steady = list(zip(r["seconds"], tokens, strict=True))[WARM_UP:]
+        r["pairs_per_second"] = statistics.median(o.batch / s for s, _ in steady)
+        r["tokens_per_second"] = statistics.median(t / s for s, t in steady)
+    return results
+
+
+def table(results: dict[str, dict]) -> str:
+    """A row for each contender, then our speed and memory as multiples of TRL's."""
+    lines = ["contender         pairs/s tokens/s peak GiB reference s  loss of each step"]
+    for name, r in results.items():
+        lines.append(f"{name:16} failed: {r['error']}" if "error" in r else (
+            f"{name:16} {r['pairs_per_second']:8.3f} {r['tokens_per_second']:8.0f} "
+            f"{r['peak_gib']:8.2f} {r['reference']:11.1f}  "
+            + " ".join(f"{loss:.4f}" for loss in r["losses"])
+        ))  # fmt: skip
+    ran = {name: r for name, r in results.items() if "error" not in r}
+    peers = [name for name in ran if name.startswith("trl")]
+    for name in [name for name in ran if peers and name not in peers]:
+        for key in ("pairs_per_second", "peak_gib"):
+            ratios = (f"{ran[name][key] / ran[peer][key]:.2f} x {peer}" for peer in peers)
+            lines.append(f"{name} {key}: {', '.join(ratios)}")
+    return "\n".join(lines)
+
+
+def verdict(results: dict[str, dict], precision: str) -> str:
+    """What is wrong: a contender failed, or losses differ; "" if nothing is."""
+    if failed := [name for name, r in results.items() if "error" in r]:
+        return f"{precision}: {', '.join(failed)} failed"
+    (first, right), *others = results.items()
+    for name, r in others:
+        for step, (a, b) in enumerate(zip(r["losses"], right["losses"], strict=True), start=1):
+            if not abs(a - b) <= TOLERANCE[precision]:  # so that a NaN is a difference too
+                return (f"{precision}: at step {step} the loss is {a:.6f} in {name}, {b:.6f} in "
+                        f"{first}; over {TOLERANCE[precision]} apart is not the same work")
+    return ""
+
+
+def circumstances(o: argparse.Namespace) -> dict:
+    """What the numbers depend on; `load` is how many processes others keep busy."""
+    import torch
+
+    git = ("git", "describe", "--always", "--dirty", "--abbrev=40")
+    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    return {k: v for k, v in vars(o).items() if isinstance(v, int | float | str)} | {
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cpu": cpu and cpu[1], "cores": len(os.sched_getaffinity(0)), "load": os.getloadavg()[0],
+        "commit": subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip(),
+        **{p: version(p) for p in ("torch", "transformers", "trl") if importlib.util.find_spec(p)},
+    }  # fmt: skip
+
+
+def compare(o: argparse.Namespace) -> str:
+    """Print a table for each precision; returns what is wrong with them."""
+    if any(name.startswith("trl") for name in o.contenders) and not importlib.util.find_spec("trl"):
+        raise ValueError("TRL is not installed: pip install zephyr-dpo[peers]")
+    now, wrong = alone(circumstances, o), []
+    print(*(f"{k} {v}" for k, v in now.items()), sep="  ", flush=True)
+    with tempfile.TemporaryDirectory(prefix="vs_trl-") as folder:
+        tokens = alone(prepare, o, Path(folder))
+        for precision in ("bf16", "fp32") if o.precision == "both" else (o.precision,):
+            results = race(o, Path(folder), precision, tokens)
+            print(f"\n{precision}\n{table(results)}", flush=True)
+            if o.json:
+                with o.json.open("a") as log:
+                    log.write(json.dumps(now | {"precision": precision, "results": results}) + "\n")
+            wrong += filter(None, [verdict(results, precision)])
+    return "; ".join(wrong)
+
+
+def main(argv: list[str] | None = None) -> None:
+    try:
+        if wrong := compare(parse(argv)):
+            sys.exit(f"vs_trl: {wrong}")
+    except (ValueError, OSError) as error:
+        print(f"vs_trl: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
