@@ -161,12 +161,18 @@ def _(logprob_N, response_N, reference_2P, beta, smoothing, ipo):
     return tuple(logprob_N.new_empty(n) for n in shapes)
 
 
-_dpo.register_autograd(
-    lambda ctx, c_P, *_: (
-        ctx.saved_tensors[0] * c_P.index_select(0, ctx.saved_tensors[1] // 2), *(None,) * 5
-    ),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(output[4], inputs[1]),
-)  # fmt: skip
+def _save(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)  # only the loss is given a gradient
+    ctx.save_for_backward(output[4], inputs[1])
+
+
+def _gradient(ctx, c_P, *_):
+    grad_N, response_N = ctx.saved_tensors
+    dlogprob_N = None if c_P is None else grad_N * c_P.index_select(0, response_N // 2)
+    return dlogprob_N, None, None, None, None, None
+
+
+_dpo.register_autograd(_gradient, setup_context=_save)
 
 
 def _fp32(logprob_N: Tensor, response_N: Tensor) -> tuple[Tensor, Tensor]:

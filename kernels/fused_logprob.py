@@ -272,12 +272,15 @@ def _by_block(h_ND, ch_ND, w_VD, targets_N, lse_N, workspace, need_h, triton):
 
 
 def _save(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)  # or zeros [N, V] would stand for what arrives at G
     h_ND, w_VD, targets_N, ctx.workspace, _, ctx.triton = inputs
     _, lse_N, g_NV = output
     ctx.save_for_backward(h_ND, w_VD, targets_N, lse_N, g_NV)
 
 
 def _gradients(ctx, c_N, _lse, _g):
+    if c_N is None:
+        return (None,) * 6
     h_ND, w_VD, targets_N, lse_N, g_NV = ctx.saved_tensors
     need_h, need_w = ctx.needs_input_grad[:2]
     dh_ND, dw_VD = backward(

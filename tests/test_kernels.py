@@ -14,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
+from torch.profiler import profile
 
 import kernels
 from kernels import fused_logprob, jit, reference
@@ -267,6 +268,17 @@ def test_without_a_gradient_nothing_of_n_by_v_is_kept(implementation, monkeypatc
     with torch.no_grad():
         kernels.linear_logprob(h, w, targets)
     assert shapes == [((8, 300), None)] * 16
+
+
+def test_the_backward_makes_nothing_of_n_by_v(monkeypatch):
+    """Not for a kept G, though it is an output of the op, one that gets no gradient."""
+    monkeypatch.setenv("ZEPHYR_KERNELS", "torch")
+    h, w, targets, c = inputs(64, 4, 300)
+    logprob = kernels.linear_logprob(h.requires_grad_(), w.requires_grad_(), targets)
+    with profile(record_shapes=True, profile_memory=True) as record:
+        logprob.backward(c)
+    largest = max(event.self_cpu_memory_usage for event in record.events())
+    assert 0 < largest < 64 * 300 * 4
 
 
 @pytest.mark.parametrize("n, kept", [(14_680, True), (14_681, False)])
