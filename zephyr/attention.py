@@ -49,7 +49,10 @@ class Layout:
             k_TKE, v_TKE = (x.index_select(0, self.kv_rows_G) for x in (k_TKE, v_TKE))
         if q_THE.is_cuda and q_THE.dtype in (torch.bfloat16, torch.float16):
             return self._flash(q_THE, k_TKE, v_TKE, window)
-        return self._segments(q_THE, k_TKE, v_TKE, window)
+        # fp32 at least: on a CPU attention in bf16 is slower and takes more memory
+        wide = torch.promote_types(q_THE.dtype, torch.float32)
+        q_THE, k_TKE, v_TKE, dtype = q_THE.to(wide), k_TKE.to(wide), v_TKE.to(wide), q_THE.dtype
+        return self._segments(q_THE, k_TKE, v_TKE, window).to(dtype)
 
     def _flash(self, q_THE: Tensor, k_GKE: Tensor, v_GKE: Tensor, window: int | None) -> Tensor:
         """One variable-length call; its left window counts the keys before the query's own."""
