@@ -388,11 +388,12 @@ def test_the_attention_reference(window):
 
 
 def test_the_attention_comparison():
-    """On a CPU training runs the reference itself: equal errors, those of bf16."""
+    """On a CPU training runs the reference in fp32: no larger errors, those of rounding to bf16."""
     packed = facts.layout([(3, 40, 20), (10, 1, 30)], CPU)
     found = facts.exactness(packed, facts.attention(packed, 4, 2, 8), 16)
-    assert found["ours"] == found["plain"] and len(found["ours"]) == 4
-    assert all(1e-4 < error < 2e-2 for error in found["ours"])
+    assert len(found["ours"]) == 4
+    for ours, plain in zip(found["ours"], found["plain"], strict=True):
+        assert 1e-4 < ours < plain < 2e-2
 
 
 def test_sensors():
