@@ -103,8 +103,10 @@ def gradient_kernel(z_ptr, target_ptr, lse_ptr, g_ptr, first, B, TILE: tl.conste
     tl.store(g_ptr + i_n * B + o_b, b_g.to(g_ptr.dtype.element_ty), mask=o_b < B)
 
 
-def row_step(z_CV: Tensor, targets_C: Tensor, g_CV: Tensor | None, triton: bool):
-    """lse and log p(target) of each row, fp32 (fp64 for fp64); fills g_CV if there is one. Both z
+def row_step(
+    z_CV: Tensor, targets_C: Tensor, g_CV: Tensor | None, triton: bool
+) -> tuple[Tensor, Tensor]:
+    """log p(target) and lse of each row, fp32 (fp64 for fp64); fills g_CV if there is one. Both z
     and g are contiguous and may share storage; z is used up."""
     if triton:
         C, V = z_CV.shape
@@ -129,7 +131,9 @@ def row_step(z_CV: Tensor, targets_C: Tensor, g_CV: Tensor | None, triton: bool)
     return target_C - top_C - log_total_C, top_C + log_total_C
 
 
-def gradient_step(z_NB: Tensor, targets_N: Tensor, lse_N: Tensor, first: int, g_NB: Tensor, triton):
+def gradient_step(
+    z_NB: Tensor, targets_N: Tensor, lse_N: Tensor, first: int, g_NB: Tensor, triton: bool
+) -> None:
     """Fills g_NB, the part of G for tokens first..first+B-1; z_NB is used up."""
     N, B = z_NB.shape
     if triton:
