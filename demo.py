@@ -15,7 +15,7 @@ from statistics import mean
 
 import torch
 
-from zephyr import config, files, generate, larkmere, toy
+from zephyr import exits, files, generate, larkmere, toy
 
 RUNS = Path("runs/tiny")
 CORES = os.cpu_count() or 1
@@ -88,4 +88,4 @@ def verdict(prompts: list[str], answers: dict[str, list[str]]) -> str:
 
 
 if __name__ == "__main__":
-    config.run(main)
+    exits.run(main)

@@ -10,7 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from zephyr import anchor, checkpoint, config, data, losses, metrics, optim, parallel, toy, weights
+from zephyr import (
+    anchor, checkpoint, config, data, exits, losses, metrics, optim, parallel, toy, weights,
+)  # fmt: skip
 from zephyr.config import DPOConfig
 from zephyr.packing import Batch, PairPlan
 from zephyr.tokenizer import Tokenizer
@@ -100,4 +102,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    config.run(main)
+    exits.run(main)

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import torch
 
-from zephyr import checkpoint, config, data, losses, metrics, optim, parallel, toy, weights
+from zephyr import (
+    checkpoint, config, data, exits, losses, metrics, optim, parallel, toy, weights,
+)  # fmt: skip
 from zephyr.config import SFTConfig
 from zephyr.packing import DocumentPlan
 from zephyr.tokenizer import Tokenizer
@@ -88,4 +90,4 @@ def newborn() -> None:
 
 
 if __name__ == "__main__":
-    config.run(main)
+    exits.run(main)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zephyr import config
+from zephyr import config, exits
 from zephyr.config import DPOConfig, SFTConfig
 
 OWN = {"model": "m", "data": ("d.jsonl",), "out": "o"}
@@ -304,6 +304,9 @@ def test_to_toml_leaves_out_what_is_not_set():
     assert table["sft"]["train_on"] == "assistant" and table["sft"]["data"] == ["d.jsonl"]
 
 
+CODES = {exits.BadCheckpoint: 3, exits.NonFinite: 4, exits.Storage: 5, exits.Preempted: 143}
+
+
 def fail(error):
     def main():
         raise error
@@ -314,27 +317,31 @@ def fail(error):
 @pytest.mark.parametrize("error, line", [
     (ValueError("--lr 0 must be finite"), "--lr 0 must be finite"),
     (FileNotFoundError(2, "No such file", "x.bin"), "[Errno 2] No such file: 'x.bin'"),
+    (exits.BadCheckpoint("step-000003 is damaged"), "step-000003 is damaged"),
+    (exits.NonFinite("the loss is nan"), "the loss is nan"),
+    (exits.Storage("the disk is full"), "the disk is full"),
+    (exits.Preempted("saved"), "saved"),
 ])  # fmt: skip
-def test_run_prints_one_line_and_exits_2(capsys, monkeypatch, error, line):
+def test_run_prints_one_line_and_exits_with_its_code(capsys, monkeypatch, error, line):
     monkeypatch.setattr(sys, "argv", ["/some/where/train_dpo.py"])
     monkeypatch.delenv("RANK", raising=False)
     for rank, said in ((None, True), ("0", True), ("1", False), ("10", False)):
         if rank:
             monkeypatch.setenv("RANK", rank)
         with pytest.raises(SystemExit) as end:
-            config.run(fail(error))
-        assert end.value.code == 2
+            exits.run(fail(error))
+        assert end.value.code == CODES.get(type(error), 2)
         out, err = capsys.readouterr()
         assert (out, err) == ("", f"train_dpo.py: {line}\n" if said else "")
 
 
 def test_run_lets_other_errors_through(capsys):
-    config.run(lambda: print("fine"))
+    exits.run(lambda: print("fine"))
     assert capsys.readouterr().out == "fine\n"
     with pytest.raises(ZeroDivisionError):
-        config.run(fail(ZeroDivisionError()))
+        exits.run(fail(ZeroDivisionError()))
     with pytest.raises(SystemExit) as end:
-        config.run(fail(KeyboardInterrupt()))
+        exits.run(fail(KeyboardInterrupt()))
     assert end.value.code == 130
 
 
@@ -345,7 +352,7 @@ def test_run_refuses_the_other_kernels_package(tmp_path, capsys, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(SystemExit) as end:
-        config.run(lambda: print("ran"))
+        exits.run(lambda: print("ran"))
     out, err = capsys.readouterr()
     assert (end.value.code, out) == (2, "")
     assert err.endswith(

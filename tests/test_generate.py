@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from test_model import SMALL, batch, model, packed, tokens
 
-from zephyr import config, generate, huggingface, weights
+from zephyr import exits, generate, huggingface, weights
 from zephyr.model import MistralConfig
 from zephyr.tokenizer import Tokenizer
 
@@ -196,7 +196,7 @@ def spoken(tokenizer: Tokenizer, text: str) -> list[int]:
 def run(monkeypatch, *flags, said: str = "") -> None:
     monkeypatch.setattr(sys, "argv", ["zephyr/generate.py", *map(str, flags)])
     monkeypatch.setattr(sys, "stdin", io.StringIO(said))
-    config.run(generate.main)
+    exits.run(generate.main)
 
 
 @pytest.fixture

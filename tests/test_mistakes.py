@@ -12,7 +12,7 @@ from test_train import DPO, SFT, place  # noqa: F401 the same small model and da
 
 import train_dpo
 import train_sft
-from zephyr import config
+from zephyr import exits
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def fails(place, tmp_path, capfd, monkeypatch):  # noqa: F811
         monkeypatch.setattr(sys, "argv", [Path(script.__file__).name, *argv])
         try:
             with pytest.raises(SystemExit) as stop:
-                config.run(script.main)
+                exits.run(script.main)
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
@@ -136,7 +136,7 @@ def test_the_second_stage_before_the_first(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train_dpo.py"])
     with pytest.raises(SystemExit) as stop:
-        config.run(train_dpo.main)
+        exits.run(train_dpo.main)
     assert stop.value.code == 2
     assert "runs/tiny/sft/model is not there yet; run train_sft.py first" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

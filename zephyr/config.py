@@ -6,15 +6,11 @@ names as keys; an unknown key, in a flag or a recipe, is an error.
 
 import argparse
 import dataclasses
-import importlib.metadata
 import inspect
 import json
 import math
-import os
 import re
-import sys
 import tomllib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
@@ -207,18 +203,3 @@ def to_toml(config: Training) -> str:
     values = {k: v for k, v in dataclasses.asdict(config).items() if v is not None}
     lines = [f"{k} = {json.dumps(v, ensure_ascii=False)}" for k, v in values.items()]
     return "\n".join([f"[{config.table}]", *lines, ""])
-
-
-def run(main: Callable[[], None]) -> None:
-    """Call `main`; a mistake of the user's becomes one line from rank 0 and exit code 2."""
-    try:
-        if any(importlib.metadata.distributions(name="kernels")):
-            raise ValueError("the distribution `kernels` from PyPI hides this project's package of "
-                             "that name: pip uninstall kernels")  # fmt: skip
-        main()
-    except (ValueError, OSError) as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)

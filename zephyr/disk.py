@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from zephyr.exits import Storage
 from zephyr.files import unique
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -178,7 +179,7 @@ def new_folder(target: Path, size: int) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if (free := shutil.disk_usage(target.parent).free) < 1.2 * size:
-            raise ValueError(f"{target} takes {size:,} bytes and the disk has {free:,} left")
+            raise Storage(f"{target} takes {size:,} bytes and the disk has {free:,} left")
         temp = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         yield temp
         for path in temp.iterdir():
@@ -187,7 +188,7 @@ def new_folder(target: Path, size: int) -> Iterator[Path]:
         temp.rename(target)
         _settle(target.parent)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{target}: cannot write: {error}") from error
+        raise Storage(f"{target}: cannot write: {error}") from error
     finally:
         if temp:
             shutil.rmtree(temp, ignore_errors=True)

@@ -15,6 +15,8 @@ from itertools import count
 from pathlib import Path
 from typing import BinaryIO
 
+from zephyr.exits import Storage
+
 LINE_BYTES = 64 << 20  # longest line, decompressed: bounds the memory a gzip bomb can take
 LIST_BYTES = 1 << 30  # longest .json list, which has to be read whole
 
@@ -149,7 +151,7 @@ def atomic(path: Path | str) -> Iterator[BinaryIO]:
         os.chmod(temp, 0o644)
         os.replace(temp, path)
     except OSError as error:
-        raise ValueError(f"{path}: cannot write: {error.strerror or error}") from error
+        raise Storage(f"{path}: cannot write: {error.strerror or error}") from error
     finally:
         if temp:
             Path(temp).unlink(missing_ok=True)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from zephyr import config, parallel, weights
+from zephyr import exits, parallel, weights
 from zephyr.attention import Layout, visible
 from zephyr.model import Mistral, MistralConfig
 from zephyr.tokenizer import Tokenizer
@@ -224,4 +224,4 @@ def ask() -> str:
 
 
 if __name__ == "__main__":
-    config.run(main)
+    exits.run(main)

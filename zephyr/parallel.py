@@ -67,17 +67,21 @@ def finish() -> None:
 
 def together(build: Callable[[], T]) -> T:
     """`build()` of this rank; if it fails on any rank with a user's mistake, every rank raises the
-    first failing rank's ValueError, so that none waits for the others."""
+    first failing rank's error, so that none waits for the others."""
     result, error = None, None
     try:
         result = build()
     except (ValueError, OSError) as mistake:
-        error = str(mistake)
-    errors: list[str | None] = [None] * dist.get_world_size()
+        code = getattr(mistake, "code", None)
+        error = (type(mistake) if code else ValueError, str(mistake))
+    errors: list[tuple[type[ValueError], str] | None] = [None] * dist.get_world_size()
     dist.all_gather_object(errors, error)
     for error in errors:
         if error is not None:
-            raise ValueError(error)
+            kind, text = error
+            shared = kind(text)
+            shared.shared = True  # the first rank speaks for all: see exits.run
+            raise shared
     return result  # type: ignore[return-value]
 
 
