@@ -10,10 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from zephyr import (
-    anchor, checkpoint, config, data, exits, losses, metrics, optim, parallel, toy, weights,
-)  # fmt: skip
+from zephyr import anchor, checkpoint, config, data, losses, metrics, optim, parallel, toy, weights
 from zephyr.config import DPOConfig
+from zephyr.exits import run
 from zephyr.packing import Batch, PairPlan
 from zephyr.tokenizer import Tokenizer
 
@@ -102,4 +101,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    exits.run(main)
+    run(main)

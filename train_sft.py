@@ -8,10 +8,9 @@ from pathlib import Path
 
 import torch
 
-from zephyr import (
-    checkpoint, config, data, exits, losses, metrics, optim, parallel, toy, weights,
-)  # fmt: skip
+from zephyr import checkpoint, config, data, losses, metrics, optim, parallel, toy, weights
 from zephyr.config import SFTConfig
+from zephyr.exits import run
 from zephyr.packing import DocumentPlan
 from zephyr.tokenizer import Tokenizer
 
@@ -90,4 +89,4 @@ def newborn() -> None:
 
 
 if __name__ == "__main__":
-    exits.run(main)
+    run(main)
