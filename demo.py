@@ -88,4 +88,4 @@ def verdict(prompts: list[str], answers: dict[str, list[str]]) -> str:
 
 
 if __name__ == "__main__":
-    exits.run(main)
+    exits.call(main)

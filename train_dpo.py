@@ -12,7 +12,8 @@ from torch import Tensor
 
 from zephyr import anchor, checkpoint, config, data, losses, metrics, optim, parallel, toy, weights
 from zephyr.config import DPOConfig
-from zephyr.exits import run
+from zephyr.exits import call
+from zephyr.guard import Guard
 from zephyr.packing import Batch, PairPlan
 from zephyr.tokenizer import Tokenizer
 
@@ -21,7 +22,7 @@ def main() -> None:
     c, recipe = config.parse(DPOConfig, doc=__doc__)
     if recipe == "tiny" and not Path(c.model).exists():
         raise ValueError(f"{c.model} is not there yet; run train_sft.py first, it makes it")
-    ranks = parallel.start()
+    ranks = parallel.start(c.replicas)
     if recipe == "tiny":
         parallel.once_per_node(ranks, toy.ensure_pairs)
 
@@ -40,7 +41,10 @@ def main() -> None:
     held_out = plan(c.eval_data, shuffle=False) if c.eval_data else None
     steps = c.steps or c.epochs * train.steps_per_epoch
 
-    earlier = checkpoint.open_run(c, train.data.digest, ranks)
+    origin = parallel.on_first(lambda: weights.digest(c.model))
+    run = checkpoint.Run(c, {"data": train.data.digest, "model": origin}, ranks)
+    if run.finished:
+        return parallel.finish()
     policy = parallel.build(shape, ranks, c.precision, c.recompute)
     parallel.together(lambda: weights.load(c.model, policy))
     # before any forward: see optim.adamw
@@ -50,20 +54,21 @@ def main() -> None:
         parallel.together(lambda: weights.load(c.model, frozen))
         anchors = [anchor.live(frozen)] * 2
     else:
-        origin = parallel.on_first(lambda: weights.digest(c.model))
         cached = partial(anchor.cached, policy, weights=origin, precision=c.precision, ranks=ranks)
         anchors = [cached(train, steps), held_out and cached(held_out, held_out.steps_per_epoch)]
-    start = checkpoint.load(earlier, policy, optimizer) if earlier else 0
+    start, kept = run.load(policy, optimizer)
     log = metrics.Log(c.out, steps, losses.METRICS, start_step=start, every=c.log_every,
-                      rank=ranks.rank, world=ranks.size, device=ranks.device)  # fmt: skip
+                      rank=ranks.rank, world=ranks.size, device=ranks.device,
+                      kept=kept.get("log", ()))  # fmt: skip
+    guard = Guard(c.on_nonfinite, train.data.where, ranks, kept.get("guard", ()))
+    parallel.tighten(c.timeout)
 
     def forward(batch: Batch, reference: anchor.Reference) -> dict[str, Tensor]:
-        """Loss and metrics of a micro-batch, summed over its pairs."""
+        """Loss and metrics of each pair of a micro-batch."""
         batch = batch.to(ranks.device)
-        per_pair = losses.preference(
+        return losses.preference(
             c.loss, policy(batch), batch.response_N, reference(batch), c.beta, c.label_smoothing
         )
-        return {name: value_P.sum() for name, value_P in per_pair.items()}
 
     def evaluate(step: int) -> None:
         means = metrics.Means(losses.METRICS, ranks.device)
@@ -77,21 +82,21 @@ def main() -> None:
             lr = c.lr * optim.schedule(c.schedule, step, steps, c.warmup)
             pairs = len(train.step(step))
             for batch in train.microbatches(step):
-                sums = forward(batch, anchors[0])
+                per_pair = forward(batch, anchors[0])
                 # a mean over all the step's pairs; FSDP averages over the ranks, which this undoes
-                (sums["loss"] * ranks.size / pairs).backward()
-                log.add(len(batch.pairs), sums, **metrics.work(shape, batch))
+                (per_pair["loss"].sum() * ranks.size / pairs).backward()
+                guard.saw(batch.pairs, per_pair["loss"])
+                log.add(len(batch.pairs), per_pair, **metrics.work(shape, batch))
             if step == 0:
                 losses.check_start(c.loss, c.beta, c.label_smoothing, log.means.mean(), c.precision)
-            norm = optim.step(optimizer, lr, c.clip)
             done = step + 1
+            norm = optim.step(optimizer, lr, c.clip, partial(guard.allows, done))
             epoch = done / train.steps_per_epoch
             log.step(done, grad_norm=norm, learning_rate=lr, epoch=epoch)
             if held_out and (done == steps or (c.eval_every and done % c.eval_every == 0)):
                 evaluate(done)
-            if c.save_every and done % c.save_every == 0:
-                with log.paused():
-                    checkpoint.save(c.out, done, policy, optimizer)
+            run.after(done, done == steps, policy, optimizer, log=log, guard=guard)
+        run.wait()
 
     parallel.together(lambda: weights.save(
         policy, Path(c.out) / "model", base=c.model, empty_system=c.empty_system
@@ -101,4 +106,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    call(main)

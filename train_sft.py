@@ -4,20 +4,22 @@
     torchrun --nproc-per-node 8 train_sft.py zephyr-7b-sft --model PATH --data PATH --out RUN
 """
 
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from zephyr import checkpoint, config, data, losses, metrics, optim, parallel, toy, weights
 from zephyr.config import SFTConfig
-from zephyr.exits import run
+from zephyr.exits import call
+from zephyr.guard import Guard
 from zephyr.packing import DocumentPlan
 from zephyr.tokenizer import Tokenizer
 
 
 def main() -> None:
     c, recipe = config.parse(SFTConfig, doc=__doc__)
-    ranks = parallel.start()
+    ranks = parallel.start(c.replicas)
     if recipe == "tiny":
         parallel.once_per_node(ranks, newborn)
 
@@ -37,14 +39,18 @@ def main() -> None:
     held_out = plan(c.eval_data, shuffle=False) if c.eval_data else None
     steps = c.steps or c.epochs * train.steps_per_epoch
 
-    earlier = checkpoint.open_run(c, train.data.digest, ranks)
+    run = checkpoint.Run(c, {"data": train.data.digest}, ranks)
+    if run.finished:
+        return parallel.finish()
     model = parallel.build(shape, ranks, c.precision, c.recompute)
     parallel.together(lambda: weights.load(c.model, model))
     optimizer = optim.adamw(model, c.weight_decay)
-    start = checkpoint.load(earlier, model, optimizer) if earlier else 0
+    start, kept = run.load(model, optimizer)
     log = metrics.Log(c.out, steps, ["loss"], start_step=start, every=c.log_every,
                       rank=ranks.rank, world=ranks.size, device=ranks.device,
-                      bar=["loss", "tokens_per_second"])  # fmt: skip
+                      bar=["loss", "tokens_per_second"], kept=kept.get("log", ()))  # fmt: skip
+    guard = Guard(c.on_nonfinite, train.data.where, ranks, kept.get("guard", ()))
+    parallel.tighten(c.timeout)
 
     def evaluate(step: int) -> None:
         means = metrics.Means(["loss"], ranks.device)
@@ -63,16 +69,16 @@ def main() -> None:
                 loss = losses.sft(model(batch.to(ranks.device)))
                 # a mean over all the step's tokens; FSDP averages over the ranks, which this undoes
                 (loss * ranks.size / max(trained, 1)).backward()
+                guard.saw(batch.documents, loss)
                 log.add(len(batch.targets_N), {"loss": loss}, **metrics.work(shape, batch))
-            norm = optim.step(optimizer, lr, c.clip)
             done = step + 1
+            norm = optim.step(optimizer, lr, c.clip, partial(guard.allows, done))
             epoch = done / train.steps_per_epoch
             log.step(done, grad_norm=norm, learning_rate=lr, epoch=epoch)
             if held_out and (done == steps or (c.eval_every and done % c.eval_every == 0)):
                 evaluate(done)
-            if c.save_every and done % c.save_every == 0:
-                with log.paused():
-                    checkpoint.save(c.out, done, model, optimizer)
+            run.after(done, done == steps, model, optimizer, log=log, guard=guard)
+        run.wait()
 
     parallel.together(lambda: weights.save(
         model, Path(c.out) / "model", base=c.model, empty_system=c.empty_system
@@ -89,4 +95,4 @@ def newborn() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    call(main)

@@ -1,8 +1,10 @@
 """Runs that stop and go on, on other numbers of ranks too, and what a run folder accepts."""
 
+import copy
 import json
 import shutil
 import subprocess
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,10 +14,12 @@ import torch
 from test_model import model
 from test_parallel import pairs, torchrun
 from test_weights import folder_of
-from torch.distributed.checkpoint.state_dict import get_state_dict
 
-from zephyr import checkpoint, config, losses, optim, parallel, weights
+from zephyr import checkpoint, config, disk, exits, losses, metrics, optim, parallel, weights
+from zephyr.checkpoint import Run
 from zephyr.config import DPOConfig, SFTConfig
+
+DIGESTS = {"data": "digest", "model": "another"}
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +34,11 @@ def base(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def c(tmp_path) -> DPOConfig:
+def c(base, tmp_path) -> DPOConfig:
     """With values that a settings file must not bend, else a run would not know itself again."""
     lr = float(np.nextafter(5e-7, 1))
-    return DPOConfig(model='ä "b"', data=("a.jsonl",), out=str(tmp_path / "run"), steps=9, lr=lr)
+    return DPOConfig(model=str(base), data=('ä "b"',), out=str(tmp_path / "run"), steps=9, lr=lr,
+                     keep=0)  # fmt: skip
 
 
 def start(ranks, base: Path, precision: str = "fp32"):
@@ -50,11 +55,9 @@ def train(m, optimizer, first: int, last: int) -> None:
 
 def state(m, optimizer) -> dict[str, torch.Tensor]:
     """Weights and moments by name, whole."""
-    weights, moments = get_state_dict(m, optimizer)
-    flat = dict(weights)
-    for name, parts in moments["state"].items():
-        flat |= {f"{name} {part}": x for part, x in parts.items()}
-    return {k: x.full_tensor() if hasattr(x, "full_tensor") else x for k, x in flat.items()}
+    flat = checkpoint._tensors(m, optimizer)
+    return {k: (x.full_tensor() if hasattr(x, "full_tensor") else x).clone()
+            for k, x in flat.items()}  # fmt: skip
 
 
 def equal(a: dict, b: dict) -> None:
@@ -62,32 +65,90 @@ def equal(a: dict, b: dict) -> None:
     assert [name for name in a if not torch.equal(a[name], b[name])] == []
 
 
+class Notes:
+    """A part of a run with something to keep."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def state(self) -> dict:
+        return {"value": self.value}
+
+
+@pytest.mark.parametrize("save_async", [False, True], ids=["", "async"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_resumed_run_equals_one_straight_through(ranks, base, tmp_path, precision):
+def test_a_resumed_run_equals_one_straight_through(ranks, base, c, precision, save_async):
+    c = replace(c, save_async=save_async)
     straight = start(ranks, base, precision)
     train(*straight, 0, 6)
-    first = start(ranks, base, precision)
+    first, run = start(ranks, base, precision), Run(c, DIGESTS, ranks)
+    assert run.load(*first) == (0, {})
     train(*first, 0, 3)
-    checkpoint.save(str(tmp_path), 3, *first)
-    train(*first, 3, 6)
+    run.save(3, *first, notes=Notes(0.1))
+    train(*first, 3, 6)  # while an asynchronous save may still be writing
+    run.wait()
     equal(state(*first), state(*straight))  # saving leaves no trace
-    second = start(ranks, base, precision)
-    assert checkpoint.load(tmp_path / "checkpoints" / "step-000003", *second) == 3
-    assert float(second[1].state[second[0].lm_head.weight]["step"]) == 3
+    del run
+    second, again = start(ranks, base, precision), Run(c, DIGESTS, ranks)
+    step, kept = again.load(*second)
+    assert (step, kept["notes"]) == (3, [{"value": 0.1}])
+    assert all(float(s["step"]) == 3 for s in second[1].state.values())
     train(*second, 3, 6)
     equal(state(*second), state(*straight))
 
 
-def test_a_tied_model_stays_tied(ranks, tmp_path):
-    base = folder_of(model(tie_word_embeddings=True), tmp_path / "base")
+def test_a_save_in_the_background_has_the_state_it_was_called_with(ranks, base, c, monkeypatch):
+    m, optimizer = start(ranks, base)
+    train(m, optimizer, 0, 2)
+    expected, gate = state(m, optimizer), threading.Event()
+    write = checkpoint._Writer.write_data
+
+    def late(self, *plan):
+        gate.wait(60)
+        return write(self, *plan)
+
+    monkeypatch.setattr(checkpoint._Writer, "write_data", late)
+    run = Run(c, DIGESTS, ranks)
+    run.save(2, m, optimizer)
+    train(m, optimizer, 2, 4)
+    assert checkpoint.complete(run.out) == [] and not run.under_way.done()
+    gate.set()
+    run.wait()
+    del run
+    fresh = start(ranks, base)
+    assert Run(c, DIGESTS, ranks).load(*fresh)[0] == 2
+    equal(state(*fresh), expected)
+    assert any((x != expected[name]).any() for name, x in state(m, optimizer).items())
+
+
+def test_a_tied_model_stays_tied(ranks, c, tmp_path):
+    base = folder_of(model(tie_word_embeddings=True), tmp_path / "tied")
     straight, again = start(ranks, base), start(ranks, base)
     train(*straight, 0, 2)
-    checkpoint.save(str(tmp_path), 2, *straight)
-    checkpoint.load(tmp_path / "checkpoints" / "step-000002", *again)
+    run = Run(c, DIGESTS, ranks)
+    run.save(2, *straight)
+    run.wait()
+    del run
+    Run(c, DIGESTS, ranks).load(*again)
     for m, optimizer in (straight, again):
         train(m, optimizer, 2, 4)
         assert m.lm_head.weight is m.model.embed_tokens.weight
     assert all(map(torch.equal, again[0].parameters(), straight[0].parameters()))
+
+
+def test_a_state_before_any_step_is_one_too(ranks, base, c):
+    """A run may skip its first steps, and then be asked to stop."""
+    run, first = Run(c, DIGESTS, ranks), start(ranks, base)
+    run.save(1, *first)
+    run.wait()
+    del run
+    second = start(ranks, base)
+    Run(c, DIGESTS, ranks).load(*second)
+    straight = start(ranks, base)
+    for m, optimizer in (first, second, straight):
+        train(m, optimizer, 0, 2)
+    equal(state(*first), state(*straight))
+    equal(state(*second), state(*straight))
 
 
 SCRIPT = """
@@ -99,118 +160,176 @@ from zephyr import checkpoint, losses, optim, parallel, weights
 from zephyr.config import DPOConfig
 
 where = Path(sys.argv[1])
-ranks = parallel.start()
+settings = torch.load(where / "settings.pt")
+ranks = parallel.start(settings["replicas"])
 batches = torch.load(where / "batches.pt", weights_only=False)
 m = parallel.build(weights.config(where / "base"), ranks, "fp32")
 weights.load(where / "base", m)
 optimizer = optim.adamw(m, 0.1)
-step = checkpoint.load(where / "checkpoints" / "step-000002", m, optimizer)
-checkpoint.save(str(where), 3, m, optimizer)
+
+
+class Notes:
+    def state(self):
+        return {"rank": ranks.rank}
+
+
+def opened(**changes):
+    c = DPOConfig(**settings | changes)
+    try:
+        return checkpoint.Run(c, {"data": "digest", "model": "another"}, ranks)
+    except ValueError as error:
+        return f"{error.code} {error}"
+
+
+run = opened()
+step, kept = run.load(m, optimizer)
+run.save(3, m, optimizer, notes=Notes())
 for batch in batches:
-    weight = ranks.size * ranks.rank  # all of the gradient is the second rank's
+    weight = ranks.size * (ranks.rank == 1)  # all of the gradient is the second rank's
     (losses.sft(m(batch)) * weight).backward()
     optim.step(optimizer, 1e-3 / (1 + step), 1.0)
     step += 1
-checkpoint.save(str(where), step, m, optimizer)
-
-
-def opened(out, **changes):
-    c = DPOConfig(model="m", data=("d",), out=str(where / out), **changes)
-    try:
-        return checkpoint.open_run(c, "digest", ranks)
-    except ValueError as error:
-        return f"ValueError: {error}"
-
-
-found = [opened("file/run"), opened("run"), opened("run", resume="fresh")]
-torch.save({"step": step, "found": [str(x) for x in found]}, where / f"{ranks.rank}.pt")
+run.save(step, m, optimizer, notes=Notes())
+run.wait()
+(where / "file").touch()
+refused = opened(out=str(where / "file" / "run"))
+torch.save({"step": step, "refused": refused, "kept": kept["notes"]}, where / f"{ranks.rank}.pt")
 parallel.finish()
 """
 
 
-def test_one_rank_then_two_then_one(ranks, base, tmp_path):
-    """Step 3 is step 2 saved again by two ranks; steps 2 and 3 of the training are theirs too."""
+@pytest.mark.parametrize("size, replicas", [(2, 1), (4, 2)])
+def test_one_rank_then_many_then_one(ranks, base, c, tmp_path, size, replicas):
+    """Step 3 is step 2 saved again by all ranks; steps 2 and 3 of the training are theirs too."""
     shutil.copytree(base, tmp_path / "base")
-    (tmp_path / "file").touch()
     torch.save([pairs(2), pairs(3)], tmp_path / "batches.pt")
-    straight = start(ranks, base)
+    torch.save(vars(c) | {"replicas": replicas}, tmp_path / "settings.pt")
+    straight, run = start(ranks, base), Run(c, DIGESTS, ranks)
     train(*straight, 0, 2)
-    checkpoint.save(str(tmp_path), 2, *straight)
-    two = torchrun(SCRIPT, tmp_path)
+    run.save(2, *straight, notes=Notes("alone"))
+    run.wait()
+    del run
+    many = torchrun(SCRIPT, tmp_path, size)
 
-    back = start(ranks, base)
-    assert checkpoint.load(tmp_path / "checkpoints" / "step-000003", *back) == 3
+    run, back = Run(c, DIGESTS, ranks), start(ranks, base)
+    third, fourth = run.out / "checkpoints/step-000003", run.out / "checkpoints/step-000004"
+    assert checkpoint.complete(run.out)[1:] == [third, fourth]
+    run.folder = third
+    assert run.load(*back)[0] == 3
     equal(state(*back), state(*straight))
-
-    assert [found["step"] for found in two] == [4, 4]
-    assert checkpoint.load(tmp_path / "checkpoints" / "step-000004", *back) == 4
+    assert len(list(third.glob("shard-*"))) == size // replicas, "each shard is written once"
+    run.folder = fourth
+    step, kept = run.load(*back)
+    assert (step, kept["notes"]) == (4, [{"rank": k} for k in range(size)])
     train(*straight, 2, 5)
     train(*back, 4, 5)
     expected = state(*straight)
     for name, x in state(*back).items():
         torch.testing.assert_close(x, expected[name], rtol=1e-4, atol=2e-5, msg=name)
-
-    for found in two:  # an error of the first rank's is every rank's, and none waits
-        failed, fresh, again = found["found"]
-        assert failed.startswith("ValueError: ") and "file/run/config.toml: cannot write" in failed
-        assert fresh == again == "None"
-    assert sorted(p.name for p in tmp_path.glob("run*")) == ["run", "run.1"]
+    for found in many:  # an error of the first rank's is every rank's, and none waits
+        assert found["step"] == 4 and found["kept"] == [{"value": "alone"}]
+        assert found["refused"].startswith(f"5 {tmp_path}/file/run: cannot write: Not a directory")
 
 
-def test_a_checkpoint_appears_when_it_is_complete(ranks, base, tmp_path, monkeypatch):
-    run = start(ranks, base)
-    train(*run, 0, 1)
-    names = []
-    dcp_save = checkpoint.dcp.save
-
-    def save(*args, **options):
-        dcp_save(*args, **options)
-        names.extend(p.name for p in (tmp_path / "checkpoints").iterdir())
-
-    monkeypatch.setattr(checkpoint.dcp, "save", save)
-    (tmp_path / "checkpoints" / "step-000007.part").mkdir(parents=True)
-    (tmp_path / "checkpoints" / "step-000007.part" / "left over").touch()
-    checkpoint.save(str(tmp_path), 7, *run)
-    assert names == ["step-000007.part"]
-    folder, = (tmp_path / "checkpoints").iterdir()
-    assert folder.name == "step-000007" and not (folder / "left over").exists()
-
-
-def test_a_disk_that_refuses_and_a_damaged_checkpoint_cost_one_line(ranks, base, tmp_path):
-    run = start(ranks, base)
-    train(*run, 0, 1)
-    (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="step-000001.part: cannot write: NotADirecto") as error:
-        checkpoint.save(str(tmp_path / "file"), 1, *run)
-    assert "\n" not in str(error.value)
-    checkpoint.save(str(tmp_path), 1, *run)
-    folder = tmp_path / "checkpoints" / "step-000001"
-    data, = folder.glob("*.distcp")
-    data.write_bytes(data.read_bytes()[:9999])
-    with pytest.raises(ValueError, match="step-000001 is damaged: .*; remove it, and the") as error:
-        checkpoint.load(folder, *run)
-    assert "\n" not in str(error.value) and len(str(error.value)) < 300
+def test_a_checkpoint_is_exported_as_the_end_of_a_run_would(ranks, base, c, tmp_path, capsys):
+    (base / "tokenizer.model").touch()
+    m, optimizer = start(ranks, base)
+    train(m, optimizer, 0, 2)
+    run = Run(c, DIGESTS, ranks)
+    run.save(2, m, optimizer)
+    run.wait()
+    weights.save(m, tmp_path / "expected", base, shard_bytes=9_000_000)
+    weights.main([str(run.out / "checkpoints" / "latest"), str(tmp_path / "exported")])
+    files = sorted(p.name for p in (tmp_path / "expected").iterdir())
+    assert files == sorted(p.name for p in (tmp_path / "exported").iterdir())
+    for name in files:
+        read = [(tmp_path / folder / name).read_bytes() for folder in ("expected", "exported")]
+        assert read[0] == read[1], name
+    with pytest.raises(ValueError, match="was trained from .*, which is not there; give --base"):
+        moved = tmp_path / "moved"
+        shutil.copytree(run.out / "checkpoints" / "step-000002", moved)
+        about = disk.read_json(moved / "state.json")
+        about["run"]["settings"]["model"] = str(tmp_path / "gone")
+        disk.write_json(moved / "state.json", about)
+        lines = [line for line in (moved / "SHA256SUMS").read_text().splitlines()
+                 if not line.endswith("state.json")]  # fmt: skip
+        (moved / "SHA256SUMS").write_text(
+            "\n".join([*lines, checkpoint._sum(moved / "state.json")]) + "\n"
+        )
+        checkpoint.export(moved, tmp_path / "again")
+    checkpoint.export(moved, tmp_path / "again", base)
+    (moved / "state.json").write_text("{}")
+    with pytest.raises(SystemExit) as end:
+        weights.main([str(moved), str(tmp_path / "third")])
+    assert end.value.code == 3 and "state.json, 2 bytes, is not what" in capsys.readouterr().err
 
 
-def fake_checkpoint(c, step: int, suffix: str = "") -> Path:
+def test_sums_are_those_of_sha256sum(ranks, base, c):
+    run = Run(c, DIGESTS, ranks)
+    run.save(2, *start(ranks, base))
+    run.wait()
+    folder = run.out / "checkpoints" / "step-000002"
+    done = subprocess.run(["sha256sum", "--strict", "-c", "SHA256SUMS"], cwd=folder,
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 2, done.stderr
+
+
+@pytest.mark.parametrize("keep, left", [(1, [4]), (2, [3, 4]), (0, [1, 2, 3, 4])])
+def test_the_newest_stay_and_latest_follows(ranks, base, c, keep, left):
+    run, first = Run(replace(c, keep=keep), DIGESTS, ranks), start(ranks, base)
+    for step in range(1, 5):
+        run.save(step, *first)
+        run.wait()
+        assert (run.out / "checkpoints" / "latest").resolve().name == f"step-{step:06d}"
+    folder = run.out / "checkpoints"
+    assert sorted(p.name for p in folder.iterdir()) == ["latest", *(f"step-{s:06d}" for s in left)]
+
+
+def test_what_is_due_is_saved_and_the_last_step_too(ranks, base, c, tmp_path):
+    first, run = start(ranks, base), Run(replace(c, save_every=2), DIGESTS, ranks)
+    never = Run(replace(c, out=str(tmp_path / "never")), DIGESTS, ranks)
+    with metrics.Log(run.out, 5, ["loss"]) as log:
+        for step in range(1, 6):
+            run.after(step, step == 5, *first, log=log)
+        run.wait()
+        never.after(5, True, *first, log=log)
+    steps = [2, 4, 5]
+    assert [p.name for p in checkpoint.complete(run.out)] == [f"step-{s:06d}" for s in steps]
+    assert checkpoint.complete(never.out) == [] and never.under_way is None
+
+
+def test_asked_to_stop_a_run_saves_and_says_so(ranks, base, c, monkeypatch):
+    first, run = start(ranks, base), Run(c, DIGESTS, ranks)
+    monkeypatch.setattr(parallel, "stop_wanted", lambda: True)
+    message = f"saved after step 3 in {c.out}; the same command"
+    with metrics.Log(run.out, 5, ["loss"]) as log, pytest.raises(exits.Preempted, match=message):
+        run.after(3, False, *first, log=log)
+    assert [p.name for p in checkpoint.complete(run.out)] == ["step-000003"]
+
+
+def fake(c, step: int, suffix: str = "", run: dict | None = None) -> Path:
+    """A checkpoint as far as opening a folder looks."""
     folder = Path(c.out) / "checkpoints" / f"step-{step:06d}{suffix}"
     folder.mkdir(parents=True)
+    identity = disk.read_json(Path(c.out) / "run.json")["run"]
+    disk.write_json(folder / "state.json", {"run": run or identity})
     return folder
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*")
+            if p.is_file() and p.name != ".lock"}  # fmt: skip
 
 
 def test_a_fresh_start_writes_what_reproduces_it(ranks, c):
-    assert checkpoint.open_run(c, "digest", ranks) is None
-    out = Path(c.out)
-    assert sorted(p.name for p in out.iterdir()) == ["config.toml", "run.json"]
-    assert {oct(p.stat().st_mode & 0o777) for p in out.iterdir()} == {"0o644"}
-    again, _ = config.parse(DPOConfig, [str(out / "config.toml")])
+    run = Run(c, DIGESTS, ranks)
+    assert run.folder is None and not run.finished
+    assert sorted(tree(run.out)) == ["config.toml", "run.json"]
+    assert {oct((run.out / name).stat().st_mode & 0o777) for name in tree(run.out)} == {"0o644"}
+    again, _ = config.parse(DPOConfig, [str(run.out / "config.toml")])
     assert again == c
-    about = json.loads((out / "run.json").read_text())
-    assert about["data"] == "digest" and about["ranks"] == 1 and about["kernels"] == "torch"
+    about = json.loads((run.out / "run.json").read_text())
+    assert about["run"]["data"] == "digest" and about["ranks"] == 1 and about["kernels"] == "torch"
     assert about["torch"] == torch.__version__ and about["safetensors"]
 
 
@@ -220,81 +339,105 @@ def test_neither_git_nor_a_checkout_is_needed(ranks, c, monkeypatch, failure):
         raise failure or subprocess.CalledProcessError(128, command)
 
     monkeypatch.setattr(subprocess, "check_output", check_output)
-    checkpoint.open_run(c, "digest", ranks)
+    Run(c, DIGESTS, ranks)
     assert json.loads((Path(c.out) / "run.json").read_text())["commit"] is None
 
 
 def test_it_continues_from_the_last_complete_checkpoint(ranks, c):
-    checkpoint.open_run(c, "digest", ranks)
-    fake_checkpoint(c, 100, ".part")
-    assert checkpoint.open_run(c, "digest", ranks) is None
-    for step in (20, 100, 3):
-        fake_checkpoint(c, step)
-    fake_checkpoint(c, 120, ".part")
+    Run(c, DIGESTS, ranks)
+    fake(c, 100, ".part")
+    assert Run(c, DIGESTS, ranks).folder is None
+    for step in (20, 1_000_000, 100, 3):
+        fake(c, step)
     before = tree(Path(c.out))
-    assert checkpoint.open_run(c, "digest", ranks).name == "step-000100"
-    assert tree(Path(c.out)) == before
+    fake(c, 120, ".part")
+    fake(c, 10, ".trash").rename(Path(c.out) / "checkpoints" / ".trash")
+    assert Run(c, DIGESTS, ranks).folder.name == "step-1000000"
+    assert tree(Path(c.out)) == before, "what a killed run left half done is gone, and only that"
 
 
-def test_a_finished_run_is_refused(ranks, c):
-    checkpoint.open_run(c, "digest", ranks)
+def test_a_finished_run_is_left_alone(ranks, c, capsys):
+    Run(c, DIGESTS, ranks)
     (Path(c.out) / "model").mkdir()
-    with pytest.raises(ValueError, match=f"^{c.out} holds a finished run; --resume fresh moves it"):
-        checkpoint.open_run(c, "digest", ranks)
+    before = tree(Path(c.out))
+    assert Run(c, DIGESTS, ranks).finished
+    assert f"{c.out} is finished; --resume fresh starts anew" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="holds another run: --beta was 0.01, is 0.2. Continue it"):
+        Run(replace(c, beta=0.2), DIGESTS, ranks)
+    assert tree(Path(c.out)) == before
 
 
 def test_fresh_moves_aside_and_deletes_nothing(ranks, c):
     out, fresh = Path(c.out), replace(c, resume="fresh")
-    assert checkpoint.open_run(fresh, "digest", ranks) is None
-    assert not out.with_name("run.1").exists()
+    assert Run(fresh, DIGESTS, ranks).folder is None
     seen = []
     for k in (1, 2):
-        (fake_checkpoint(c, k) / "weights").write_text(f"of run {k}")
+        (fake(c, k) / "weights").write_text(f"of run {k}")
         (out / "model").mkdir()
         seen.append(tree(out))
-        assert checkpoint.open_run(replace(fresh, lr=k / 10), f"digest {k}", ranks) is None
+        assert Run(replace(fresh, lr=k / 10), {"data": f"digest {k}"}, ranks).folder is None
     assert sorted(p.name for p in out.parent.iterdir()) == ["run", "run.1", "run.2"]
     assert [tree(out.with_name(f"run.{k}")) for k in (1, 2)] == seen
     assert sorted(tree(out)) == ["config.toml", "run.json"]
 
 
 def test_changed_settings_are_listed(ranks, c):
-    checkpoint.open_run(c, "digest", ranks)
-    fake_checkpoint(c, 3)
+    Run(c, DIGESTS, ranks)
+    fake(c, 3)
     before = tree(Path(c.out))
     changed = replace(c, beta=0.2, steps=None, data=("a.jsonl", "b.jsonl"), save_every=7)
     message = (
-        rf"^{c.out} has checkpoints of another run: --beta was 0.01, is 0.2; --data was "
-        r"\['a.jsonl'\], is \['a.jsonl', 'b.jsonl'\]; --steps was 9, is None; the content of "
-        "--data changed. Continue it as it was, or use --resume fresh$"
+        rf"^{c.out} holds another run: --beta was 0.01, is 0.2; --data was \['ä \"b\"'\], is "
+        r"\['a.jsonl', 'b.jsonl'\]; --steps was 9, is None; data changed. Continue it as it was, "
+        "or --resume fresh starts anew and keeps it$"
     )
     with pytest.raises(ValueError, match=message):
-        checkpoint.open_run(changed, "another digest", ranks)
-    with pytest.raises(ValueError, match="run: the content of --data changed. Continue"):
-        checkpoint.open_run(c, "another digest", ranks)
+        Run(changed, DIGESTS | {"data": "new"}, ranks)
+    with pytest.raises(ValueError, match="run: data changed; model changed. Continue"):
+        Run(c, {"data": "new", "model": "new"}, ranks)
+    with pytest.raises(ValueError, match="script changed"):
+        Run(SFTConfig(model=c.model, data=c.data, out=c.out), DIGESTS, ranks)
     assert tree(Path(c.out)) == before
 
 
 def test_settings_that_leave_the_trajectory_alone_may_change(ranks, c, monkeypatch, tmp_path):
-    checkpoint.open_run(c, "digest", ranks)
-    fake_checkpoint(c, 3)
+    Run(c, DIGESTS, ranks)
+    fake(c, 3)
     monkeypatch.chdir(tmp_path)
-    free = replace(c, out="run", log_every=7, eval_every=8, save_every=9, microbatch_tokens=999,
-                   recompute="full")  # fmt: skip
+    free = replace(
+        c, out="run", log_every=7, eval_every=8, save_every=9, microbatch_tokens=999, keep=5,
+        recompute="full", save_async=False, timeout=7, replicas=2, on_nonfinite="skip",
+    )  # fmt: skip
     changed = {k for k, v in vars(c).items() if v != getattr(free, k)}
     assert changed == checkpoint.FREE - {"resume"}
-    assert checkpoint.open_run(free, "digest", ranks).name == "step-000003"
+    assert Run(free, DIGESTS, ranks).folder.name == "step-000003"
 
 
-@pytest.mark.parametrize("damage", ["config.toml", "run.json", "{", "[]", "sft"])
-def test_checkpoints_without_their_settings_are_refused(ranks, c, damage):
-    checkpoint.open_run(c, "digest", ranks)
-    fake_checkpoint(c, 3)
-    if damage.endswith(("toml", "json")):
-        (Path(c.out) / damage).unlink()
-    elif damage == "sft":
-        c = SFTConfig(model=c.model, data=c.data, out=c.out)
-    else:
-        (Path(c.out) / "run.json").write_text(damage)
-    with pytest.raises(ValueError, match=rf"no config.toml and run.json of a \[{c.table}\] run;"):
-        checkpoint.open_run(c, "digest", ranks)
+@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"run": 1}', b'{"run": {"settings": []}}'])
+def test_checkpoints_of_nobody_are_refused(ranks, c, damage):
+    Run(c, DIGESTS, ranks)
+    (fake(c, 3) / "state.json").write_bytes(damage)
+    with pytest.raises(exits.BadCheckpoint, match="state.json does not say whose run this is;"):
+        Run(c, DIGESTS, ranks)
+
+
+def test_a_folder_in_use_is_refused(ranks, c):
+    first = Run(c, DIGESTS, ranks)
+    with pytest.raises(ValueError, match=rf"^{c.out} is in use by process \d+ on .+; wait for it"):
+        Run(replace(c, resume="fresh"), DIGESTS, ranks)
+    assert first.out.exists()
+    del first
+    assert Run(c, DIGESTS, ranks).folder is None
+
+
+def test_no_random_numbers_are_drawn_and_their_state_comes_back(ranks, base, c):
+    before = torch.get_rng_state()
+    first, run = start(ranks, base), Run(c, DIGESTS, ranks)
+    train(*first, 0, 2)
+    assert torch.equal(torch.get_rng_state(), before)
+    run.save(2, *first)
+    run.wait()
+    torch.rand(3)
+    run.folder = checkpoint.complete(run.out)[0]
+    run.load(*copy.copy(first))
+    assert torch.equal(torch.get_rng_state(), before)

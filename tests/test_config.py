@@ -329,19 +329,19 @@ def test_run_prints_one_line_and_exits_with_its_code(capsys, monkeypatch, error,
         if rank:
             monkeypatch.setenv("RANK", rank)
         with pytest.raises(SystemExit) as end:
-            exits.run(fail(error))
+            exits.call(fail(error))
         assert end.value.code == CODES.get(type(error), 2)
         out, err = capsys.readouterr()
         assert (out, err) == ("", f"train_dpo.py: {line}\n" if said else "")
 
 
 def test_run_lets_other_errors_through(capsys):
-    exits.run(lambda: print("fine"))
+    exits.call(lambda: print("fine"))
     assert capsys.readouterr().out == "fine\n"
     with pytest.raises(ZeroDivisionError):
-        exits.run(fail(ZeroDivisionError()))
+        exits.call(fail(ZeroDivisionError()))
     with pytest.raises(SystemExit) as end:
-        exits.run(fail(KeyboardInterrupt()))
+        exits.call(fail(KeyboardInterrupt()))
     assert end.value.code == 130
 
 
@@ -352,7 +352,7 @@ def test_run_refuses_the_other_kernels_package(tmp_path, capsys, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(SystemExit) as end:
-        exits.run(lambda: print("ran"))
+        exits.call(lambda: print("ran"))
     out, err = capsys.readouterr()
     assert (end.value.code, out) == (2, "")
     assert err.endswith(

@@ -206,7 +206,7 @@ BAD_PAIRS = [
     (GOOD | {"prompt": []}, "chosen: turn 0 is the assistant's where the user should speak"),
     (GOOD | {"prompt": 5}, "chosen: prompt must be text or messages, got 5"),
     (GOOD | {"prompt": {"a": 1}}, "chosen: prompt must be text or messages, got {'a': 1}"),
-    (GOOD | {"prompt": [5]}, "chosen: message 0 must have role and content, got '5'"),
+    (GOOD | {"prompt": [5]}, "chosen: message 0 must have role and content, got 5"),
     (GOOD | {"prompt": ["text"]}, "chosen: message 0 must have role and content, got 'text'"),
     ({"prompt": 5, "chosen": chat("", "b")[1:], "rejected": chat("", "c")[1:]},
      "chosen: prompt must be text or messages, got 5"),
@@ -250,10 +250,10 @@ BAD_PAIRS = [
 ]  # fmt: skip
 BAD_CONVERSATIONS = [
     ({"message": chat("a", "b")}, "has no field 'messages'; it has 'message'"),
-    ({"messages": None}, "messages must be a list that is not empty, got 'None'"),
+    ({"messages": None}, "messages must be a list that is not empty, got None"),
     ({"messages": []}, "messages must be a list that is not empty"),
     ({"messages": "a"}, "messages must be a list that is not empty"),
-    ({"messages": [1]}, "message 0 must have role and content, got '1'"),
+    ({"messages": [1]}, "message 0 must have role and content, got 1"),
     ({"messages": chat("a", 5)}, "message 1 has content of type int, not text"),
     ({"messages": [{"role": "gpt", "content": "a"}]}, "message 0 has role 'gpt'; known roles are"),
     ({"messages": chat("a", "b")[1:]}, "turn 0 is the assistant's where the user should speak"),
@@ -534,7 +534,7 @@ def test_whatever_goes_into_the_arrays_makes_new_ones(small, tmp_path, monkeypat
     save(tmp_path / "a.jsonl", GOOD | {"messages": chat("a", "c")})
     assert is_new(data.preferences(path, small, Limits()))
     assert is_new(data.preferences((*path, *save(tmp_path / "b.jsonl", GOOD)), small, Limits()))
-    monkeypatch.setattr(data, "TEMPLATE", "zephyr-2")
+    monkeypatch.setattr(data, "TEMPLATE", "another")
     assert is_new(data.preferences(path, small, Limits()))
     assert len(list(data.cache_folder().iterdir())) == len(digests) == 11
 

@@ -196,7 +196,7 @@ def spoken(tokenizer: Tokenizer, text: str) -> list[int]:
 def run(monkeypatch, *flags, said: str = "") -> None:
     monkeypatch.setattr(sys, "argv", ["zephyr/generate.py", *map(str, flags)])
     monkeypatch.setattr(sys, "stdin", io.StringIO(said))
-    exits.run(generate.main)
+    exits.call(generate.main)
 
 
 @pytest.fixture

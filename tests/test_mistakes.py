@@ -30,7 +30,7 @@ def fails(place, tmp_path, capfd, monkeypatch):  # noqa: F811
         monkeypatch.setattr(sys, "argv", [Path(script.__file__).name, *argv])
         try:
             with pytest.raises(SystemExit) as stop:
-                exits.run(script.main)
+                exits.call(script.main)
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
@@ -114,8 +114,8 @@ def test_fewer_pairs_in_a_batch_than_ranks(fails, monkeypatch):
 
     real = parallel.start
 
-    def of_eight():
-        return real()._replace(size=8)
+    def of_eight(replicas):
+        return real(replicas)._replace(size=8)
 
     monkeypatch.setattr(parallel, "start", of_eight)
     assert "--batch 4 is less than the 8 ranks" in fails(train_dpo, *DPO, "--batch", "4")
@@ -136,7 +136,7 @@ def test_the_second_stage_before_the_first(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train_dpo.py"])
     with pytest.raises(SystemExit) as stop:
-        exits.run(train_dpo.main)
+        exits.call(train_dpo.main)
     assert stop.value.code == 2
     assert "runs/tiny/sft/model is not there yet; run train_sft.py first" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

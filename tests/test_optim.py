@@ -105,15 +105,15 @@ def test_only_matrices_are_decayed():
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_gradient_that_is_not_finite_stops_the_run_and_spares_the_weights(value):
+def test_a_gradient_that_is_not_finite_spares_the_weights(value):
     m = model()
     before = [p.detach().clone() for p in m.parameters()]
     optimizer = optim.adamw(m, 0.1)
     for p in m.parameters():
         p.grad = torch.ones_like(p)
     m.lm_head.weight.grad[100, 31] = value
-    with pytest.raises(ValueError, match=f"gradient norm is {abs(value)}, so .*; lower --lr, or"):
-        optim.step(optimizer, 0.1, 1.0)
+    assert not optim.step(optimizer, 0.1, 1.0).isfinite()
+    assert all(p.grad is None for p in m.parameters()) and not optimizer.state
     assert all(torch.equal(p, old) for p, old in zip(m.parameters(), before, strict=True))
 
 

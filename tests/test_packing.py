@@ -20,7 +20,8 @@ def tokens(rows: list[list[int]], mask: list[int] | None = None) -> Tokens:
     sizes = np.array([[len(part) for part in row] for row in parts])
     ends = np.cumsum(sizes.ravel()).reshape(sizes.shape)
     mask = np.ones(len(ids), bool) if mask is None else np.array(mask, bool)
-    return Tokens(ids, mask, ends, "digest", {}, "")
+    places = np.stack([np.zeros(len(ends), np.int64), np.arange(len(ends)) + 1], 1)
+    return Tokens(ids, mask, ends, "digest", {}, "", places, ("rows.jsonl",))
 
 
 def pairs(lengths: list[tuple[int, int, int]]) -> Tokens:
@@ -46,8 +47,9 @@ def test_the_worked_example_of_shared_prompts():
 def test_the_worked_example_of_documents():
     a, b, c, d, e = range(5)
     everything = np.ones(3, bool)
-    pieces = [(np.array([a, b, c]), everything), (np.array([d, e]), everything[:2])]
+    pieces = [(np.array([a, b, c]), everything, 4), (np.array([d, e]), everything[:2], 1)]
     batch = packing.pack_documents(pieces)
+    assert batch.documents == (4, 1)
     assert batch.tokens_T.tolist() == [a, b, d]
     assert batch.targets_N.tolist() == [b, c, e]
     assert batch.predict_N.tolist() == [0, 1, 2]

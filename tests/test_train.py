@@ -23,6 +23,7 @@ from transformers.optimization import get_cosine_schedule_with_warmup
 
 import train_dpo
 import train_sft
+from zephyr import checkpoint
 from zephyr.files import write_rows
 from zephyr.tokenizer import Tokenizer
 
@@ -291,10 +292,13 @@ def test_two_ranks_equal_one_in_sft(place, tmp_path):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_run_resumed_is_the_run_that_would_have_been(place, tmp_path, precision):
     """Each checkpoint follows an evaluation, after which FSDP (bf16) has parameters gathered."""
-    flags = (*DPO, "--save-every", "2", "--eval-every", "2", "--precision", precision,
-             "--eval-data", str(place / "test.jsonl"))  # fmt: skip
+    flags = (*DPO, "--save-every", "2", "--keep", "0", "--eval-every", "2",
+             "--precision", precision, "--eval-data", str(place / "test.jsonl"))  # fmt: skip
     whole = run(train_dpo, place, tmp_path / "whole", *flags)
     expected = weights_of(tmp_path / "whole")
+    checkpoint.export(tmp_path / "whole" / "checkpoints" / "latest", tmp_path / "latest" / "model")
+    exported = weights_of(tmp_path / "latest")
+    assert all(torch.equal(exported[name], expected[name]) for name in expected), "fp32 masters"
     for name in ("step-000004", "step-000006"):
         (tmp_path / "whole" / "checkpoints" / name).rename(tmp_path / name)
     (tmp_path / "whole" / "model").rename(tmp_path / "model")
@@ -335,8 +339,11 @@ def test_the_cached_reference_is_what_the_loss_sees(place, tmp_path, monkeypatch
 
 def test_a_finished_run_is_not_overwritten(place, tmp_path):
     run(train_dpo, place, tmp_path / "run", *DPO, "--steps", "1")
-    with pytest.raises(ValueError, match="holds a finished run; --resume fresh moves it aside"):
-        run(train_dpo, place, tmp_path / "run", *DPO, "--steps", "1")
+    before = (tmp_path / "run" / "metrics.jsonl").stat().st_mtime_ns
+    run(train_dpo, place, tmp_path / "run", *DPO, "--steps", "1")
+    assert (tmp_path / "run" / "metrics.jsonl").stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match="run holds another run: --steps was 1, is 2. Continue it"):
+        run(train_dpo, place, tmp_path / "run", *DPO, "--steps", "2")
     run(train_dpo, place, tmp_path / "run", *DPO, "--steps", "1", "--resume", "fresh")
     assert (tmp_path / "run.1" / "model").exists() and (tmp_path / "run" / "model").exists()
 

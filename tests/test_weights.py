@@ -104,15 +104,15 @@ def test_what_a_saved_folder_holds(tmp_path):
 
 
 def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
-    base, calls = folder_of(model(), tmp_path / "base"), []
+    base, opened = folder_of(model(), tmp_path / "base"), []
 
-    def full_disk(tensors, path, metadata):
-        calls.append(path)
-        if len(calls) == 3:
+    def full_disk(path, mode):
+        opened.append(path)
+        if len(opened) == 3:
             raise OSError(28, "No space left on device")
-        save_file(tensors, path, metadata)
+        return open(path, mode)
 
-    monkeypatch.setattr(disk, "save_file", full_disk)
+    monkeypatch.setattr(disk, "open", full_disk, raising=False)
     with pytest.raises(ValueError, match="out: cannot write: .*No space left on device"):
         weights.save(model(), tmp_path / "out", base, shard_bytes=20_000)
     (base / "tokenizer.model").unlink()

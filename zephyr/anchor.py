@@ -21,9 +21,12 @@ from tqdm import tqdm
 import kernels
 from zephyr import files, parallel
 from zephyr.data import cache_folder
+from zephyr.exits import Preempted, shared
 from zephyr.model import Mistral
 from zephyr.packing import Batch, PairPlan
 from zephyr.parallel import Ranks
+
+SAVE_EVERY = 16  # steps whose log-probs a killed run can lose
 
 Reference = Callable[[Batch], Tensor]  # a batch's summed log-probs [2P]
 
@@ -57,9 +60,17 @@ def cached(
         s for s in range(min(steps, plan.steps_per_epoch))
         if table_P2[torch.from_numpy(plan.step(s)).to(device)].isnan().any()
     ]  # fmt: skip
-    if missing:
-        _fill(table_P2, live(model), plan, missing, ranks)
-        parallel.on_first(lambda: _write(path, table_P2))
+    reference = live(model)
+    hidden = True if ranks.rank else None  # None: shown on a terminal only
+    with tqdm(total=len(missing), desc="reference log-probs", delay=3, leave=False,
+              disable=hidden) as bar:  # fmt: skip
+        for k in range(0, len(missing), SAVE_EVERY):
+            _fill(table_P2, reference, plan, missing[k : k + SAVE_EVERY], ranks)
+            parallel.on_first(lambda: _write(path, table_P2))
+            bar.update(SAVE_EVERY)
+            if parallel.agree(parallel.stop_wanted()):
+                raise shared(Preempted(f"asked to stop: {path} has the reference log-probs so far; "
+                                       "the same command goes on from there"))  # fmt: skip
     return lambda batch: table_P2[batch.pairs].flatten()
 
 
@@ -84,9 +95,7 @@ def _fill(
 ) -> None:
     """Write the pairs of `steps` into the table, on every rank."""
     sums_P2, done_P = torch.zeros_like(table_P2), torch.zeros_like(table_P2[:, 0])
-    hidden = True if ranks.rank else None  # None: shown on a terminal only
-    bar = tqdm(steps, "reference log-probs", delay=3, leave=False, disable=hidden)
-    for step in bar:
+    for step in steps:
         for batch in plan.microbatches(step):
             batch = batch.to(ranks.device)
             sums_P2[batch.pairs] = reference(batch).view(len(batch.pairs), 2)

@@ -16,8 +16,14 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
+from zephyr.files import plain, shown
+
 RECIPES = Path(__file__).parent / "recipes"
-KNOBS = ("epochs", "microbatch_tokens", "clip", "log_every", "batch", "lr", "max_length")
+RECIPE_CHARACTERS = 1 << 14  # tomllib's time grows with the square of a dotted key's length
+KNOBS = (
+    "epochs", "microbatch_tokens", "clip", "log_every", "batch", "lr", "max_length", "timeout",
+    "replicas",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +47,14 @@ class Training:
     seed: int = 42  # order of the data
     log_every: int = 1  # steps between lines of metrics.jsonl
     eval_every: int = 100  # steps between evaluations, besides the one at the end; 0: none
-    save_every: int = 0  # steps between checkpoints to resume from; 0: never
+    save_every: int = 0  # steps between checkpoints to resume from, and one at the end; 0: never
+    keep: int = 2  # newest checkpoints that stay; 0: all
+    save_async: bool = True  # write checkpoints while training goes on; takes host memory for one
+    timeout: int = 600  # seconds after which a rank that does not answer ends the run
+    replicas: int = 1  # copies of the sharded model, one inside each group of ranks (HSDP)
+    on_nonfinite: Literal["stop", "skip"] = "stop"  # skip: leave the step out, not three in a row
     on_bad_row: Literal["stop", "skip"] = "stop"  # skip: drop and list them, up to 1 % of the rows
-    resume: Literal["auto", "fresh"] = "auto"  # fresh: move an earlier run in --out aside
+    resume: Literal["auto", "previous", "fresh"] = "auto"  # previous: back to the last intact one
 
     def check(self) -> None:
         """Raise ValueError for the first value out of range."""
@@ -52,7 +63,7 @@ class Training:
                 raise ValueError(f"{flag(name)} {getattr(self, name)} must be finite and above 0")
         if self.steps is not None and self.steps <= 0:
             raise ValueError(f"--steps {self.steps} must be greater than 0; leave it out for all")
-        for name in ("eval_every", "save_every", "weight_decay", "seed"):
+        for name in ("eval_every", "save_every", "keep", "weight_decay", "seed"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{flag(name)} {getattr(self, name)} must be finite and 0 or more")
         if not 0 <= self.warmup < 1:
@@ -176,26 +187,38 @@ def read_recipe(recipe: str, table: str, hints: dict[str, Any]) -> dict[str, Any
         names = ", ".join(sorted(p.stem for p in RECIPES.glob("*.toml")))
         raise ValueError(f"no recipe {recipe}; there are {names}, or give the path of a .toml")
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: {error}") from None
+        with path.open(encoding="utf-8-sig") as file:
+            text = file.read(RECIPE_CHARACTERS + 1)
+        if len(text) > RECIPE_CHARACTERS:
+            raise ValueError(f"longer than {RECIPE_CHARACTERS} characters, so not a recipe")
+        tables = tomllib.loads(text)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot read: {error.strerror or error}") from None
+    except RecursionError:
+        raise ValueError(f"{path}: nested too deeply") from None
+    except ValueError as error:  # not TOML, not UTF-8, a number of more than 4300 digits
+        raise ValueError(f"{path}: {plain(str(error), 200)}") from None
     if not isinstance(tables.get(table), dict):
         raise ValueError(f"{path}: has no [{table}] table; this script wants one")
     for name, value in tables[table].items():
         if name not in hints or name == "table":
-            raise ValueError(f"{path}: [{table}] has an unknown key {name!r}")
+            raise ValueError(f"{path}: [{table}] has an unknown key {shown(name)}")
         kind = hints[name]
         choices = get_args(kind) if get_origin(kind) is Literal else None
         wanted = str if choices else scalar(kind)
         items = value if get_origin(kind) is tuple else [value]
-        fits = isinstance(items, list) and all(
-            type(v) is wanted or (wanted is float and type(v) is int) for v in items
-        )
+        fits = isinstance(items, list) and all(_fits(v, wanted) for v in items)
         if not fits or (choices and value not in choices):
             rule = f"one of {', '.join(choices)}" if choices else wanted.__name__
             rule = f"a list of {rule}" if get_origin(kind) is tuple else rule
-            raise ValueError(f"{path}: [{table}] {name} = {value!r} is not {rule}")
+            raise ValueError(f"{path}: [{table}] {name} = {shown(value)} is not {rule}")
     return tables[table]
+
+
+def _fits(value: object, wanted: type) -> bool:
+    if type(value) is int and wanted in (int, float):
+        return abs(value) < 1 << 63  # as TOML has it; Python's own have no limit
+    return type(value) is wanted
 
 
 def to_toml(config: Training) -> str:

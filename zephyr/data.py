@@ -9,10 +9,9 @@ import hashlib
 import json
 import os
 import re
-import reprlib
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -26,10 +25,11 @@ from zephyr import files
 from zephyr.files import BadRow, BadRows
 from zephyr.tokenizer import Tokenizer, Turn, conversation
 
-TEMPLATE = "zephyr-1"  # part of the cache's key: change it when the rendering or cutting changes
+TEMPLATE = "zephyr-2"  # part of the cache's key: change it when the rendering or cutting changes
 CHUNK = 256  # rows tokenized at once: what memory holds
 
 Spoken = list[tuple[str, str]]  # (role, content) of each message
+Encoded = tuple[Sequence[list[int]], list[bool]] | None  # a row's parts and mask; None: dropped
 
 
 class Pair(NamedTuple):
@@ -51,6 +51,8 @@ class Tokens:
     digest: str  # of the cache's key, so of everything that went into it
     counts: dict[str, int]  # what was kept, cut and dropped
     skipped: str  # the bad rows that were skipped, one a line
+    places: np.ndarray  # [rows, 2]: which of the files a row came from, and its line or row there
+    sources: tuple[str, ...]
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -61,6 +63,11 @@ class Tokens:
         rest = "".join(f"; {what} {count}" for what, count in counts.items())
         head = f"{name}: {self.counts['kept']} of {self.counts['rows']} rows"
         return f"{head}, {len(self.ids)} tokens{rest}" + (f"\n{self.skipped}" * bool(self.skipped))
+
+    def where(self, k: int) -> str:
+        """Where row k came from, "pairs.jsonl:17"."""
+        file, line = self.places[k].tolist()
+        return f"{self.sources[file]}:{line}"
 
     def parts(self, k: int) -> list[np.ndarray]:
         start = self.ends[k - 1, -1] if k else 0
@@ -86,7 +93,7 @@ def conversations(paths: tuple[str, ...], tokenizer: Tokenizer, c: Any) -> Token
         _no_blanks(spoken)
         return spoken
 
-    def encode(rows: list[Spoken], counts: Counter) -> Iterator[tuple[list, list[bool]]]:
+    def encode(rows: list[Spoken], counts: Counter) -> Iterator[Encoded]:
         flat = iter(tokenizer.turns([(k == 0, *t) for row in rows for k, t in enumerate(row)]))
         for row in rows:
             example = tokenizer.join(list(islice(flat, len(row))))
@@ -102,7 +109,7 @@ def preferences(paths: tuple[str, ...], tokenizer: Tokenizer, c: Any) -> Tokens:
     A pair with an empty response, and one whose responses are the same once cut, is dropped.
     """
 
-    def encode(rows: list[tuple[Spoken, str, str]], counts: Counter) -> Iterator[tuple]:
+    def encode(rows: list[tuple[Spoken, str, str]], counts: Counter) -> Iterator[Encoded]:
         flat = []
         for prompt, *responses in rows:
             flat += [(k == 0, *turn) for k, turn in enumerate(prompt)]
@@ -113,10 +120,12 @@ def preferences(paths: tuple[str, ...], tokenizer: Tokenizer, c: Any) -> Tokens:
             chosen, rejected = islice(turns, 2)
             if not all(response.strip() for response in responses):
                 counts["dropped: a response is empty"] += 1
+                yield None
                 continue
             pair = cut_pair(context, chosen, rejected, tokenizer, c, counts)
             if pair[1] == pair[2]:
                 counts["dropped: chosen and rejected are the same"] += 1
+                yield None
                 continue
             counts["kept"] += 1
             yield pair, []
@@ -166,7 +175,7 @@ def _dialogue(prompt: object, side: object) -> object:
         case _:
             return side
     if not isinstance(prompt, str | list):
-        raise ValueError(f"prompt must be text or messages, got {reprlib.repr(prompt)}")
+        raise ValueError(f"prompt must be text or messages, got {files.shown(prompt)}")
     return ([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt) + side
 
 
@@ -240,7 +249,7 @@ def _end(turn: Turn, room: int) -> list[int]:
 
 def _field(row: dict, name: str) -> object:
     if name not in row:
-        raise ValueError(f"has no field {name!r}; it has {', '.join(row)[:80]!r}")
+        raise ValueError(f"has no field {name!r}; it has {files.shown(', '.join(row))}")
     return row[name]
 
 
@@ -280,8 +289,9 @@ def _cached(
     about = json.loads((folder / "about.json").read_text())
     types = {"ids": about["dtype"], "mask": bool}
     ids, mask = (np.memmap(folder / name, dtype, "r") for name, dtype in types.items())
-    ends = np.load(folder / "ends.npy")
-    return Tokens(ids, mask, ends, digest, about["counts"], about["skipped"])
+    ends, places = (np.load(folder / f"{name}.npy") for name in ("ends", "places"))
+    names = tuple(map(str, sources))
+    return Tokens(ids, mask, ends, digest, about["counts"], about["skipped"], places, names)
 
 
 def _write(
@@ -290,11 +300,16 @@ def _write(
     """Stream rows into flat files, a chunk at a time; raises ValueError if no row is left."""
     counts, bad = Counter(), BadRows(c.on_bad_row)
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-    ends, end = [], 0
+    ends, places, end = [], [], 0
     with (part / "ids").open("wb") as ids_file, (part / "mask").open("wb") as mask_file:
         rows = _parsed(sources, parse, bad)
         while chunk := list(islice(rows, CHUNK)):
-            for parts, mask in encode(chunk, counts):
+            encoded = encode([row for _, row in chunk], counts)
+            for (place, _), made in zip(chunk, encoded, strict=True):
+                if made is None:
+                    continue
+                parts, mask = made
+                places.append(place)
                 edges = []
                 for ids in parts:
                     ids_file.write(np.asarray(ids, dtype).tobytes())
@@ -310,12 +325,14 @@ def _write(
     counts["rows"] = bad.rows
     counts["skipped: bad row"] = bad.skipped
     np.save(part / "ends.npy", np.asarray(ends, np.int64))
+    np.save(part / "places.npy", np.asarray(places, np.int64))
     about = {"dtype": dtype, "counts": counts, "skipped": bad.report()}
     (part / "about.json").write_text(json.dumps(about))
 
 
 def _parsed(sources: list[Path], parse: Callable, bad: BadRows) -> Iterator:
-    for source in sources:
+    """((file, line), row) of every row that parses, the file by its number."""
+    for number, source in enumerate(sources):
         with tqdm(desc=f"tokenizing {source.name}", unit=" rows", delay=3, leave=False) as bar:
             for where, row in files.read_rows(source, bad):
                 bar.update()
@@ -326,7 +343,7 @@ def _parsed(sources: list[Path], parse: Callable, bad: BadRows) -> Iterator:
                     except ValueError as error:
                         raise BadRow(f"{where}: {error}") from None
                 if parsed is not None:
-                    yield parsed
+                    yield (number, int(where.rpartition(":")[2])), parsed
 
 
 def cache_folder() -> Path:

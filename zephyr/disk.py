@@ -1,25 +1,29 @@
 """JSON and safetensors files: read with suspicion, written complete or not at all."""
 
 import json
+import math
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from zephyr.exits import Storage
-from zephyr.files import unique
+from zephyr.files import plain, shown, unique
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-HEADER_BYTES = 100 << 20  # safetensors' own limit
-FILES = 1000
+JSON_BYTES = 16 << 20  # a header of 10,000 tensors is 2 MB; Python's objects take 20 times that
+DEPTH = 50  # of JSON: what nests deeper might be read and then not be written again
+FILES, TENSORS, DIMENSIONS = 1000, 10_000, 8
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 class Stored(NamedTuple):
@@ -31,27 +35,74 @@ class Stored(NamedTuple):
     dtype: str  # safetensors' name of it: F32, BF16, ...
 
 
-def read_json(path: Path, text: bytes | None = None) -> dict:
-    """The JSON object in a file, or in `text`, a part of it; no key may come twice."""
+def size_of(path: Path, limit: float = math.inf) -> int:
+    """Bytes of a file. Raises ValueError unless it is a plain one, which can be read without
+    waiting for anybody, of at most `limit` bytes."""
     try:
-        value = json.loads(path.read_bytes() if text is None else text, object_pairs_hook=unique)
+        about = path.stat()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot read: {getattr(error, 'strerror', error)}") from error
+    if not stat.S_ISREG(about.st_mode):
+        raise ValueError(f"{path}: cannot read: it is not a file")
+    if about.st_size > limit:
+        raise ValueError(f"{path}: {about.st_size:,} bytes; {limit:,} is the limit for such a file")
+    return about.st_size
+
+
+def read_json(path: Path, text: bytes | None = None, finite: bool = False) -> dict:
+    """The JSON object in a file, or in `text`, a part of it; no key may come twice.
+
+    With `finite`, no number may be NaN, which is no JSON, or beyond a float's range.
+    """
+    try:
+        if text is None:
+            size_of(path, JSON_BYTES)
+            text = path.read_bytes()
     except OSError as error:
         raise ValueError(f"{path}: cannot read: {error.strerror or error}") from error
+    try:
+        number = _finite if finite else None
+        value = json.loads(text, object_pairs_hook=unique, parse_constant=number,
+                           parse_float=number)  # fmt: skip
+        _check_depth(value)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: malformed JSON: {error}") from error
+        why = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise ValueError(f"{path}: malformed JSON: {plain(why, 200)}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a JSON {type(value).__name__}, not an object")
     return value
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{shown(text)} is not a finite number")
+    return value
+
+
+def _check_depth(value: object) -> None:
+    level, depth = [value], 0
+    while level:
+        if (depth := depth + 1) > DEPTH:
+            raise RecursionError
+        level = [x.values() if isinstance(x, dict) else x for x in level]
+        level = [v for x in level if not isinstance(x, str | int | float | None) for v in x]
 
 
 def write_json(path: Path, value: dict) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
+def inside(path: Path) -> bool:
+    """Whether a file lies in its folder, as one that a link leads to elsewhere does not."""
+    # of a loop of links, realpath makes no error as Path.resolve does
+    return os.path.dirname(os.path.realpath(path)) == os.path.realpath(path.parent)
+
+
 def some(names: Iterable[str]) -> str:
     """Up to three of the names, and how many more there are."""
     names = sorted(names)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(map(plain, names[:3])) + more
 
 
 def weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
@@ -75,10 +126,10 @@ def weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
     if len(names) > FILES:
         raise ValueError(f"{index} lists {len(names)} files; {FILES} is the limit")
     for name in names:
-        if not re.fullmatch(r"[\w.-]+\.safetensors", name):
-            raise ValueError(f"{index}: {name!r} is not the plain name of a safetensors file")
+        if not re.fullmatch(r"[\w.-]{1,200}\.safetensors", name, re.A):
+            raise ValueError(f"{index}: {shown(name)} is not the plain name of a safetensors file")
         path = folder / name
-        if path.resolve().parent != folder.resolve():
+        if not inside(path):
             raise ValueError(f"{path} links out of the folder; hf download --local-dir copies it")
         if not path.is_file():
             raise ValueError(f"{index}: {name} is missing from the folder; fetch it")
@@ -95,34 +146,46 @@ def stored(paths: list[Path], weight_map: dict[str, str] | None = None) -> dict[
             with safe_open(path, "pt") as file:
                 for name in file.keys():
                     if name in found:
-                        raise ValueError(f"{path}: {name} is in {found[name].path.name} too")
+                        twice = f"{plain(name)} is in {found[name].path.name} too"
+                        raise ValueError(f"{path}: {twice}")
                     part = file.get_slice(name)
                     found[name] = Stored(path, name, tuple(part.get_shape()), part.get_dtype())
         except SafetensorError as error:
-            raise ValueError(f"{path}: not a valid safetensors file: {error}") from error
+            why = plain(str(error), 200)
+            raise ValueError(f"{path}: not a valid safetensors file: {why}") from error
+        if len(found) > TENSORS:
+            raise ValueError(f"{path}: over {TENSORS:,} tensors; that is the limit")
     if weight_map is not None:
         actual = {name: tensor.path.name for name, tensor in found.items()}
         for name, _ in sorted(weight_map.items() ^ actual.items()):
             said, is_in = weight_map.get(name, "no file"), actual.get(name, "no file")
-            raise ValueError(f"{paths[0].parent}: the index has {name} in {said}; {is_in} holds it")
+            folder, name = path.parent, plain(name)
+            raise ValueError(f"{folder}: the index has {name} in {said}; {is_in} holds it")
     return {name: x for name, x in found.items() if not name.endswith("rotary_emb.inv_freq")}
 
 
 def _check_header(path: Path) -> None:
     """Raises ValueError if the file is not as long as its header says, which can kill a process
     that maps it, or if a key comes twice, which safetensors accepts."""
-    size = path.stat().st_size
+    size = size_of(path)
     with open(path, "rb") as file:
         start = 8 + int.from_bytes(file.read(8), "little")
-        if not 8 < start <= min(size, HEADER_BYTES):
+        if not 8 < start <= min(size, JSON_BYTES):
             raise ValueError(f"{path}: {size} bytes, its first 8 announce a header of {start - 8}: "
                              "truncated, or not a safetensors file")  # fmt: skip
         header = read_json(path, file.read(start - 8))
     header.pop("__metadata__", None)
-    try:
-        end = start + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
-    except (TypeError, LookupError):
-        raise ValueError(f"{path}: not a valid safetensors file: malformed header") from None
+    end = start
+    for name, tensor in header.items():
+        match tensor:
+            case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(), int(last)]}:
+                fits = 0 <= last < 1 << 60 and len(shape) <= DIMENSIONS
+                # torch has no tensors of six-bit numbers, and none longer than this
+                sizes = all(type(n) is int and 0 <= n < 1 << 60 for n in shape)
+                if fits and sizes and "F6_" not in dtype:
+                    end = max(end, start + last)
+                    continue
+        raise ValueError(f"{path}: not a valid safetensors file: malformed header of {plain(name)}")
     if size != end:
         raise ValueError(f"{path}: {size} bytes where its header says {end}; fetch it again")
 
@@ -140,26 +203,43 @@ def split(sizes: dict[str, int], limit: int) -> list[list[str]]:
     return groups
 
 
-def write_shards(folder: Path, shards: Iterator[dict[str, Tensor]], count: int) -> None:
-    """Write `count` groups of tensors as safetensors files, and their index if there are several.
+def write_shards(
+    folder: Path, groups: list[list[str]], shapes: dict[str, tuple[int, ...]], dtype: torch.dtype,
+    tensors: Iterator[Tensor],
+) -> None:  # fmt: skip
+    """Write each group's tensors, which come in the groups' order, as a safetensors file, and their
+    index if there are several. One tensor at a time is in memory.
 
     Raises ValueError for NaN or infinity: what a reader should refuse is not written.
     """
-    weight_map, size = {}, 0
-    for i, tensors in enumerate(shards, 1):
-        if broken := [name for name, x in tensors.items() if not x.isfinite().all()]:
-            raise ValueError(f"NaN or infinity in {some(broken)}; the weights are not saved")
-        file = SINGLE if count == 1 else f"model-{i:05}-of-{count:05}.safetensors"
+    weight_map, total = {}, 0
+    for i, names in enumerate(groups, 1):
+        file = SINGLE if len(groups) == 1 else f"model-{i:05}-of-{len(groups):05}.safetensors"
         # without this metadata transformers 4.36 cannot read the file
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, file)
-        size += sum(x.nbytes for x in tensors.values())
-    if count > 1:
-        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name in names:
+            start, end = end, end + math.prod(shapes[name]) * dtype.itemsize
+            header[name] = {"dtype": DTYPES[dtype], "shape": list(shapes[name]),
+                            "data_offsets": [start, end]}  # fmt: skip
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)  # the format wants the data aligned
+        with open(folder / file, "wb") as out:
+            out.write(len(text).to_bytes(8, "little") + text)
+            for name in names:
+                x = next(tensors).contiguous()
+                if not x.isfinite().all():
+                    raise ValueError(f"NaN or infinity in {name}; the weights are not saved")
+                assert (tuple(x.shape), x.dtype) == (tuple(shapes[name]), dtype), name
+                out.write(x.view(torch.uint8).numpy().data)
+        weight_map |= dict.fromkeys(names, file)
+        total += end
+    if len(groups) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_json(folder / INDEX, index)
 
 
-def _settle(path: Path, mode: int | None = None) -> None:
+def settle(path: Path, mode: int | None = None) -> None:
     """Give a file or folder its mode, if any is given, and wait until it is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -183,10 +263,10 @@ def new_folder(target: Path, size: int) -> Iterator[Path]:
         temp = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         yield temp
         for path in temp.iterdir():
-            _settle(path, 0o644)
-        _settle(temp, 0o755)
+            settle(path, 0o644)
+        settle(temp, 0o755)
         temp.rename(target)
-        _settle(target.parent)
+        settle(target.parent)
     except (OSError, SafetensorError) as error:
         raise Storage(f"{target}: cannot write: {error}") from error
     finally:

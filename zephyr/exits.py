@@ -2,7 +2,7 @@
 
     0    done
     2    bad input: a flag, a recipe, a data or a model file
-    3    a checkpoint is damaged, or is another run's: `--resume previous` or `fresh`
+    3    a checkpoint is damaged: `--resume previous` or `fresh`
     4    a loss or a gradient is not finite
     5    the storage refused: full, read-only, gone; the last checkpoint is intact
     6    another rank died or did not answer in time
@@ -17,6 +17,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch.distributed as dist
 
@@ -33,34 +34,43 @@ class Storage(ValueError):
     code = 5
 
 
-class LostRank(RuntimeError):
-    code = 6
-
-
 class Preempted(RuntimeError):
     code = 143
 
 
-def run(main: Callable[[], None]) -> None:
-    """Call `main`; what a user can cause or must know of becomes one line and an exit code.
+LOST_RANK = 6
+E = TypeVar("E", bound=Exception)
 
-    The first rank speaks for all where all raise the same (`parallel.together` marks such errors,
-    and before there is a process group they have nothing else to raise); otherwise each rank.
-    """
-    rank = os.environ.get("RANK", "0")
+
+def shared(error: E) -> E:
+    """An error that every rank raises at the same place: the first rank speaks for all."""
+    error.shared = True
+    return error
+
+
+def call(main: Callable[[], None]) -> None:
+    """Call `main`; what a user can cause or must know of becomes one line and an exit code."""
     try:
         if any(importlib.metadata.distributions(name="kernels")):
             raise ValueError("the distribution `kernels` from PyPI hides this project's package of "
                              "that name: pip uninstall kernels")  # fmt: skip
         main()
-    except (ValueError, OSError, LostRank, Preempted) as error:
-        shared = getattr(error, "shared", not dist.is_initialized())
-        if rank == "0" or not shared:
-            place = "" if rank == "0" else f" (rank {rank})"
-            print(f"{Path(sys.argv[0]).name}{place}: {error}", file=sys.stderr, flush=True)
-        code = getattr(error, "code", 2)
-        if isinstance(error, LostRank):
-            os._exit(code)  # a background save would wait for the lost rank
-        sys.exit(code)
+    except (ValueError, OSError, Preempted) as error:
+        _say(str(error), everywhere=dist.is_initialized() and not hasattr(error, "shared"))
+        sys.exit(getattr(error, "code", 2))
+    except RuntimeError as error:
+        from zephyr import parallel  # which imports this file
+
+        if not parallel.lost(error):
+            raise
+        _say(parallel.lost_message(error), everywhere=True)
+        os._exit(LOST_RANK)  # a save in the background would wait for the lost rank
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _say(text: str, everywhere: bool) -> None:
+    rank = os.environ.get("RANK", "0")
+    if rank == "0" or everywhere:
+        place = "" if rank == "0" else f" (rank {rank})"
+        print(f"{Path(sys.argv[0]).name}{place}: {text}", file=sys.stderr, flush=True)

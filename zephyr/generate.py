@@ -224,4 +224,4 @@ def ask() -> str:
 
 
 if __name__ == "__main__":
-    exits.run(main)
+    exits.call(main)

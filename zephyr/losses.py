@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import kernels
+from zephyr.exits import shared
 
 METRICS = (
     "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
@@ -100,15 +101,15 @@ def check_start(
     """Raise ValueError unless a step taken before any update starts from equal policies.
 
     Then every margin is 0 and the loss is the objective's at h = 0 (`dpo`: ln 2), to 1e-5 in fp32
-    and 1e-2 in bf16. `means` are a step's `loss` and `rewards/margins`.
+    and 1e-2 in bf16. `means` are a step's `loss` and `rewards/margins`; of NaN, guard.py speaks.
     """
     tolerance = 1e-5 if precision == "fp32" else 1e-2
     expected = float(OBJECTIVES[name](torch.zeros(1), beta, smoothing))
     loss, margin = means["loss"], means["rewards/margins"]
-    # not (<=), so that a NaN stops too; the tolerance is relative where the loss is large (ipo)
-    if not (abs(loss - expected) <= tolerance * max(1, expected) and abs(margin) <= 4 * tolerance):
-        raise ValueError(
+    # relative where the loss is large (ipo)
+    if abs(loss - expected) > tolerance * max(1, expected) or abs(margin) > 4 * tolerance:
+        raise shared(ValueError(
             f"before the first update policy and reference must agree, but the mean loss is "
             f"{loss:.6f} where {expected:.6f} is due, and the mean margin {margin:.2e}: the cached "
             "reference log-probs are not this model's; delete them (reference-*.npy in the cache)"
-        )
+        ))  # fmt: skip

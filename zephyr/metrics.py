@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import json
 import math
+import os
 import re
 import sys
 import time
@@ -80,11 +81,12 @@ class Means:
         self.sums: dict[str, Any] = dict.fromkeys(self.keys, 0.0)
         self.counts = dict.fromkeys(self.keys, 0.0)
 
-    def add(self, count: float, sums: Mapping[str, float | Tensor]) -> None:
-        """Adds 0-d sums over `count` pairs or tokens; a key that is absent gets sum and count 0."""
-        for key, value in sums.items():
+    def add(self, count: float, values: Mapping[str, float | Tensor]) -> None:
+        """Adds values that belong to `count` pairs or tokens, a tensor's elements summed in fp64;
+        a key that is absent gets sum and count 0."""
+        for key, value in values.items():
             assert key in self.sums, f"{key} is not among the registered keys {self.keys}"
-            self.sums[key] += value.detach().double() if isinstance(value, Tensor) else value
+            self.sums[key] += value.detach().double().sum() if isinstance(value, Tensor) else value
             self.counts[key] += count
 
     def mean(self, **totals: float) -> dict[str, float]:
@@ -113,13 +115,14 @@ class Log:
     """One line of metrics.jsonl per `every` optimizer steps, the progress bar, TensorBoard.
 
     Build it on every rank, right before the loop: the clock of the throughput starts here.
-    start_step > 0 resumes: lines after that step are dropped, so that a step stands there once.
-    Checkpoint at multiples of `every`: sums of steps that have no line yet are not saved.
+    start_step > 0 resumes: lines after that step are dropped, so that a step stands there once,
+    and `kept`, what `state` gave on each rank when that step was saved, has what had no line yet.
     """
 
     def __init__(self, folder: Path | str, total_steps: int, keys: Sequence[str], *,
                  start_step: int = 0, every: int = 1, rank: int = 0, world: int = 1,
-                 device: torch.device | str = "cpu", bar: Sequence[str] = BAR):
+                 device: torch.device | str = "cpu", bar: Sequence[str] = BAR,
+                 kept: Sequence[Mapping] = ()):
         self.folder, self.total_steps, self.start_step = Path(folder), total_steps, start_step
         self.every, self.rank, self.world, self.shown = every, rank, world, tuple(bar)
         self.device, self.means = torch.device(device), Means(keys, device)
@@ -132,13 +135,32 @@ class Log:
             self._open()
         self.said, self.began = -math.inf, time.perf_counter()
         self.since = self.began
+        # a rank's own share, or, of another number of ranks, the first takes all
+        for state in [kept[rank]] if len(kept) == world else kept if rank == 0 else []:
+            for name in self.means.sums:
+                self.means.sums[name] += state["sums"][name]
+                self.means.counts[name] += state["counts"][name]
+            for name in self.totals:
+                self.totals[name] += state["totals"][name]
+            self.since = self.began - state["seconds"]
+
+    def state(self) -> dict[str, Any]:
+        """This rank's share of the line under way, as JSON; the lines before it reach the disk."""
+        if self.file is not None:
+            self.file.flush()
+            os.fsync(self.file.fileno())
+        return {"sums": {name: float(x) for name, x in self.means.sums.items()},
+                "counts": self.means.counts, "totals": self.totals,
+                "seconds": time.perf_counter() - self.since}
 
     def _open(self) -> None:
         path = self.folder / FILE
         old = read(self.folder) if self.start_step and path.exists() else []
-        kept = [json.dumps(row) + "\n" for row in old if row["step"] <= self.start_step]
+        kept = [row for row in old if row["step"] <= self.start_step]
+        for row in kept:
+            self.last |= {name: math.nan if x is None else x for name, x in row.items()}
         with atomic(path) as file:
-            file.write("".join(kept).encode())
+            file.write("".join(json.dumps(row) + "\n" for row in kept).encode())
         self.file = open(path, "a", buffering=1, encoding="ascii")
         with contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter

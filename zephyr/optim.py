@@ -1,6 +1,7 @@
 """AdamW groups, learning-rate schedules, clip and step."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -41,19 +42,20 @@ def schedule(kind: str, step: int, total: int, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * progress)) if kind == "cosine" else 1.0
 
 
-def step(optimizer: torch.optim.Optimizer, lr: float, clip: float) -> Tensor:
+def step(
+    optimizer: torch.optim.Optimizer, lr: float, clip: float,
+    allowed: Callable[[Tensor], bool] = torch.isfinite,
+) -> Tensor:  # fmt: skip
     """Clip the global gradient norm to `clip`, update, clear; returns the norm before clipping.
 
-    Raises ValueError, on every rank, before a norm that is NaN or infinite spoils the weights.
+    The weights stay as they are unless `allowed` says of the norm that they may change.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = nn.utils.clip_grad_norm_(parameters, clip)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    if not norm.isfinite():
-        raise ValueError(f"the gradient norm is {float(norm)}, so this step is not taken; lower "
-                         "--lr, or look for what is unusual in the rows of this step")  # fmt: skip
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
+    if allowed(norm):
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
     optimizer.zero_grad()
     return norm

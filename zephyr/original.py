@@ -4,7 +4,6 @@ Hugging Face folder; the command is `python -m zephyr.weights SOURCE TARGET`.
 H query or key heads  E head width  D width
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -55,17 +54,17 @@ def convert(source: Path | str, target: Path | str) -> None:
     first = found["lm_head.weight"]
     with safe_open(first.path, "pt") as file:
         dtype = file.get_slice(first.name)[:0].dtype
+    name = huggingface.dtype({"torch_dtype": str(dtype).removeprefix("torch.")}, first.path)
+    tokenizer = _tokenizer(source)
 
-    def shards() -> Iterator[dict[str, Tensor]]:
-        for names in plan:
-            yield {name: _tensor(found[name], config.head_dim).to(dtype) for name in names}
-
+    shapes = {name: tuple(p.shape) for name, p in wanted.items()}
     sizes = {name: p.numel() * dtype.itemsize for name, p in wanted.items()}
-    plan = disk.split(sizes, weights.SHARD_BYTES)
+    groups = disk.split(sizes, weights.SHARD_BYTES)
+    tensors = (_tensor(found[name], config.head_dim).to(dtype) for name in wanted)
     with disk.new_folder(Path(target), sum(sizes.values())) as temp:
-        huggingface.write_config(temp, config, str(dtype).removeprefix("torch."), {})
-        huggingface.write_tokenizer(temp, _tokenizer(source), template=None)
-        disk.write_shards(temp, shards(), len(plan))
+        huggingface.write_config(temp, config, name, {})
+        huggingface.write_tokenizer(temp, tokenizer, template=None)
+        disk.write_shards(temp, groups, shapes, dtype, tensors)
 
 
 def _original(name: str) -> str:
@@ -84,7 +83,9 @@ def _files(source: Path) -> list[Path]:
 
 def _tokenizer(source: Path) -> Path:
     for end in ("", ".v1", ".v2", ".v3"):
-        if (path := source / f"tokenizer.model{end}").exists():
+        if (path := source / f"tokenizer.model{end}").is_file():
+            if not disk.inside(path):
+                raise ValueError(f"{path} links out of the folder; put a copy in its place")
             return path
     raise ValueError(f"{source} has no tokenizer.model")
 

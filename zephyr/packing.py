@@ -24,7 +24,8 @@ class Batch:
     """One packed row and the rows of it that predict.
 
     For pairs, `response_N` counts over the micro-batch's responses: its pair k's chosen is 2k, its
-    rejected 2k + 1, and `pairs[k]` is that pair's number in the data. For documents it is all 0.
+    rejected 2k + 1, and `pairs[k]` is that pair's number in the data. For documents it is all 0,
+    and `documents` has the number of each piece's.
     """
 
     tokens_T: Tensor
@@ -33,6 +34,7 @@ class Batch:
     targets_N: Tensor
     response_N: Tensor
     pairs: Tensor
+    documents: tuple[int, ...] = ()
 
     def to(self, device: torch.device) -> "Batch":
         def move(x: Tensor | None) -> Tensor | None:
@@ -83,14 +85,15 @@ def pack_pairs(pairs: list[Pair], numbers: list[int]) -> Batch:
     return _batch(tokens, position, queries, keys, rows, predict, targets, response, numbers)
 
 
-def pack_documents(pieces: list[tuple[np.ndarray, np.ndarray]]) -> Batch:
-    """Pieces of documents (ids, trained) as one row; each is causal and sees only itself.
+def pack_documents(pieces: list[tuple[np.ndarray, np.ndarray, int]]) -> Batch:
+    """Pieces of documents (ids, trained, the document's number) as one row; each is causal and sees
+    only itself.
 
     A piece of n + 1 ids has n input rows: row i predicts id i + 1, and is trained on if
     trained[i + 1]. Pieces `a b c` and `d e`: tokens a b d, targets b c e, positions 0 1 0.
     """
     tokens, position, queries, predict, targets = [], [], [0], [], []
-    for ids, trained in pieces:
+    for ids, trained, _ in pieces:
         tokens.append(ids[:-1])
         position.append(np.arange(len(ids) - 1))
         rows = np.flatnonzero(trained[1:])
@@ -98,7 +101,8 @@ def pack_documents(pieces: list[tuple[np.ndarray, np.ndarray]]) -> Batch:
         targets.append(ids[1:][rows])
         queries.append(queries[-1] + len(ids) - 1)
     response = [np.zeros(sum(map(len, targets)), np.int64)]
-    return _batch(tokens, position, queries, queries, None, predict, targets, response, [])
+    batch = _batch(tokens, position, queries, queries, None, predict, targets, response, [])
+    return replace(batch, documents=tuple(number for _, _, number in pieces))
 
 
 def nothing() -> Batch:
@@ -235,8 +239,8 @@ class DocumentPlan:
     def steps_per_epoch(self) -> int:
         return -(-self.rows_per_epoch // self.batch)
 
-    def row(self, epoch: int, row: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """The pieces (ids, trained) of one row."""
+    def row(self, epoch: int, row: int) -> list[tuple[np.ndarray, np.ndarray, int]]:
+        """The pieces (ids, trained, document) of one row."""
         order, ends = _stream(self.data, self.seed, epoch, self.shuffle)
         start, stop = row * self.length, min((row + 1) * self.length, int(ends[-1]))
         pieces = []
@@ -249,7 +253,7 @@ class DocumentPlan:
             ids = self.data.ids[a : a + taken + 1]
             everything = self.train_on == "all"
             trained = np.ones(taken + 1, bool) if everything else self.data.mask[a : a + taken + 1]
-            pieces.append((ids, trained))
+            pieces.append((ids, trained, document))
             start += taken
             k += 1
         return pieces

@@ -1,22 +1,40 @@
 """Process group, device mesh, FSDP2, activation recomputation: everything that acts on the model
-from outside it."""
+from outside it. Also what ends a run from outside: signals, and ranks that are lost."""
 
 import ctypes
 import functools
 import os
+import re
+import secrets
+import signal
+import socket
 import sys
+import threading
+import time
 from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
+from zephyr.exits import Storage
 from zephyr.model import Mistral, MistralConfig
 
 T = TypeVar("T")
+PATIENCE = 2 * 3600  # seconds: before training one rank may tokenize while all others wait
+MEETING = timedelta(minutes=10)  # for the ranks, all started by now, to find each other
+STOPS = (signal.SIGTERM, signal.SIGUSR1)
+VISIBLE = 5.0  # seconds after which a new file must be seen on every node
+# what gloo, NCCL and torchrun's store say of a rank that is gone or silent
+GONE = re.compile(r"closed by peer|likely closed|reset by peer|broken pipe|connection refused|"
+                  r"no route to host|unreachable|ncclRemoteError|ncclSystemError|aborted", re.I)
+SILENT = re.compile(r"timed out|time-?out", re.I)  # fmt: skip
 
 
 class Ranks(NamedTuple):
@@ -32,21 +50,157 @@ class Ranks(NamedTuple):
             print(text, file=sys.stderr, flush=True)
 
 
-def start() -> Ranks:
-    """Join the process group: torchrun's, or one of a single process under plain python."""
+def start(replicas: int = 1) -> Ranks:
+    """Join the process group: torchrun's, or one of a single process under plain python.
+
+    With replicas the mesh is 2-D: each group of size / replicas neighbouring ranks shards the model
+    among themselves, and gradients are averaged over the groups too. From here on SIGTERM and
+    SIGUSR1 only ask to stop, see `stop_wanted`.
+    """
     rank, size, local_rank = (
         int(os.environ.get(name, default))
         for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
     )
+    if replicas < 1 or size % replicas:
+        fits = [str(n) for n in range(1, size + 1) if size % n == 0]
+        use = " or ".join(filter(None, (", ".join(fits[:-1]), fits[-1])))
+        raise ValueError(f"--replicas {replicas} does not divide the {size} ranks; use {use}")
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     else:
         keep_buffers()
-    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group("nccl" if cuda else "gloo", **alone)
-    return Ranks(rank, size, local_rank, device, init_device_mesh(device.type, (size,)))
+    if "RANK" in os.environ:
+        store, _, _ = next(dist.rendezvous("env://", timeout=MEETING))
+        store = dist.PrefixStore(_attempt(store, rank, size), store)
+    else:
+        store = dist.HashStore()
+    # objects, flags and checkpoints in the background go through gloo, past the device's queue
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    if replicas == 1:
+        mesh = init_device_mesh(device.type, (size,))
+    else:
+        shape = (replicas, size // replicas)
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+    _groups[:] = [dist.group.WORLD, *mesh.get_all_groups()]
+    tighten(PATIENCE)
+    _listen()
+    return Ranks(rank, size, local_rank, device, mesh)
+
+
+def _attempt(store: dist.Store, rank: int, size: int) -> str:
+    """A name that the ranks of this attempt share and no earlier attempt had.
+
+    torchrun's store outlives its ranks, so after a restart it still has the keys under which the
+    last attempt's ranks found each other, and whoever comes first reads those. Nothing torchrun
+    says tells attempts apart: on several nodes TORCHELASTIC_RESTART_COUNT is each agent's own, and
+    one that restarts because others did does not count it. So the ranks agree: each shows up under
+    a word of its own, and rank 0 answers with the name to whomever it sees until all have answered
+    back. Words of dead ranks are never answered to a living one, nor is a dead rank 0's name.
+    """
+    word = secrets.token_hex(8)
+    if rank:
+        store.set(f"rank {rank}", word)
+        name = store.get(f"name for {word}").decode()
+        store.set(f"{name} has {rank}", "")
+        return name
+    missing, deadline = set(range(1, size)), time.monotonic() + MEETING.total_seconds()
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"{word} has {other}"]):
+                missing.remove(other)
+            elif store.check([f"rank {other}"]):
+                store.set(f"name for {store.get(f'rank {other}').decode()}", word)
+        if time.monotonic() > deadline:
+            raise dist.DistStoreError(f"Timed out waiting for ranks {sorted(missing)} to start")
+        time.sleep(0.01)
+    return word
+
+
+_groups: list[dist.ProcessGroup] = []  # of the last start()
+_limit = PATIENCE
+
+
+def tighten(seconds: int) -> None:
+    """From now on a collective that waits longer for another rank than this fails."""
+    global _limit
+    _limit = seconds
+    for group in _groups:
+        c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+def agree(flag: bool) -> bool:
+    """True on every rank if the flag is True on any. On the CPU: no device waits."""
+    flags = torch.tensor(int(flag))
+    dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return bool(flags)
+
+
+def lost(error: RuntimeError) -> bool:
+    """Does the error tell of another rank that died or did not answer in time?"""
+    text = str(error)
+    of_ranks = isinstance(error, dist.DistError) or "gloo" in text
+    return of_ranks and bool(GONE.search(text) or SILENT.search(text))
+
+
+def lost_message(error: RuntimeError) -> str:
+    """One line for such an error: what waited, for whom or how long, and what to do."""
+    text, where = str(error), error.__traceback__
+    operation = "a collective"  # FSDP waits for some outside of the call that began them
+    while where:
+        code = where.tb_frame.f_code
+        if code.co_filename == c10d.__file__ and code.co_name in c10d.__all__:
+            operation = code.co_name
+            break
+        where = where.tb_next
+    peer = re.search(r"\[([0-9a-f.:]+)\]:\d+", text)
+    if SILENT.search(text):
+        happened = f"another rank did not answer within {_limit} s: it hangs, or its node is gone"
+    else:
+        happened = f"the rank at {peer[1]} died" if peer else "another rank died"
+    return (f"{operation}: {happened}. Start the same command again: it goes on from the last "
+            "checkpoint")  # fmt: skip
+
+
+_asked: float | None = None  # when the first signal came
+_ears: socket.socket | None = None
+
+
+def stop_wanted() -> bool:
+    """Has SIGTERM or SIGUSR1 come to this rank? The others may not have it yet: see `agree`."""
+    return _asked is not None
+
+
+def _listen() -> None:
+    """Let the first SIGTERM or SIGUSR1 be noted, and one a second later end the process.
+
+    torchrun and Slurm may both send it, to all, so what comes within the second is the same signal.
+    Python runs handlers between its own instructions, never while a collective waits, so a thread
+    hears of signals through a socket instead: then the second one ends a hung run too.
+    """
+    global _asked, _ears
+    _asked = None
+    if _ears is not None or threading.current_thread() is not threading.main_thread():
+        return
+    _ears, mouth = socket.socketpair()
+    mouth.setblocking(False)
+    signal.set_wakeup_fd(mouth.detach(), warn_on_full_buffer=False)
+    for number in STOPS:
+        signal.signal(number, lambda *_: None)
+    threading.Thread(target=_obey, args=(_ears,), daemon=True).start()
+
+
+def _obey(ears: socket.socket) -> None:
+    global _asked
+    while number := ears.recv(1):
+        if number[0] not in STOPS:  # Ctrl-C stays Python's
+            continue
+        if _asked is None:
+            _asked = time.monotonic()
+        elif time.monotonic() - _asked > 1:
+            os._exit(143)
 
 
 def keep_buffers() -> None:
@@ -96,6 +250,36 @@ def on_first(build: Callable[[], T]) -> T:
     results = [together(build if dist.get_rank() == 0 else lambda: None)]
     dist.broadcast_object_list(results)
     return results[0]  # type: ignore[return-value]
+
+
+def shared_folder(path: Path | str) -> None:
+    """Raise Storage on every rank unless `path`, made if need be, is one folder for them all."""
+    path = Path(path)
+
+    def leave() -> Path:
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            token = path / f".seen-{secrets.token_hex(8)}"
+            token.touch()
+        except OSError as error:
+            raise Storage(f"{path}: cannot write: {error.strerror}") from None
+        return token
+
+    def look() -> None:
+        deadline = time.monotonic() + VISIBLE
+        while not token.exists():
+            if time.monotonic() > deadline:
+                here = f"{socket.gethostname()} (rank {dist.get_rank()})"
+                raise Storage(f"{path} on {here} is not the folder that rank 0 has; give one that "
+                              "all nodes share")  # fmt: skip
+            time.sleep(0.05)
+
+    token = on_first(leave)
+    try:
+        together(look)
+    finally:
+        if dist.get_rank() == 0:
+            token.unlink(missing_ok=True)
 
 
 def total(count: int, ranks: Ranks) -> int:

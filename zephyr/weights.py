@@ -1,6 +1,6 @@
 """Hugging Face folders to and from a (sharded) model, one tensor at a time.
 
-    python -m zephyr.weights SOURCE TARGET     a folder in Mistral's own layout, converted
+    python -m zephyr.weights SOURCE TARGET     of a run's checkpoint, or of Mistral's own layout
 
 transformers fills in what a folder lacks and loads what is broken; here both are errors.
 """
@@ -10,6 +10,7 @@ import hashlib
 import math
 import re
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from tqdm import tqdm
@@ -120,6 +122,17 @@ def digest(folder: Path | str) -> str:
         return hashlib.sha256("".join(pool.map(line, paths)).encode()).hexdigest()
 
 
+def masters(model: Mistral) -> dict[str, Tensor]:
+    """The model's parameters by name, sharded ones as shards.
+
+    A forward without a backward leaves those of FSDP's root gathered and cast; what is then there
+    under their names is not what the optimizer works on, so they are put back first.
+    """
+    if isinstance(model, FSDPModule):
+        model.reshard()
+    return dict(model.named_parameters())
+
+
 @torch.no_grad()
 def save(
     model: Mistral,
@@ -129,36 +142,52 @@ def save(
     empty_system: bool = True,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
+    """Write a (sharded) model as a Hugging Face folder; see `write`.
+
+    Every rank calls it, and one tensor at a time is gathered; rank 0 writes. Raises its errors on
+    rank 0 only; no other rank is left waiting.
+    """
+    parameters = masters(model)
+
+    def whole(p: Tensor) -> Tensor:
+        return p.full_tensor() if isinstance(p, DTensor) else p
+
+    tensors = (whole(p.detach()) for p in parameters.values())
+    try:
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            shapes = {name: tuple(p.shape) for name, p in parameters.items()}
+            write(folder, model.config, shapes, tensors, base, dtype, empty_system, shard_bytes)
+    finally:
+        for _ in tensors:  # gathering takes every rank, so an error here must not end it early
+            pass
+
+
+def write(
+    folder: Path | str,
+    config: MistralConfig,
+    shapes: dict[str, tuple[int, ...]],
+    tensors: Iterator[Tensor],
+    base: Path | str,
+    dtype: torch.dtype | None = None,
+    empty_system: bool = True,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
     """Write a Hugging Face folder: weights, config, the base's tokenizer, the chat template.
 
-    The template inserts an empty system message if training did. Every rank calls it; rank 0
-    writes, in `dtype` or else the base's. Raises ValueError, on rank 0 only, if the folder exists
-    or cannot be written; no other rank is left waiting.
+    `tensors` come in the order of `shapes`, and are cast to `dtype` or else the base's. The
+    template inserts an empty system message if training did. Raises ValueError if the folder exists
+    or cannot be written; then there is none.
     """
-    config = Path(base) / "config.json"
-    raw = disk.read_json(config)
-    dtype = dtype or getattr(torch, huggingface.dtype(raw, config))
-    parameters = dict(model.named_parameters())
-    sizes = {name: p.numel() * dtype.itemsize for name, p in parameters.items()}
-    writer = not dist.is_initialized() or dist.get_rank() == 0
-
-    def whole(name: str) -> Tensor | None:
-        p = parameters[name].detach()
-        p = p.full_tensor() if isinstance(p, DTensor) else p
-        return p.to("cpu", dtype) if writer else None
-
-    plan = disk.split(sizes, shard_bytes)
-    shards = ({name: whole(name) for name in names} for names in plan)
-    try:
-        if writer:
-            with disk.new_folder(Path(folder), sum(sizes.values())) as temp:
-                huggingface.write_config(temp, model.config, str(dtype).removeprefix("torch."), raw)
-                template = huggingface.chat_template(empty_system)
-                huggingface.write_tokenizer(temp, Path(base) / "tokenizer.model", template)
-                disk.write_shards(temp, shards, len(plan))
-    finally:
-        for _ in shards:  # gathering takes every rank, so an error here must not end it early
-            pass
+    path = Path(base) / "config.json"
+    raw = disk.read_json(path)
+    dtype = dtype or getattr(torch, huggingface.dtype(raw, path))
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
+    groups = disk.split(sizes, shard_bytes)
+    with disk.new_folder(Path(folder), sum(sizes.values())) as temp:
+        huggingface.write_config(temp, config, str(dtype).removeprefix("torch."), raw)
+        template = huggingface.chat_template(empty_system)
+        huggingface.write_tokenizer(temp, Path(base) / "tokenizer.model", template)
+        disk.write_shards(temp, groups, shapes, dtype, (x.to("cpu", dtype) for x in tensors))
 
 
 def fresh(folder: Path | str, seed: int) -> None:
@@ -178,18 +207,27 @@ def fresh(folder: Path | str, seed: int) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    from zephyr import original
+    from zephyr import checkpoint, original
 
-    about = original.__doc__.partition("\n\n")[0]
-    parser = argparse.ArgumentParser(prog="python -m zephyr.weights", description=about)
-    parser.add_argument("source", help="folder with params.json and consolidated*.safetensors")
+    parser = argparse.ArgumentParser(
+        prog="python -m zephyr.weights",
+        description="Make a Hugging Face folder of a run's checkpoint, or of a model in Mistral's "
+        "own layout.",
+    )
+    parser.add_argument("source", help="RUN/checkpoints/step-..., or a folder with params.json and "
+                        "consolidated*.safetensors")  # fmt: skip
     parser.add_argument("target", help="the Hugging Face folder to make")
+    parser.add_argument("--base", help="for a checkpoint: the folder its run started from, if that "
+                        "is no longer where it was")  # fmt: skip
     options = parser.parse_args(arguments)
     try:
-        original.convert(options.source, options.target)
+        if (Path(options.source) / checkpoint.SUMS).exists():
+            checkpoint.export(options.source, options.target, options.base)
+        else:
+            original.convert(options.source, options.target)
     except ValueError as error:
         print(f"weights: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(getattr(error, "code", 2))
 
 
 if __name__ == "__main__":
