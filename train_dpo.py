@@ -77,7 +77,7 @@ def main() -> None:
                 means.add(len(batch.pairs), forward(batch, anchors[1]))
             log.evaluation(step, means.reduce())
 
-    with log:
+    with run, log:
         for step in range(start, steps):
             lr = c.lr * optim.schedule(c.schedule, step, steps, c.warmup)
             pairs = len(train.step(step))
@@ -96,8 +96,8 @@ def main() -> None:
             if held_out and (done == steps or (c.eval_every and done % c.eval_every == 0)):
                 evaluate(done)
             run.after(done, done == steps, policy, optimizer, log=log, guard=guard)
-        run.wait()
 
+    parallel.tighten(parallel.PATIENCE)  # while the first rank writes, the others wait
     parallel.together(lambda: weights.save(
         policy, Path(c.out) / "model", base=c.model, empty_system=c.empty_system
     ))  # fmt: skip

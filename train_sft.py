@@ -60,7 +60,7 @@ def main() -> None:
                 means.add(len(batch.targets_N), {"loss": loss})
             log.evaluation(step, means.reduce())
 
-    with log:
+    with run, log:
         for step in range(start, steps):
             lr = c.lr * optim.schedule(c.schedule, step, steps, c.warmup)
             batches = train.microbatches(step)
@@ -78,8 +78,8 @@ def main() -> None:
             if held_out and (done == steps or (c.eval_every and done % c.eval_every == 0)):
                 evaluate(done)
             run.after(done, done == steps, model, optimizer, log=log, guard=guard)
-        run.wait()
 
+    parallel.tighten(parallel.PATIENCE)  # while the first rank writes, the others wait
     parallel.together(lambda: weights.save(
         model, Path(c.out) / "model", base=c.model, empty_system=c.empty_system
     ))  # fmt: skip

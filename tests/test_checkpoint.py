@@ -253,9 +253,8 @@ def test_a_checkpoint_is_exported_as_the_end_of_a_run_would(ranks, base, c, tmp_
         disk.write_json(moved / "state.json", about)
         lines = [line for line in (moved / "SHA256SUMS").read_text().splitlines()
                  if not line.endswith("state.json")]  # fmt: skip
-        (moved / "SHA256SUMS").write_text(
-            "\n".join([*lines, checkpoint._sum(moved / "state.json")]) + "\n"
-        )
+        lines.append(checkpoint._sum(moved / "state.json"))
+        (moved / "SHA256SUMS").write_text("\n".join(lines) + "\n")
         checkpoint.export(moved, tmp_path / "again")
     checkpoint.export(moved, tmp_path / "again", base)
     (moved / "state.json").write_text("{}")
@@ -307,12 +306,14 @@ def test_asked_to_stop_a_run_saves_and_says_so(ranks, base, c, monkeypatch):
     assert [p.name for p in checkpoint.complete(run.out)] == ["step-000003"]
 
 
-def fake(c, step: int, suffix: str = "", run: dict | None = None) -> Path:
+def fake(c, step: int, suffix: str = "", state: bytes | None = None) -> Path:
     """A checkpoint as far as opening a folder looks."""
     folder = Path(c.out) / "checkpoints" / f"step-{step:06d}{suffix}"
     folder.mkdir(parents=True)
     identity = disk.read_json(Path(c.out) / "run.json")["run"]
-    disk.write_json(folder / "state.json", {"run": run or identity})
+    whole = json.dumps({"step": step, "ranks": [], "run": identity}).encode()
+    (folder / "state.json").write_bytes(whole if state is None else state)
+    (folder / "SHA256SUMS").write_text(checkpoint._sum(folder / "state.json") + "\n")
     return folder
 
 
@@ -372,7 +373,7 @@ def test_fresh_moves_aside_and_deletes_nothing(ranks, c):
     assert Run(fresh, DIGESTS, ranks).folder is None
     seen = []
     for k in (1, 2):
-        (fake(c, k) / "weights").write_text(f"of run {k}")
+        (fake(c, k) / "weights").write_text(f"of run {k}")  # damaged, and moved all the same
         (out / "model").mkdir()
         seen.append(tree(out))
         assert Run(replace(fresh, lr=k / 10), {"data": f"digest {k}"}, ranks).folder is None
@@ -413,11 +414,18 @@ def test_settings_that_leave_the_trajectory_alone_may_change(ranks, c, monkeypat
     assert Run(free, DIGESTS, ranks).folder.name == "step-000003"
 
 
-@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"run": 1}', b'{"run": {"settings": []}}'])
-def test_checkpoints_of_nobody_are_refused(ranks, c, damage):
+@pytest.mark.parametrize("state, message", [
+    (b"", "is damaged: .*state.json: malformed JSON"),
+    (b"[]", "is damaged: .*state.json holds a JSON list"),
+    (b"{}", "is damaged: state.json has no 'step'"),
+    (b'{"step": "3", "ranks": []}', "is damaged: state.json is malformed"),
+    (b'{"step": 3, "ranks": [], "run": 1}', "state.json does not say whose run this is; --resume"),
+    (b'{"step": 3, "ranks": [], "run": {"settings": []}}', "does not say whose run this is;"),
+])  # fmt: skip
+def test_checkpoints_of_nobody_are_refused(ranks, c, state, message):
     Run(c, DIGESTS, ranks)
-    (fake(c, 3) / "state.json").write_bytes(damage)
-    with pytest.raises(exits.BadCheckpoint, match="state.json does not say whose run this is;"):
+    fake(c, 3, state=state)
+    with pytest.raises(exits.BadCheckpoint, match=message):
         Run(c, DIGESTS, ranks)
 
 

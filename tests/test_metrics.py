@@ -199,6 +199,31 @@ def test_resume_keeps_each_step_once(log, tmp_path):
     assert [p.name for p in path.parent.iterdir() if p.name.startswith(".")] == []
 
 
+def test_a_line_under_way_goes_on_where_it_stopped(log, clock, tmp_path):
+    """Lines of three steps; the state after the fourth goes to one rank, and to two."""
+    def steps(run, first, last):
+        for step in range(first, last + 1):
+            clock[0] += step
+            run.add(2, {"loss": torch.tensor([step / 7, step / 3])}, pairs=2)
+            run.step(step)
+
+    steps(log(6, ["loss"], every=3), 1, 6)
+    first = log(6, ["loss"], every=3, folder="resumed")
+    steps(first, 1, 4)
+    state = json.loads(json.dumps(first.state()))
+    clock[0] += 1000
+    again = log(6, ["loss"], every=3, folder="resumed", start_step=4, kept=[state])
+    assert again.last["step"] == 3, "the summary of a run that has no step left"
+    steps(again, 5, 6)
+    files = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("run", "resumed")]
+    assert files[0] == files[1] and len(files[0].splitlines()) == 2
+
+    shares = [log(9, ["loss"], every=9, rank=rank, world=2, kept=[state] * 3) for rank in (0, 1)]
+    assert [share.totals["pairs"] for share in shares] == [6, 0]
+    assert [share.means.counts["loss"] for share in shares] == [6, 0]
+    assert shares[0].means.sums["loss"] == pytest.approx(3 * (4 / 7 + 4 / 3))
+
+
 def test_a_fresh_start_forgets_the_old_lines(log, tmp_path):
     log(6, ["loss"]).evaluation(0, {"loss": 1.0})
     log(6, ["loss"])

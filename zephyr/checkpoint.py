@@ -28,9 +28,9 @@ import warnings
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Protocol, TextIO
@@ -86,7 +86,8 @@ class Run:
         if self.finished:
             ranks.say(f"{self.out} is finished; --resume fresh starts anew and keeps it")
         parallel.shared_folder(self.out)
-        self.group = dist.new_group(backend="gloo")  # a background save's own
+        # a background save's own; whoever writes faster waits there for the slowest
+        self.group = dist.new_group(backend="gloo", timeout=timedelta(minutes=30))
         pinned = ranks.device.type == "cuda"
         self.stager = DefaultStager(StagingOptions(pinned, False, False, False))
         self.under_way: Future | None = None
@@ -118,6 +119,7 @@ class Run:
                     raise BadCheckpoint(f"{out} has no intact checkpoint; --resume fresh starts "
                                         "anew and keeps what is there") from None  # fmt: skip
         if saved:
+            verified(saved[-1], slice(0))  # all that is read of it here
             self._same(saved[-1] / STATE)
             return saved[-1], False
         about = json.dumps(_about(self.ranks) | {"run": self.identity}, indent=1) + "\n"
@@ -160,7 +162,9 @@ class Run:
         """
         if self.folder is None:
             return 0, {}
-        state = parallel.together(lambda: verified(self.folder, self.ranks.rank, self.ranks.size))
+        # where as many ranks wrote it, each checks what it will read itself
+        mine = slice(self.ranks.rank, None, self.ranks.size)
+        state = parallel.together(lambda: verified(self.folder, mine))
         tensors = _tensors(model, optimizer)
         _read(self.folder, tensors)
         steps = tensors["optimizer.step"]
@@ -205,13 +209,8 @@ class Run:
                 tensors, storage_writer=writer, process_group=self.group, async_stager=self.stager
             )
         else:
-            self.under_way = Future()
-            try:
+            with self._written():
                 dcp.save(tensors, storage_writer=writer, process_group=self.group)
-                self.under_way.set_result(None)
-            except dcp.CheckpointException as error:
-                self.under_way.set_exception(error)
-            self.wait()
 
     def _room(self, part: Path, tensors: dict[str, Tensor]) -> None:
         """Raise Storage if the disk cannot take a checkpoint, or the folder cannot be made."""
@@ -230,16 +229,29 @@ class Run:
     def wait(self) -> None:
         """Until the checkpoint under way is complete; every rank raises Storage if it failed."""
         future, self.under_way = self.under_way, None
-        if future is None:
-            return
+        if future is not None:
+            with self._written():
+                future.result()
+
+    @contextmanager
+    def _written(self) -> Iterator[None]:
         try:
-            future.result()
+            yield
         except dcp.CheckpointException as error:
             part = next((self.out / "checkpoints").glob("step-*.part"), self.out)
             if self.ranks.rank == 0:
                 shutil.rmtree(part, ignore_errors=True)
             raise shared(Storage(f"{part}: cannot write: {_first(error)}; the checkpoints before "
                                  "are intact")) from None  # fmt: skip
+
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
+        """Waits for the checkpoint under way, unless this rank fails alone."""
+        if error is None or hasattr(error, "shared"):
+            self.wait()
 
 
 class _Writer(dcp.HuggingFaceStorageWriter):
@@ -282,7 +294,7 @@ class _Writer(dcp.HuggingFaceStorageWriter):
                 trash = old.with_name(".trash")  # first out of sight, as deleting takes a while
                 shutil.rmtree(trash, ignore_errors=True)
                 old.rename(trash)
-                shutil.rmtree(trash)
+                shutil.rmtree(trash, ignore_errors=True)
 
 
 def complete(out: Path) -> list[Path]:
@@ -292,21 +304,19 @@ def complete(out: Path) -> list[Path]:
     return [p for _, p in sorted(numbered)]
 
 
-def verified(folder: Path, rank: int = 0, ranks: int = 1) -> dict:
-    """A checkpoint's state.json, once its files are what their sums say. A rank checks the shards
-    it wrote itself, if as many ranks wrote them, so that each byte is read by one only. Raises
-    BadCheckpoint."""
+def verified(folder: Path, shards: slice = slice(None)) -> dict:
+    """A checkpoint's state.json, once its files are what their sums say: state.json, and of the
+    ranks' shards those in the slice. Raises BadCheckpoint."""
     try:
         lines = (folder / SUMS).read_bytes().decode("ascii").splitlines()
         sums = dict(line.split("  ", 1)[::-1] for line in lines)
         there = {p.name for p in folder.iterdir()} - {SUMS}
         if odd := sorted(there ^ sums.keys()):
             raise ValueError(f"{SUMS} and the files differ in {disk.some(odd)}")
+        parts = {name: name.split("-model-")[0] for name in sums if name != STATE}
+        wanted = {STATE, *sorted(set(parts.values()))[shards]}
         for name in sorted(sums):
-            shard = re.match(r"shard-(\d+)-", name)
-            if shard and (int(shard[1]) - 1) % ranks != rank:
-                continue
-            if _sum(folder / name) != f"{sums[name]}  {name}":
+            if parts.get(name, STATE) in wanted and _sum(folder / name) != f"{sums[name]}  {name}":
                 size = (folder / name).stat().st_size
                 raise ValueError(f"{name}, {size} bytes, is not what {SUMS} says")
         state = disk.read_json(folder / STATE)
@@ -314,6 +324,8 @@ def verified(folder: Path, rank: int = 0, ranks: int = 1) -> dict:
             raise ValueError(f"{STATE} is malformed")
     except (OSError, ValueError, KeyError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
+        if isinstance(error, KeyError):
+            reason = f"{STATE} has no {error}"
         raise BadCheckpoint(f"{folder} is damaged: {reason}; --resume previous goes back to the "
                             "last intact one") from None  # fmt: skip
     return state
@@ -324,8 +336,12 @@ def export(folder: Path | str, target: Path | str, base: Path | str | None = Non
 
     `base` has the config and the tokenizer; without it, the folder that the run started from.
     """
-    settings = verified(folder := Path(folder))["run"]["settings"]
-    base = base or settings["model"]
+    state = verified(folder := Path(folder))
+    try:
+        settings = state["run"]["settings"]
+        base, empty_system = base or settings["model"], settings["empty_system"]
+    except (KeyError, TypeError):
+        raise BadCheckpoint(f"{folder}/{STATE} does not say whose run this is") from None
     if not Path(base).is_dir():
         raise ValueError(f"{folder} was trained from {base}, which is not there; give --base, a "
                          "folder with its config.json and tokenizer.model")  # fmt: skip
@@ -339,7 +355,7 @@ def export(folder: Path | str, target: Path | str, base: Path | str | None = Non
             _read(folder, whole, alone=True)
             yield whole[name]
 
-    weights.write(target, shape, shapes, tensors(), base, empty_system=settings["empty_system"])
+    weights.write(target, shape, shapes, tensors(), base, empty_system=empty_system)
 
 
 def _read(folder: Path, tensors: dict[str, Tensor], alone: bool = False) -> None:
