@@ -280,10 +280,12 @@ def test_a_script_shows_its_own_stage_only():
 
 path_text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x7f"), min_size=1)
 positive = st.floats(0, exclude_min=True, allow_infinity=False)
+WIDEST = 2**63 - 1  # the largest whole number that TOML promises to hold
 dpo_configs = st.builds(
     DPOConfig, model=path_text, data=st.lists(path_text, min_size=1).map(tuple), out=path_text,
     eval_data=st.lists(path_text).map(tuple), lr=positive, beta=positive, clip=positive,
-    steps=st.none() | st.integers(1), seed=st.integers(0), empty_system=st.booleans(),
+    steps=st.none() | st.integers(1, WIDEST), seed=st.integers(0, WIDEST),
+    empty_system=st.booleans(),
     schedule=st.sampled_from(["linear", "cosine", "constant"]), warmup=st.floats(0, 0.99),
 )  # fmt: skip
 
@@ -304,7 +306,8 @@ def test_to_toml_leaves_out_what_is_not_set():
     assert table["sft"]["train_on"] == "assistant" and table["sft"]["data"] == ["d.jsonl"]
 
 
-CODES = {exits.BadCheckpoint: 3, exits.NonFinite: 4, exits.Storage: 5, exits.Preempted: 143}
+CODES = {OSError: 5, exits.BadCheckpoint: 3, exits.NonFinite: 4, exits.Storage: 5,
+         exits.Preempted: 143}  # fmt: skip
 
 
 def fail(error):
@@ -317,6 +320,7 @@ def fail(error):
 @pytest.mark.parametrize("error, line", [
     (ValueError("--lr 0 must be finite"), "--lr 0 must be finite"),
     (FileNotFoundError(2, "No such file", "x.bin"), "[Errno 2] No such file: 'x.bin'"),
+    (OSError(28, "No space left"), "[Errno 28] No space left"),
     (exits.BadCheckpoint("step-000003 is damaged"), "step-000003 is damaged"),
     (exits.NonFinite("the loss is nan"), "the loss is nan"),
     (exits.Storage("the disk is full"), "the disk is full"),

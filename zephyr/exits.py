@@ -12,6 +12,7 @@
 torchrun exits with 1 whatever its ranks' codes were; its last lines show theirs.
 """
 
+import errno
 import importlib.metadata
 import os
 import sys
@@ -39,6 +40,7 @@ class Preempted(RuntimeError):
 
 
 LOST_RANK = 6
+REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG}
 E = TypeVar("E", bound=Exception)
 
 
@@ -57,7 +59,8 @@ def call(main: Callable[[], None]) -> None:
         main()
     except (ValueError, OSError, Preempted) as error:
         _say(str(error), everywhere=dist.is_initialized() and not hasattr(error, "shared"))
-        sys.exit(getattr(error, "code", 2))
+        refused = isinstance(error, OSError) and error.errno in REFUSALS
+        sys.exit(Storage.code if refused else getattr(error, "code", 2))
     except RuntimeError as error:
         from zephyr import parallel  # which imports this file
 
