@@ -9,7 +9,7 @@ from test_model import model, packed
 from test_packing import tokens
 
 import kernels
-from zephyr import anchor, data, parallel
+from zephyr import anchor, data, exits, parallel
 from zephyr.data import Tokens
 from zephyr.packing import PairPlan
 
@@ -115,6 +115,22 @@ def test_only_the_visited_steps_are_computed(ranks):
     cached(m, p, ranks, steps=3 * p.steps_per_epoch)  # later epochs visit the same pairs
     assert m.calls == len(p.microbatches(4)) and len(p.step(4)) == PAIRS % BATCH
     assert np.isfinite(table()).all()
+
+
+def test_a_pass_that_is_stopped_is_taken_up_where_it_was(ranks, monkeypatch):
+    """A signal after the second of five steps, with a table written after each."""
+    m, p, asked = Counting(), plan(pairs()), iter([False, True])
+    monkeypatch.setattr(anchor, "SAVE_EVERY", 1)
+    with monkeypatch.context() as signalled:
+        signalled.setattr(parallel, "stop_wanted", lambda: next(asked))
+        with pytest.raises(exits.Preempted, match="asked to stop: .*npy has the reference log-pr"):
+            cached(m, p, ranks)
+    assert m.calls == len(p.microbatches(0)) + len(p.microbatches(1))
+    m.calls = 0
+    resumed = cached(m, p, ranks)
+    assert m.calls == sum(len(p.microbatches(s)) for s in (2, 3, 4))
+    for batch in p.epoch():
+        torch.testing.assert_close(resumed(batch), anchor.live(m)(batch), rtol=0, atol=0)
 
 
 def test_a_second_call_computes_nothing(ranks):

@@ -30,7 +30,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Protocol, TextIO
@@ -86,8 +86,7 @@ class Run:
         if self.finished:
             ranks.say(f"{self.out} is finished; --resume fresh starts anew and keeps it")
         parallel.shared_folder(self.out)
-        # a background save's own; whoever writes faster waits there for the slowest
-        self.group = dist.new_group(backend="gloo", timeout=timedelta(minutes=30))
+        self.group = dist.new_group(backend="gloo")  # a background save's own
         pinned = ranks.device.type == "cuda"
         self.stager = DefaultStager(StagingOptions(pinned, False, False, False))
         self.under_way: Future | None = None

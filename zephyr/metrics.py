@@ -360,7 +360,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         draw(dict(zip(labels, map(read, args.runs), strict=True)), out)
     except ValueError as error:
         print(f"metrics: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(getattr(error, "code", 2))
     print(out)
 
 

@@ -243,7 +243,7 @@ def main(argv: list[str] | None = None) -> None:
         build(options.folder, options.seed)
     except ValueError as error:
         print(f"zephyr.toy: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(getattr(error, "code", 2))
     print(summary(options.folder))
 
 
