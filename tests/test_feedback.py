@@ -196,6 +196,34 @@ def test_bad_rows_say_what_is_wrong(broken, why):
     assert len(bad.messages) == 1 and counts.noted.total() == 2
 
 
+def test_scores_too_large_to_add_are_bad_rows():
+    for score in (1e308, -1e100, "1e200"):
+        with pytest.raises(BadRow, match=r"completions\[1\].overall_score must be a finite number"):
+            pairs_of(row("p", ("a", 1), ("b", score)))
+    rated = [("a", 1, ["1e308"] * 9), ("b", 2, ["3"]), ("c", 3, ["4"])]
+    pairs, counts = pairs_of(row("p", *rated), score="mean")
+    assert texts(pairs[0]) == ("c", "b") and counts.noted["no numeric rating: dropped"] == 1
+
+
+def test_no_escape_sequence_and_no_depth_of_a_row_reaches_the_terminal(tmp_path, capsys):
+    deep = "[" * 900 + "]" * 900
+    good = [json.dumps(row(f"p{i}", ("a", 1), ("b", 2))) for i in range(400)]
+    good[0] = json.dumps(row("p", ("a", 1), completion("b", 2, model="\x1b[2J\n")))
+    good[1] = json.dumps(row("q", ("a", 1), completion("b", 2, model="deep")))
+    good[1] = good[1].replace('"deep"', deep)
+    odd = ['{"instruction": ["\\u001b[2J"]}', f'{{"instruction": {deep}}}',
+           '{"instruction": "z", "completions": "\\u001b[2J\\n"}']  # fmt: skip
+    raw = tmp_path / "raw.jsonl"
+    raw.write_text("\n".join(good + odd))
+    code, out, error = command(capsys, raw, "--out", tmp_path / "o.jsonl", "--on-bad-row", "skip")
+    assert (code, error) == (0, "") and "skipped 3 bad rows" in out
+    assert all(line.isprintable() for line in out.splitlines())
+    for line in odd:
+        raw.write_text(line)
+        code, out, error = command(capsys, raw, "--out", tmp_path / "p.jsonl")
+        assert (code, out) == (2, "") and error[:-1].isprintable() and len(error) < 400
+
+
 def test_a_bad_row_does_not_use_up_its_prompt():
     bad = BadRows("skip")
     pairs, _ = pairs_of(row("p", ("a", 1), ("b", None)), row("p", ("c", 1), ("d", 2)), bad=bad)

@@ -60,8 +60,21 @@ def test_parquet_damage(tmp_path, monkeypatch):
                       (b"version https://git-lfs.github.com/spec/v1", "is a Git LFS pointer")]:
         with pytest.raises(ValueError, match=f"a.parquet:? {why}"):
             list(read_rows(save(tmp_path / "a.parquet", data)))
-    with pytest.raises(ValueError, match="cannot read past row 0: .*No such file"):
+    with pytest.raises(ValueError, match="cannot read: No such file"):
         list(read_rows(tmp_path / "b.parquet"))
+    import pyarrow
+    from pyarrow import parquet
+
+    path = tmp_path / "c.parquet"
+    parquet.write_table(pyarrow.table([pyarrow.array([1])] * 2, names=["a", "a"]), path)
+    with pytest.raises(ValueError, match="c.parquet: cannot read past row 0: the key 'a' appears"):
+        list(read_rows(path))
+    far = pyarrow.array([1 << 62], pyarrow.timestamp("s"))  # no date that Python knows
+    parquet.write_table(pyarrow.table([far.cast("int64").view(pyarrow.timestamp("us"))],
+                                      names=["a"]), path)
+    with pytest.raises(ValueError, match="c.parquet: cannot read past row 0: ") as raised:
+        list(read_rows(path))
+    assert str(raised.value).isprintable()
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ValueError, match=r"needs pyarrow; pip install zephyr-dpo\[parquet\]"):
         list(read_rows(tmp_path / "a.parquet"))
@@ -214,6 +227,32 @@ def test_gzip_bomb_needs_bounded_memory(tmp_path, monkeypatch):
     assert peak < 16 << 20
 
 
+def test_a_gzip_bomb_of_many_lines_stops(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "LIST_BYTES", 1 << 18)
+    path = tmp_path / "a.jsonl.gz"
+    for line in (b"\n", b" " * 1000 + b"\n", b'{"a": 1}\n', b" " * 100_000):
+        path.write_bytes(gzip.compress(line * (1_000_000 // len(line))))
+        with pytest.raises(ValueError, match="swells to over 200 times its size, as a bomb does"):
+            list(read_rows(path, BadRows("skip")))
+    path.write_bytes(gzip.compress(lines() * 500))  # repetitive, but small
+    assert len(list(read_rows(path))) == 1500
+
+
+def test_what_a_message_quotes_is_one_short_line():
+    deep: list = []
+    for _ in range(2000):
+        deep = [deep]
+    texts = ["x" * 10**6, "\x1b[2J\n\u2028\u202e\0", ""]
+    for value in (*texts, deep, {"a": deep}, b"\x1b" * 999, 1 << 99_999, 10**4000, None,
+                  [["\n" * 99] * 9] * 9, {"\x1b": 1}, ("a" * 99,) * 99):
+        assert files.shown(value).isprintable() and 0 < len(files.shown(value)) <= 80
+    for text in texts:
+        assert files.plain(text).isprintable() and len(files.plain(text)) <= 80
+    assert files.shown({"role": "user"}) == "{'role': 'user'}"
+    assert files.plain("model.norm.weight") == "model.norm.weight"
+    assert files.plain("a\x1b[2J") == r"'a\x1b[2J'"
+
+
 def test_lines_are_streamed(tmp_path):
     path = save(tmp_path / "a.jsonl", lines([{"a": "x" * 1000}]) * 10_000)
     tracemalloc.start()
@@ -260,6 +299,7 @@ def test_expand(tmp_path, monkeypatch):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "folder.jsonl").mkdir()
+    os.mkfifo(tmp_path / "pipe")
 
     def names(*paths):
         return list(map(str, expand(paths)))
@@ -273,6 +313,7 @@ def test_expand(tmp_path, monkeypatch):
     assert names("~/a.jsonl") == [f"{tmp_path}/a.jsonl"]
     for paths, why in [(["x.jsonl"], "x.jsonl: no such file"), (["x*"], r"x\*: no such file"),
                        (["sub/"], r"sub/ is a folder; name its files, as sub/\*.jsonl"),
+                       (["pipe"], "pipe is a pipe or a device; data is read twice"),
                        (["a.jsonl", "*.jsonl"], "a.jsonl is given twice; its rows would count")]:
         with pytest.raises(ValueError, match=why):
             expand(paths)

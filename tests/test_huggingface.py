@@ -71,7 +71,7 @@ def test_accepted(changes, key, value):
         ({"rope_parameters": {"rope_theta": 1e6}}, "rope_theta is both 10000.0 and 1000000.0"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "only the default RoPE"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "only the default RoPE"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling is {'type': 'linear'"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "{'factor': 2.0, 'type': 'linear'}"),
         ({"rope_scaling": {"rope_type": "llama3"}}, "only the default RoPE is implemented"),
         ({"rope_scaling": "linear"}, "only the default RoPE"),
         ({"attention_bias": True}, "attention_bias is True; only False is implemented"),
@@ -91,13 +91,33 @@ def test_accepted(changes, key, value):
         ({"rope_theta": float("nan")}, "rope_theta is nan; it must be a positive number"),
         ({"rope_theta": "10000"}, "rope_theta is '10000'"),
         ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no'; it must be true or false"),
+        ({"rms_norm_eps": 10**400}, r"rms_norm_eps is 1000+\.\.\.0+; it must be a positive number"),
+        ({"rope_theta": float("inf")}, "rope_theta is inf; it must be a positive number"),
+        ({"rope_theta": 1, "rope_parameters": {"rope_theta": True}}, "rope_theta is True"),
+        ({"model_type": "\x1b[2J"}, r"model_type is '\\x1b\[2J'; known"),
+        ({"torch_dtype": "int8"}, "torch_dtype is 'int8'; use float32, bfloat16 or float16"),
+        ({"bos_token_id": "1"}, "bos_token_id is '1'; a saved model could not be read"),
+        ({"eos_token_id": [2, True]}, r"eos_token_id is \[2, True\]; a saved"),
+        ({"bos_token_id": 10**400}, "bos_token_id is 1000"),
+        ({"initializer_range": float("nan")}, "initializer_range is nan; a saved"),
     ],
     ids=str,
 )
 def test_refused(changes, message):
     with pytest.raises(ValueError, match=r"^config\.json.*" + message) as raised:
         parsed(changes)
-    assert "\n" not in str(raised.value)
+    assert str(raised.value).isprintable() and len(str(raised.value)) < 300
+
+
+def test_values_of_any_depth_and_length_are_refused_in_one_line():
+    deep: list = []
+    for _ in range(5000):
+        deep = [deep]
+    for value in (deep, {"rope_theta": deep}, "x" * 10**6, 10**4000, [10**4000] * 10):
+        for key in MISTRAL_7B.keys() - {"architectures", "use_cache"} | {"rope_scaling"}:
+            with pytest.raises(ValueError, match=f"^config.json: ({key}|rope_theta) is ") as raised:
+                parsed({key: value})
+            assert str(raised.value).isprintable() and len(str(raised.value)) < 300
 
 
 def test_dtype_of_the_base():
@@ -161,7 +181,7 @@ def base(tmp_path):
 
 def written(base: Path, chat: bool, system: bool = True) -> Path:
     folder = base.parent.parent / "out"
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     huggingface.write_tokenizer(folder, base, huggingface.chat_template(system) if chat else None)
     return folder
 
@@ -216,6 +236,38 @@ def test_tokenizer_files_are_the_bases(base):
     assert config["add_bos_token"] is True and config["pad_token"] == "</s>"
     assert config["chat_template"] == (folder / "chat_template.jinja").read_text()
     assert config["chat_template"] != "another"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"model_max_length": 1e400}', "malformed JSON: '1e400' is not a finite number"),
+        ('{"a": NaN}', "malformed JSON: 'NaN' is not a finite number"),
+        ('{"a": ' + "[" * 400 + "]" * 400 + "}", "malformed JSON: nested too deeply"),
+        ("{", "malformed JSON"),
+    ],
+)
+def test_tokenizer_settings_that_could_not_be_saved_are_refused_at_the_start(
+    base, tmp_path, text, message
+):
+    (tmp_path / "tokenizer_config.json").write_text(text)
+    with pytest.raises(ValueError, match=f"{tmp_path}/tokenizer_config.json: {message}"):
+        huggingface.parse(MISTRAL_7B, tmp_path / "config.json")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "special_tokens_map.json"])
+def test_a_link_does_not_bring_a_users_file_into_the_saved_folder(base, tmp_path, name):
+    (tmp_path / "secret").write_text("of the user")
+    path = base.parent / name
+    path.symlink_to(tmp_path / "secret")
+    for use in (lambda: written(base, chat=True),
+                lambda: huggingface.parse(MISTRAL_7B, base.with_name("config.json"))):
+        with pytest.raises(ValueError, match=f"{path} links out of the folder; hf download"):
+            use()
+    path.unlink()
+    (base.parent / "other").write_text("{}")
+    path.symlink_to("other")
+    assert (written(base, chat=True) / name).read_text() == "{}"
 
 
 def test_a_base_model_gets_no_chat_template(base):

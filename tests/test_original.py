@@ -135,6 +135,20 @@ def test_refused(tmp_path, changes, message):
     assert not (tmp_path / "target").exists()
 
 
+def test_what_the_saved_folder_could_not_hold(tmp_path):
+    source = published(tmp_path / "source", model())
+    path = source / "consolidated.safetensors"
+    save_file({name: x.double() for name, x in load_file(path).items()}, path)
+    with pytest.raises(ValueError, match=f"{path}: torch_dtype is 'float64'; use float32"):
+        original.convert(source, tmp_path / "target")
+    save_file({name: x.float() for name, x in load_file(path).items()}, path)
+    (source / "tokenizer.model.v1").rename(tmp_path / "secret")
+    (source / "tokenizer.model.v1").symlink_to(tmp_path / "secret")
+    with pytest.raises(ValueError, match=r"tokenizer\.model\.v1 links out of the folder"):
+        original.convert(source, tmp_path / "target")
+    assert not (tmp_path / "target").exists()
+
+
 def test_what_is_missing(tmp_path, capsys):
     source = published(tmp_path / "source", model())
     (source / "tokenizer.model.v1").unlink()

@@ -1,5 +1,9 @@
 """The template's ids, the mask, and that no text can forge a control id."""
 
+import math
+import os
+import struct
+
 import pytest
 import sentencepiece
 from hypothesis import example, given
@@ -136,3 +140,41 @@ def test_files_that_are_no_tokenizer(tmp_path):
         (tmp_path / "tokenizer.model").write_bytes(junk)
         with pytest.raises(ValueError, match="tokenizer.model: "):
             Tokenizer(tmp_path)
+    with open(tmp_path / "tokenizer.model", "wb") as file:
+        file.truncate(65 << 20)
+    with pytest.raises(ValueError, match="68,157,440 bytes, so not a sentencepiece model"):
+        Tokenizer(tmp_path)
+    (tmp_path / "tokenizer.model").unlink()
+    os.mkfifo(tmp_path / "tokenizer.model")
+    with pytest.raises(ValueError, match="no such file"):
+        Tokenizer(tmp_path)
+
+
+def test_a_damaged_tokenizer_is_refused_by_name(small, tmp_path):
+    whole = small.path.read_bytes()
+    at = whole.index(struct.pack("<f", small.sp.get_score(270)))
+    scored = [whole[:at] + struct.pack("<f", x) + whole[at + 4 :] for x in (math.nan, -math.inf)]
+    # a piece that comes twice and is no text: the library's message cannot be decoded
+    twice = whole.replace(b"<0xB3>", b"<0xB\xff>").replace(b"<0xB4>", b"<0xB\xff>")
+    same = b"\xf2\x02\x04</s>"  # protobuf's field 46 of TrainerSpec, bos_piece
+    for damaged, why in {
+        whole + bytes([0x12, len(same)]) + same: "damaged: <s> and </s> are one piece, id 2",
+        whole[: len(whole) // 2]: "not a sentencepiece model",
+        twice: "not a sentencepiece model",
+        **dict.fromkeys(scored, "a piece's score is not a finite number"),
+    }.items():
+        (tmp_path / "tokenizer.model").write_bytes(damaged)
+        with pytest.raises(ValueError, match=f"^{tmp_path}/tokenizer.model: .*{why}") as raised:
+            Tokenizer(tmp_path)
+        assert str(raised.value).isprintable() and len(str(raised.value)) < 600
+
+
+def test_a_message_that_quotes_the_data_is_one_short_line():
+    deep: list = []
+    for _ in range(5000):
+        deep = [deep]
+    for odd in (deep, "\x1b[2J\n" * 1000, {"role": "\x1b[2J", "content": deep}, 10**4000):
+        for messages in (odd, [odd], [{"role": odd, "content": "a"}], chat("a") + [odd]):
+            with pytest.raises(ValueError) as raised:
+                conversation(messages)
+            assert str(raised.value).isprintable() and len(str(raised.value)) < 200

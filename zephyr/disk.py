@@ -114,6 +114,7 @@ def weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
     if single.exists() and index.exists():
         raise ValueError(f"{folder} has both {SINGLE} and {INDEX}; remove the one not meant")
     if single.exists():
+        size_of(single)
         return [single], None
     if not index.exists():
         pickles = [p.name for end in ("bin", "pth", "pt") for p in folder.glob(f"*.{end}")]

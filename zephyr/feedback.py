@@ -14,7 +14,6 @@ leaving some out changes the pairs. custom_system_prompt is not part of a pair.
 import argparse
 import heapq
 import math
-import reprlib
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
@@ -26,7 +25,7 @@ from typing import Literal, NamedTuple
 
 from tqdm import tqdm
 
-from zephyr.files import BadRow, BadRows, expand, read_rows, write_rows, writing
+from zephyr.files import BadRow, BadRows, expand, read_rows, shown, write_rows, writing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +137,7 @@ def _completions(where: str, row: dict, rules: Rules) -> tuple[list[Completion],
         if not text.strip():
             score, note = None, "empty response: dropped"
         if score is not None:
-            usable.append(Completion(text, score, str(completion.get("model"))[:40]))
+            usable.append(Completion(text, score, _name(completion.get("model"))))
         notes.append(note)
     return usable, notes
 
@@ -166,18 +165,22 @@ def _score(place: str, completion: dict, rules: Rules) -> tuple[float | None, st
     return None, "score 10, ratings of 4 or less: dropped"
 
 
+def _name(model: object) -> str:
+    return model[:40] if isinstance(model, str) else shown(model, 40)
+
+
 def _number(value: object) -> float | None:
-    """value as a finite number; None for "N/A", null, NaN, true."""
+    """value as a finite number, so small that sums stay finite too; None for "N/A", null, true."""
     try:
         number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
         return None
-    return number if math.isfinite(number) else None
+    return number if abs(number) < 1e100 else None
 
 
 def _need(fits: object, rule: str, value: object) -> None:
     if not fits:
-        raise BadRow(f"{rule}, not {'null or missing' if value is None else reprlib.repr(value)}")
+        raise BadRow(f"{rule}, not {'null or missing' if value is None else shown(value)}")
 
 
 def _hash(*parts: object) -> int:
@@ -281,7 +284,8 @@ def run(args: argparse.Namespace) -> str:
         bad.check()
         if len(counts.pairs) == len(test):
             why = ", ".join(f"{n} {what}" for what, n in (counts.dropped + counts.noted).items())
-            raise ValueError(f"no pair is left to train on: {len(test)} for the test, {why}")
+            left = f"no pair is left to train on: {len(test)} for the test, {why}"
+            raise ValueError(f"{paths[0]}: {left}")
         if test:
             write_rows(args.test_out, test)
     return "\n\n".join(filter(None, [table(counts, len(test)), bad.report()]))
@@ -293,7 +297,7 @@ def main(argv: list[str] | None = None) -> None:
     except ValueError as error:
         fix = "; --on-bad-row skip drops such rows" if isinstance(error, BadRow) else ""
         print(f"zephyr.feedback: {error}{fix}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(getattr(error, "code", 2))
 
 
 if __name__ == "__main__":

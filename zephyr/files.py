@@ -3,8 +3,10 @@
 import codecs
 import gzip
 import json
+import math
 import os
 import re
+import reprlib
 import tempfile
 import zlib
 from collections import Counter
@@ -17,8 +19,9 @@ from typing import BinaryIO
 
 from zephyr.exits import Storage
 
-LINE_BYTES = 64 << 20  # longest line, decompressed: bounds the memory a gzip bomb can take
+LINE_BYTES = 16 << 20  # longest line, decompressed: bounds the memory a gzip bomb can take
 LIST_BYTES = 1 << 30  # longest .json list, which has to be read whole
+RATIO = 200  # beyond LIST_BYTES, bytes that one of gzip may become: text stays far below, bombs not
 
 # first bytes: what the file is; what to do (JSON text starts with none of them)
 SIGNATURES = {
@@ -30,6 +33,27 @@ SIGNATURES = {
     b"\x28\xb5\x2f\xfd": "zstd-compressed; run unzstd",
     codecs.BOM_UTF16_LE: "UTF-16 text; convert it to UTF-8",
 }
+
+
+def shown(value: object, limit: int = 80) -> str:
+    """repr of what a file holds, for a message: one printable line of at most `limit` characters.
+
+    No escape sequence in the data reaches the terminal, and no size or depth of it the message.
+    """
+    short = reprlib.Repr()
+    short.maxlevel, short.maxstring, short.maxother = 3, limit, limit
+    try:
+        text = short.repr(value)
+    except ValueError:  # Python writes no integer of more than 4300 digits
+        text = "a huge integer"
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def plain(text: str, limit: int = 80) -> str:
+    """A name or message from outside as it is, cut to `limit`; as `shown` if it is not one line."""
+    if not text.isprintable():
+        return shown(text, limit)
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 class BadRow(ValueError):
@@ -88,6 +112,8 @@ def expand(paths: Sequence[str | Path]) -> list[Path]:
     for path in (os.path.expanduser(path) for path in paths):
         if os.path.isdir(path):
             raise ValueError(f"{path} is a folder; name its files, as {path.rstrip('/')}/*.jsonl")
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise ValueError(f"{path} is a pipe or a device; data is read twice, so give a file")
         found = [path] if os.path.exists(path) else sorted(
             p for p in glob(path, recursive=True) if not os.path.isdir(p))
         if not found:
@@ -162,16 +188,17 @@ def _json(path: Path) -> Iterator[tuple[str, bytes, int]]:
     name = path.name.lower()
     if not name.endswith((".jsonl", ".json", ".jsonl.gz", ".json.gz")):
         raise ValueError(f"{path} is none of .jsonl, .json, .jsonl.gz, .json.gz, .parquet")
-    line = 0
+    line, limit = 0, math.inf
     try:
         with open(path, "rb") as stream:
             if name.endswith(".gz"):
                 if not stream.peek(2).startswith(b"\x1f\x8b"):
-                    _recognise(path, stream)
+                    _recognise(path, stream.peek(512))
                     raise ValueError(f"{path} is not gzip-compressed; take .gz off its name")
+                limit = max(LIST_BYTES, RATIO * os.fstat(stream.fileno()).st_size)
                 stream = gzip.GzipFile(fileobj=stream)
-            if not _recognise(path, stream).startswith(b"["):
-                for line, data, offset in _lines(stream):
+            if not _recognise(path, stream.peek(512)).startswith(b"["):
+                for line, data, offset in _lines(stream, limit):
                     yield f"{path}:{line}", data, offset
             elif ".jsonl" in name:
                 raise ValueError(f"{path} is a JSON list, not an object per line; name it .json")
@@ -183,9 +210,8 @@ def _json(path: Path) -> Iterator[tuple[str, bytes, int]]:
         raise ValueError(f"{path}: cannot read: {error.strerror or error}") from error
 
 
-def _recognise(path: Path, stream: BinaryIO) -> bytes:
+def _recognise(path: Path, head: bytes) -> bytes:
     """The first bytes after BOM and white space; ValueError when they show another kind of file."""
-    head = stream.peek(512)
     if not head:
         raise ValueError(f"{path} is empty")
     head = head.removeprefix(codecs.BOM_UTF8).lstrip()
@@ -195,8 +221,11 @@ def _recognise(path: Path, stream: BinaryIO) -> bytes:
     return head
 
 
-def _lines(stream: BinaryIO) -> Iterator[tuple[int, bytes, int]]:
-    """(line, text, byte offset); an overlong line comes cut, one byte over the limit."""
+def _lines(stream: BinaryIO, limit: float) -> Iterator[tuple[int, bytes, int]]:
+    """(line, text, byte offset); an overlong line comes cut, one byte over LINE_BYTES.
+
+    Raises BadGzipFile for a stream of more than `limit` bytes.
+    """
     line = offset = 0
     while text := stream.readline(LINE_BYTES + 1):
         line += 1
@@ -205,6 +234,13 @@ def _lines(stream: BinaryIO) -> Iterator[tuple[int, bytes, int]]:
         offset += len(text)
         while not text.endswith(b"\n") and (text := stream.readline(LINE_BYTES)):
             offset += len(text)
+            _bounded(offset, limit)
+        _bounded(offset, limit)
+
+
+def _bounded(offset: int, limit: float) -> None:
+    if offset > limit:
+        raise gzip.BadGzipFile(f"it swells to over {RATIO} times its size, as a bomb does")
 
 
 def _elements(path: Path, stream: BinaryIO) -> Iterator[tuple[str, bytes, int]]:
@@ -289,13 +325,20 @@ def _parquet(path: Path) -> Iterator[tuple[str, dict, int]]:
     number = 0
     try:
         with open(path, "rb") as stream:
-            if not stream.peek(4).startswith(b"PAR1"):
-                _recognise(path, stream)
-                raise ValueError(f"{path} is not a parquet file; name it for what it is")
-            for batch in parquet.ParquetFile(stream).iter_batches(batch_size=256):
+            head = stream.peek(512)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot read: {error.strerror or error}") from error
+    if not head.startswith(b"PAR1"):
+        _recognise(path, head)
+        raise ValueError(f"{path} is not a parquet file; name it for what it is")
+    try:
+        with parquet.ParquetFile(path) as file:
+            unique([(name, None) for name in file.schema_arrow.names])
+            for batch in file.iter_batches(batch_size=256):
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{path}:{number}", row, 0
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        why = str(error).splitlines()[0]
+    # a date that Python cannot hold is a ValueError or an OverflowError
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        why = plain(" ".join(str(error).split()), 200)
         raise ValueError(f"{path}: cannot read past row {number}: {why}") from error

@@ -7,8 +7,10 @@ of the form that 5 writes, 4 silently ignores rope_theta.
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from types import NoneType
 
 from zephyr import disk
+from zephyr.files import shown
 from zephyr.model import MistralConfig
 
 CLASSES = {"mistral": "MistralForCausalLM", "llama": "LlamaForCausalLM"}
@@ -18,6 +20,9 @@ SIZES = {  # whole numbers, and the largest that is believed
     "num_hidden_layers": 1_000, "num_attention_heads": 1 << 16, "num_key_value_heads": 1 << 16,
     "max_position_embeddings": 1 << 30, "head_dim": 1 << 16, "sliding_window": 1 << 30,
 }  # fmt: skip
+CARRIED = {"bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.02}
+TOKENIZER_CONFIG = "tokenizer_config.json"
+COPIED = ("tokenizer.json", "special_tokens_map.json")
 
 EMPTY_SYSTEM = r"{% if messages[0]['role'] != 'system' %}{{ '<|system|>\n</s>\n' }}{% endif %}"
 TURNS = (
@@ -34,21 +39,26 @@ PINNED = {"add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>", "legac
 
 
 def parse(raw: dict, path: Path) -> MistralConfig:
-    """The architecture that the content of a config.json describes; `path` is for the messages.
+    """The architecture that the content of a config.json describes; `path` is where it lies.
 
     Where the key is absent, Mistral's sliding_window is 4096 (transformers' default) and a Llama's
     rope_theta 10000 (Llama-2's files lack it). `auto_map` is ignored: no code comes from a model.
-    Raises ValueError for any other architecture, and for what transformers would guess.
+    Raises ValueError for any other architecture, for what transformers would guess, and for what a
+    save could not take over from this folder.
     """
     kind = raw.get("model_type")
     if kind not in list(CLASSES):
-        raise ValueError(f"{path}: model_type is {kind!r}; known are {' and '.join(CLASSES)}")
+        raise ValueError(f"{path}: model_type is {shown(kind)}; known are {' and '.join(CLASSES)}")
     for key, only in ONLY.items():
         if raw.get(key, only) != only:
-            raise ValueError(f"{path}: {key} is {raw[key]!r}; only {only!r} is implemented")
+            raise ValueError(f"{path}: {key} is {shown(raw[key])}; only {only!r} is implemented")
     tied = raw.get("tie_word_embeddings", False)
     if not isinstance(tied, bool):
-        raise ValueError(f"{path}: tie_word_embeddings is {tied!r}; it must be true or false")
+        raise ValueError(f"{path}: tie_word_embeddings is {shown(tied)}; it must be true or false")
+    # what saving takes from the base, checked here: the end of a training is too late
+    dtype(raw, path)
+    _carried(raw, path)
+    _settings(path.parent)
     values = {"sliding_window": 4096} | raw | {"rope_theta": _rope_theta(raw, path)}
     if kind == "llama":
         values["sliding_window"] = None
@@ -58,6 +68,30 @@ def parse(raw: dict, path: Path) -> MistralConfig:
     )  # fmt: skip
 
 
+def _carried(raw: dict, path: Path) -> dict:
+    """What a saved config takes from its base: the special tokens' ids, the initialiser's range."""
+    carried = {key: raw.get(key, usual) for key, usual in CARRIED.items()}
+    for key, value in carried.items():
+        kinds = (int, float) if key == "initializer_range" else (int, NoneType)
+        several = value if key == "eos_token_id" and isinstance(value, list) else [value]
+        if not all(type(x) in kinds and 0 <= (x or 0) < 1_000_000 for x in several):
+            raise ValueError(f"{path}: {key} is {shown(value)}; a saved model could not be read")
+    return carried
+
+
+def _settings(folder: Path) -> dict:
+    """The base's tokenizer_config.json, {} where it has none.
+
+    Raises ValueError if it is malformed, and for a link out of the folder among the files that a
+    saved folder gets copies of: whoever made the base would choose which of the user's files.
+    """
+    for path in (folder / name for name in (*COPIED, TOKENIZER_CONFIG)):
+        if path.exists() and not disk.inside(path):
+            raise ValueError(f"{path} links out of the folder; hf download --local-dir copies it")
+    path = folder / TOKENIZER_CONFIG
+    return disk.read_json(path, finite=True) if path.exists() else {}
+
+
 def _sizes(values: dict, path: Path) -> dict[str, int | None]:
     sizes = {key: values.get(key) for key in SIZES}
     for key, value in sizes.items():
@@ -65,7 +99,8 @@ def _sizes(values: dict, path: Path) -> dict[str, int | None]:
             continue
         _given(value, key, path)
         if type(value) is not int or not 1 <= value <= SIZES[key]:
-            raise ValueError(f"{path}: {key} is {value!r}; it must be from 1 to {SIZES[key]}")
+            rule = f"it must be from 1 to {SIZES[key]}"
+            raise ValueError(f"{path}: {key} is {shown(value)}; {rule}")
     hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
     if heads % sizes["num_key_value_heads"]:
         raise ValueError(f"{path}: num_attention_heads {heads} is not a multiple of "
@@ -82,7 +117,7 @@ def _sizes(values: dict, path: Path) -> dict[str, int | None]:
 def _positive(values: dict, key: str, path: Path) -> float:
     value = _given(values.get(key), key, path)
     if type(value) not in (int, float) or not 0 < value < 1e12:
-        raise ValueError(f"{path}: {key} is {value!r}; it must be a positive number")
+        raise ValueError(f"{path}: {key} is {shown(value)}; it must be a positive number")
     return float(value)
 
 
@@ -99,9 +134,10 @@ def _rope_theta(raw: dict, path: Path) -> object:
         rope = raw.get(key) or {}
         known = isinstance(rope, dict) and rope.keys() <= {"rope_theta", "rope_type", "type"}
         if not known or any(rope.get(k, "default") != "default" for k in ("rope_type", "type")):
-            raise ValueError(f"{path}: {key} is {rope}; only the default RoPE is implemented")
+            rule = "only the default RoPE is implemented"
+            raise ValueError(f"{path}: {key} is {shown(rope)}; {rule}")
         thetas.append(rope.get("rope_theta"))
-    thetas = [theta for theta in thetas if theta is not None]
+    thetas = [_positive({"rope_theta": x}, "rope_theta", path) for x in thetas if x is not None]
     if thetas and thetas.count(thetas[0]) < len(thetas):
         raise ValueError(f"{path}: rope_theta is both {thetas[0]} and {thetas[-1]}; keep one")
     return thetas[0] if thetas else 10000.0 if raw["model_type"] == "llama" else None
@@ -111,17 +147,17 @@ def dtype(base: dict, path: Path) -> str:
     """The name of a base's dtype: "float32", "bfloat16" or "float16"."""
     name = base.get("torch_dtype") or base.get("dtype") or "float32"
     if name not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"{path}: torch_dtype is {name!r}; use float32, bfloat16 or float16")
+        raise ValueError(f"{path}: torch_dtype is {shown(name)}; use float32, bfloat16 or float16")
     return name
 
 
 def write_config(folder: Path, c: MistralConfig, dtype: str, base: dict) -> None:
     """config.json and generation_config.json; ids of special tokens are the base's."""
-    tokens = {"bos_token_id": 1, "eos_token_id": 2}
-    tokens = {key: base.get(key, usual) for key, usual in tokens.items()}
+    carried = _carried(base, folder / "config.json")
+    tokens = {key: carried[key] for key in ("bos_token_id", "eos_token_id")}
     disk.write_json(folder / "config.json", {
         "architectures": [CLASSES[c.model_type]], **asdict(c), **tokens, "hidden_act": "silu",
-        "attention_dropout": 0.0, "initializer_range": base.get("initializer_range", 0.02),
+        "attention_dropout": 0.0, "initializer_range": carried["initializer_range"],
         "torch_dtype": dtype, "use_cache": True,
     })  # fmt: skip
     disk.write_json(folder / "generation_config.json", {"_from_model_config": True, **tokens})
@@ -135,14 +171,12 @@ def chat_template(empty_system: bool) -> str:
 def write_tokenizer(folder: Path, tokenizer: Path, template: str | None) -> None:
     """tokenizer.model and what lies beside it, byte for byte; tokenizer_config.json with the chat
     template, if there is one."""
-    base = tokenizer.parent
+    base, value = tokenizer.parent, PLAIN | _settings(tokenizer.parent) | PINNED
     shutil.copyfile(tokenizer, folder / "tokenizer.model")
-    for name in ("tokenizer.json", "special_tokens_map.json"):
+    for name in COPIED:
         if (base / name).exists():
             shutil.copyfile(base / name, folder / name)
-    settings = base / "tokenizer_config.json"
-    value = PLAIN | (disk.read_json(settings) if settings.exists() else {}) | PINNED
     if template:
         value |= {"pad_token": "</s>", "chat_template": template}
         (folder / "chat_template.jinja").write_text(template)
-    disk.write_json(folder / "tokenizer_config.json", value)
+    disk.write_json(folder / TOKENIZER_CONFIG, value)

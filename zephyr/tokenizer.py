@@ -10,12 +10,16 @@ can become a control id.
 """
 
 import hashlib
+import math
 from pathlib import Path
 from typing import NamedTuple
 
 import sentencepiece
 
+from zephyr.files import plain, shown
+
 ROLES = ("system", "user", "assistant")
+MODEL_BYTES = 64 << 20  # Mistral's tokenizer.model has half a megabyte, a large one five
 
 
 class Example(NamedTuple):
@@ -38,15 +42,15 @@ def conversation(messages: object, system: bool = True) -> list[tuple[str, str]]
     the start, then user and assistant in turn.
     """
     if not isinstance(messages, list) or not messages:
-        raise ValueError(f"messages must be a list that is not empty, got {str(messages)[:80]!r}")
+        raise ValueError(f"messages must be a list that is not empty, got {shown(messages)}")
     turns = []
     for k, message in enumerate(messages):
         if not isinstance(message, dict) or set(message) != {"role", "content"}:
-            raise ValueError(f"message {k} must have role and content, got {str(message)[:80]!r}")
+            raise ValueError(f"message {k} must have role and content, got {shown(message)}")
         role, content = message["role"], message["content"]
         if role not in ROLES:
             known = ", ".join(ROLES)
-            raise ValueError(f"message {k} has role {str(role)[:40]!r}; known roles are {known}")
+            raise ValueError(f"message {k} has role {shown(role, 40)}; known roles are {known}")
         if not isinstance(content, str):
             raise ValueError(f"message {k} has content of type {type(content).__name__}, not text")
         turns.append((role, content))
@@ -74,17 +78,25 @@ class Tokenizer:
         self.path = path / "tokenizer.model" if path.is_dir() else path
         if not self.path.is_file():
             raise ValueError(f"{self.path}: no such file; a model folder needs its tokenizer.model")
+        if (size := self.path.stat().st_size) > MODEL_BYTES:
+            raise ValueError(f"{self.path}: {size:,} bytes, so not a sentencepiece model")
         data = self.path.read_bytes()
         self.digest = hashlib.sha256(data).hexdigest()
         self.sp = sentencepiece.SentencePieceProcessor()
         try:
             self.sp.load_from_serialized_proto(data)
-        except RuntimeError as error:
-            raise ValueError(f"{self.path}: not a sentencepiece model ({error})") from None
+        except (RuntimeError, UnicodeDecodeError) as error:  # it may quote a damaged piece
+            why = plain(" ".join(str(error).split()), 200)
+            raise ValueError(f"{self.path}: not a sentencepiece model ({why})") from None
         self.vocab_size = self.sp.vocab_size()
+        # sentencepiece would load NaN and merge pieces in an order that means nothing
+        if not all(map(math.isfinite, self.sp.get_score(list(range(self.vocab_size))))):
+            raise ValueError(f"{self.path}: damaged: a piece's score is not a finite number")
         self.bos, self.eos = self.sp.bos_id(), self.sp.eos_id()
         if self.bos < 0 or self.eos < 0:
             raise ValueError(f"{self.path}: has no <s> or no </s>; the chat template needs both")
+        if self.bos == self.eos:
+            raise ValueError(f"{self.path}: damaged: <s> and </s> are one piece, id {self.bos}")
         self._newline = self.sp.encode("\n")
 
     def encode(self, text: str) -> list[int]:
