@@ -14,7 +14,7 @@ setup(
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",
         "safetensors>=0.4",
-        "sentencepiece>=0.2.1",  # earlier ones crash on hostile models
+        "sentencepiece>=0.2.3",  # earlier ones crash on hostile models
         "numpy>=1.26",
         "tqdm>=4.66",
     ],

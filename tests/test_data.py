@@ -514,6 +514,43 @@ def test_the_second_call_opens_the_same_arrays(small, tmp_path, monkeypatch):
         first[0].ids[0] = 7
 
 
+def test_every_row_knows_where_it_came_from(small, tmp_path):
+    """Line 2 of the first file is dropped; line 1 of the second is blank."""
+    first = save(tmp_path / "a.jsonl", GOOD, GOOD | {"chosen": ""}, GOOD | {"prompt": "more"})
+    second = tmp_path / "b.jsonl"
+    second.write_text("\n" + json.dumps(GOOD | {"prompt": "other"}) + "\n")
+    tokens = data.preferences((*first, str(second)), small, Limits())
+    names = [tokens.where(k) for k in range(len(tokens))]
+    assert names == [f"{first[0]}:1", f"{first[0]}:3", f"{second}:2"]
+    moved = tmp_path / "moved.jsonl"
+    Path(*first).rename(moved)
+    again = data.preferences((str(moved), str(second)), small, Limits())
+    assert again.where(1) == f"{moved}:3", "of the same arrays"
+
+
+def test_long_rows_come_in_small_chunks(monkeypatch):
+    monkeypatch.setattr(data, "CHARACTERS", 100)
+    rows = ["x" * 60, "y" * 60, "z" * 500, *"abc"]
+    assert list(data._chunks(iter(rows))) == [rows[:2], rows[2:3], rows[3:]]
+    monkeypatch.setattr(data, "CHUNK", 2)
+    assert [len(chunk) for chunk in data._chunks(iter("abcde"))] == [2, 2, 1]
+
+
+def test_a_file_that_changes_while_it_is_read_is_not_cached(small, tmp_path, monkeypatch):
+    path = save(tmp_path / "a.jsonl", GOOD)
+    write = data._write
+
+    def late(*args):
+        write(*args)
+        with open(*path, "a") as file:
+            file.write(json.dumps(GOOD) + "\n")
+
+    monkeypatch.setattr(data, "_write", late)
+    with pytest.raises(ValueError, match="a.jsonl changed while it was read; start again once"):
+        data.preferences(path, small, Limits())
+    assert list(data.cache_folder().iterdir()) == []
+
+
 def test_whatever_goes_into_the_arrays_makes_new_ones(small, tmp_path, monkeypatch):
     path = save(tmp_path / "a.jsonl", GOOD | {"messages": chat("a", "b")})
     digests = {data.preferences(path, small, Limits()).digest}

@@ -105,7 +105,8 @@ def test_a_run_stops_before_the_step_and_its_last_checkpoint_stands(place, tmp_p
     last, = checkpoint.complete(tmp_path / "run")
     assert last.name == "step-000001" and checkpoint.verified(last)["step"] == 1
     done = launch("train_dpo.py", place, tmp_path / "two", 2, *FLAGS, check=False)
-    said = [text for text in done.stderr.splitlines() if text.startswith(("train_dpo.py:", "train_dpo.py ("))]
+    ours = ("train_dpo.py:", "train_dpo.py (")
+    said = [text for text in done.stderr.splitlines() if text.startswith(ours)]
     assert len(said) == 1 and f"not finite in {place}/pairs.jsonl:{line}; the" in said[0]
     assert "exitcode  : 4" in done.stderr
 

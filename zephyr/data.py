@@ -26,7 +26,7 @@ from zephyr.files import BadRow, BadRows
 from zephyr.tokenizer import Tokenizer, Turn, conversation
 
 TEMPLATE = "zephyr-2"  # part of the cache's key: change it when the rendering or cutting changes
-CHUNK = 256  # rows tokenized at once: what memory holds
+CHUNK, CHARACTERS = 256, 1 << 22  # rows, or about as much text, tokenized at once
 
 Spoken = list[tuple[str, str]]  # (role, content) of each message
 Encoded = tuple[Sequence[list[int]], list[bool]] | None  # a row's parts and mask; None: dropped
@@ -266,7 +266,8 @@ def _cached(
 ) -> Tokens:  # fmt: skip
     """Open the arrays of this key, first making them if they are not there."""
     sources = files.expand(paths)
-    whole = [TEMPLATE, tokenizer.digest, *key, c.on_bad_row, *(_sha256(p) for p in sources)]
+    sums = [_sha256(path) for path in sources]
+    whole = [TEMPLATE, tokenizer.digest, *key, c.on_bad_row, *sums]
     digest = hashlib.sha256(json.dumps(whole).encode()).hexdigest()
     folder = cache_folder() / f"{key[0]}-{digest[:20]}"
     if not folder.is_dir():
@@ -278,6 +279,10 @@ def _cached(
                 _write(part, sources, tokenizer, c, parse, encode)
             except BadRow as error:
                 raise ValueError(f"{error}; --on-bad-row skip drops such rows") from None
+            for path, before in zip(sources, sums, strict=True):
+                if _sha256(path) != before:
+                    raise ValueError(f"{path} changed while it was read; start again once it is "
+                                     "complete")  # fmt: skip
             for file in part.iterdir():
                 with file.open("rb") as written:
                     os.fsync(written.fileno())
@@ -303,7 +308,7 @@ def _write(
     ends, places, end = [], [], 0
     with (part / "ids").open("wb") as ids_file, (part / "mask").open("wb") as mask_file:
         rows = _parsed(sources, parse, bad)
-        while chunk := list(islice(rows, CHUNK)):
+        for chunk in _chunks(rows):
             encoded = encode([row for _, row in chunk], counts)
             for (place, _), made in zip(chunk, encoded, strict=True):
                 if made is None:
@@ -328,6 +333,19 @@ def _write(
     np.save(part / "places.npy", np.asarray(places, np.int64))
     about = {"dtype": dtype, "counts": counts, "skipped": bad.report()}
     (part / "about.json").write_text(json.dumps(about))
+
+
+def _chunks(rows: Iterator) -> Iterator[list]:
+    """Rows in lists that memory holds, however long the rows are."""
+    chunk, size = [], 0
+    for row in rows:
+        chunk.append(row)
+        size += len(repr(row))
+        if len(chunk) == CHUNK or size > CHARACTERS:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
 
 
 def _parsed(sources: list[Path], parse: Callable, bad: BadRows) -> Iterator:
