@@ -6,6 +6,7 @@ import math
 import os
 import re
 import struct
+import weakref
 from pathlib import Path
 
 import pytest
@@ -244,6 +245,23 @@ def test_a_new_folder_is_complete_and_readable_by_all(tmp_path):
     }  # fmt: skip
     assert load_file(target / B)["b"].tolist() == [[1], [1], [1]]
     assert [p.name for p in target.parent.iterdir()] == ["model"]
+
+
+def test_a_folder_is_written_with_two_tensors_in_memory_at_most(tmp_path):
+    made = []
+
+    def tensors():
+        for _ in names:
+            x = torch.ones(5)
+            made.append(weakref.ref(x))
+            assert sum(ref() is not None for ref in made) <= 2
+            yield x
+            del x
+
+    names = [f"x{k}" for k in range(9)]
+    groups = [names[:6], names[6:]]
+    disk.write_shards(tmp_path, groups, dict.fromkeys(names, (5,)), torch.float32, tensors())
+    assert len(made) == 9 and len(disk.stored(*disk.weight_files(tmp_path))) == 9
 
 
 @pytest.mark.parametrize(

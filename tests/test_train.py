@@ -310,6 +310,28 @@ def test_a_run_resumed_is_the_run_that_would_have_been(place, tmp_path, precisio
     assert all(torch.equal(got[name], expected[name]) for name in expected)
 
 
+def test_a_run_goes_on_on_any_number_of_ranks(place, tmp_path, baseline):
+    """Two ranks to step 2, one to step 4, then two replicas of two shards each."""
+    out = tmp_path / "run"
+    flags = (*DPO, "--save-every", "2", "--keep", "0", "--eval-every", "3",
+             "--eval-data", str(place / "test.jsonl"))  # fmt: skip
+
+    def forget(steps: int) -> None:
+        """As if the run had been killed right after the checkpoint of that step."""
+        (out / "model").rename(tmp_path / f"model {steps}")
+        for folder in checkpoint.complete(out)[steps // 2 :]:
+            folder.rename(tmp_path / f"{folder.name} of {steps}")
+
+    launch("train_dpo.py", place, out, 2, *flags)
+    forget(2)
+    run(train_dpo, place, out, *flags)
+    forget(4)
+    launch("train_dpo.py", place, out, 4, *flags, "--replicas", "2")
+    same(read(out), baseline[0])
+    for name, weight in weights_of(out).items():
+        torch.testing.assert_close(weight, baseline[1][name], rtol=1e-3, atol=1e-4, msg=name)
+
+
 def test_bf16_starts_at_ln_2_and_learns(place, tmp_path):
     rows = run(train_dpo, place, tmp_path / "run", *DPO, "--precision", "bf16")
     assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-6), "cached in the same rows"
