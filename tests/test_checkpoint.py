@@ -217,7 +217,9 @@ def test_one_rank_then_many_then_one(ranks, base, c, tmp_path, size, replicas):
     run.folder = third
     assert run.load(*back)[0] == 3
     equal(state(*back), state(*straight))
-    assert len(list(third.glob("shard-*"))) == size // replicas, "each shard is written once"
+    second, again = (sum(p.stat().st_size for p in folder.glob("shard-*"))
+                     for folder in (run.out / "checkpoints" / "step-000002", third))  # fmt: skip
+    assert again < 1.1 * second, "replicas write each shard once"
     run.folder = fourth
     step, kept = run.load(*back)
     assert (step, kept["notes"]) == (4, [{"rank": k} for k in range(size)])

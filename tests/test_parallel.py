@@ -20,11 +20,11 @@ from zephyr.model import Mistral
 from zephyr.packing import PairPlan
 
 
-def torchrun(script: str, where: Path) -> list[dict]:
-    """Run the script on two ranks with `where` as its argument; what each saved as RANK.pt."""
+def torchrun(script: str, where: Path, ranks: int = 2) -> list[dict]:
+    """Run the script on the ranks with `where` as its argument; what each saved as RANK.pt."""
     (where / "worker.py").write_text(script)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-               where / "worker.py", where]  # fmt: skip
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+               f"--nproc-per-node={ranks}", where / "worker.py", where]  # fmt: skip
     here = {"PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1",
             "GLOO_SOCKET_IFNAME": "lo"}  # fmt: skip
     process = subprocess.Popen(
@@ -35,7 +35,7 @@ def torchrun(script: str, where: Path) -> list[dict]:
     finally:
         process.terminate()
     assert process.returncode == 0, said
-    return [torch.load(where / f"{rank}.pt") for rank in range(2)]
+    return [torch.load(where / f"{rank}.pt") for rank in range(ranks)]
 
 
 def pairs(rank: int) -> packing.Batch:

@@ -161,7 +161,7 @@ class Run:
         """
         if self.folder is None:
             return 0, {}
-        # where as many ranks wrote it, each checks what it will read itself
+        # of a run without replicas on as many ranks, each checks what it will read itself
         mine = slice(self.ranks.rank, None, self.ranks.size)
         state = parallel.together(lambda: verified(self.folder, mine))
         tensors = _tensors(model, optimizer)

@@ -84,7 +84,6 @@ def start(replicas: int = 1) -> Ranks:
     else:
         shape = (replicas, size // replicas)
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
-    _groups[:] = [dist.group.WORLD, *mesh.get_all_groups()]
     tighten(PATIENCE)
     _listen()
     return Ranks(rank, size, local_rank, device, mesh)
@@ -119,15 +118,15 @@ def _attempt(store: dist.Store, rank: int, size: int) -> str:
     return word
 
 
-_groups: list[dist.ProcessGroup] = []  # of the last start()
 _limit = PATIENCE
 
 
 def tighten(seconds: int) -> None:
-    """From now on a collective that waits longer for another rank than this fails."""
+    """From now on a collective that waits longer for another rank than this fails, in each group
+    there is: the mesh's, the checkpoints'."""
     global _limit
     _limit = seconds
-    for group in _groups:
+    for group in c10d._world.pg_map:
         c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
@@ -256,18 +255,18 @@ def shared_folder(path: Path | str) -> None:
     """Raise Storage on every rank unless `path`, made if need be, is one folder for them all."""
     path = Path(path)
 
-    def leave() -> Path:
+    def leave() -> str:
+        token = f".seen-{secrets.token_hex(8)}"
         try:
             path.mkdir(parents=True, exist_ok=True)
-            token = path / f".seen-{secrets.token_hex(8)}"
-            token.touch()
+            (path / token).touch()
         except OSError as error:
             raise Storage(f"{path}: cannot write: {error.strerror}") from None
         return token
 
     def look() -> None:
         deadline = time.monotonic() + VISIBLE
-        while not token.exists():
+        while not (path / token).exists():
             if time.monotonic() > deadline:
                 here = f"{socket.gethostname()} (rank {dist.get_rank()})"
                 raise Storage(f"{path} on {here} is not the folder that rank 0 has; give one that "
@@ -279,7 +278,7 @@ def shared_folder(path: Path | str) -> None:
         together(look)
     finally:
         if dist.get_rank() == 0:
-            token.unlink(missing_ok=True)
+            (path / token).unlink(missing_ok=True)
 
 
 def total(count: int, ranks: Ranks) -> int:
