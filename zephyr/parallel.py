@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
-from zephyr.exits import Storage
+from zephyr.exits import Storage, shared
 from zephyr.model import Mistral, MistralConfig
 
 T = TypeVar("T")
@@ -32,9 +32,9 @@ MEETING = timedelta(minutes=10)  # for the ranks, all started by now, to find ea
 STOPS = (signal.SIGTERM, signal.SIGUSR1)
 VISIBLE = 5.0  # seconds after which a new file must be seen on every node
 # what gloo, NCCL and torchrun's store say of a rank that is gone or silent
-GONE = re.compile(r"closed by peer|likely closed|reset by peer|broken pipe|connection refused|"
-                  r"no route to host|unreachable|ncclRemoteError|ncclSystemError|aborted", re.I)
-SILENT = re.compile(r"timed out|time-?out", re.I)  # fmt: skip
+GONE = re.compile(r"closed by (remote )?peer|likely closed|reset by peer|broken pipe|unreachable|"
+                  r"connection refused|no route to host|ncclRemoteError|aborted", re.I)  # fmt: skip
+SILENT = re.compile(r"timed out|time-?out", re.I)
 
 
 class Ranks(NamedTuple):
@@ -78,7 +78,7 @@ def start(replicas: int = 1) -> Ranks:
         store = dist.HashStore()
     # objects, flags and checkpoints in the background go through gloo, past the device's queue
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=MEETING)
     if replicas == 1:
         mesh = init_device_mesh(device.type, (size,))
     else:
@@ -97,7 +97,7 @@ def _attempt(store: dist.Store, rank: int, size: int) -> str:
     says tells attempts apart: on several nodes TORCHELASTIC_RESTART_COUNT is each agent's own, and
     one that restarts because others did does not count it. So the ranks agree: each shows up under
     a word of its own, and rank 0 answers with the name to whomever it sees until all have answered
-    back. Words of dead ranks are never answered to a living one, nor is a dead rank 0's name.
+    back. A word is one process's alone, so no answer meant for a dead rank reaches a living one.
     """
     word = secrets.token_hex(8)
     if rank:
@@ -232,9 +232,7 @@ def together(build: Callable[[], T]) -> T:
     for error in errors:
         if error is not None:
             kind, text = error
-            shared = kind(text)
-            shared.shared = True  # the first rank speaks for all: see exits.run
-            raise shared
+            raise shared(kind(text))
     return result  # type: ignore[return-value]
 
 
@@ -308,4 +306,3 @@ def build(config: MistralConfig, ranks: Ranks, precision: str, recompute: str = 
             fully_shard(block, mesh=ranks.mesh, mp_policy=policy)
         fully_shard(model, mesh=ranks.mesh, mp_policy=policy)
     return model.to_empty(device=ranks.device)
-
