@@ -3,7 +3,7 @@
 PYTHON ?= .venv/bin/python
 READY = $(if $(filter .venv/%,$(PYTHON)),.venv/ready)
 
-.PHONY: help demo test lint bench bench-gpu clean
+.PHONY: help demo test lint chaos bench bench-gpu clean
 
 help:   ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 18
@@ -16,6 +16,10 @@ test: lint   ## everything that runs without a GPU
 
 lint: $(READY)   ## ruff
 	$(PYTHON) -m ruff check .
+
+chaos: $(READY)   ## break runs in every way: kills, full disks, hostile files; 20 minutes
+	$(PYTHON) -m benchmarks.chaos
+	$(PYTHON) -m benchmarks.fuzz --seconds 60
 
 bench: $(READY)   ## each kernel beside its peers and the hardware's limit, on what there is
 	$(PYTHON) -m kernels.bench

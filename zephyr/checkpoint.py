@@ -54,6 +54,8 @@ FREE = {
     "replicas", "microbatch_tokens", "recompute", "on_nonfinite",
 }  # fmt: skip
 STATE, SUMS = "state.json", "SHA256SUMS"
+# what a kill in the middle of writing leaves in the run folder
+LEFTOVERS = [f".{name}.????????" for name in ("config.toml", "run.json", "metrics.jsonl", "model")]
 FILE_BYTES = 1 << 30  # of a rank's file: one more in memory while it is written
 
 
@@ -100,12 +102,13 @@ class Run:
                 k += 1
             out.rename(aside)
             self.held.enter_context(_hold(out))
+        left = [path for pattern in (*LEFTOVERS, ".seen-*") for path in out.glob(pattern)]
+        left += [*out.glob("checkpoints/.trash"), *out.glob("checkpoints/step-*.part")]
+        for path in left:
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
         if (out / "model").exists():
             self._same(out / "run.json")
             return None, True
-        shutil.rmtree(out / "checkpoints" / ".trash", ignore_errors=True)
-        for part in (out / "checkpoints").glob("step-*.part"):
-            shutil.rmtree(part, ignore_errors=True)
         saved = complete(out)
         while saved and c.resume == "previous":
             try:
@@ -170,10 +173,16 @@ class Run:
         for group in optimizer.param_groups:
             for p in group["params"]:
                 optimizer.state[p]["step"].copy_(steps)
-        kept = {name: [rank[name] for rank in state["ranks"]] for name in state["ranks"][0]}
-        if len(state["ranks"]) == self.ranks.size:
-            rng = bytes.fromhex(kept["rng"][self.ranks.rank])
-            torch.set_rng_state(torch.tensor(list(rng), dtype=torch.uint8))
+        try:
+            kept = {name: [rank[name] for rank in state["ranks"]] for name in state["ranks"][0]}
+            if len(state["ranks"]) == self.ranks.size:
+                rng = bytes.fromhex(kept["rng"][self.ranks.rank])
+                torch.set_rng_state(torch.tensor(list(rng), dtype=torch.uint8))
+            if self.folder.name != f"step-{state['step']:06d}":
+                raise ValueError("of another step")
+        except (LookupError, TypeError, ValueError, RuntimeError):
+            raise shared(BadCheckpoint(f"{self.folder / STATE} is malformed; --resume previous "
+                                       "goes back to the last intact one")) from None  # fmt: skip
         return state["step"], kept
 
     def after(self, step: int, last: bool, model, optimizer, log, **parts: Part) -> None:
@@ -194,7 +203,7 @@ class Run:
         With --save-async the state is copied to host memory and written behind training's back.
         """
         self.wait()
-        part = self.out / "checkpoints" / f"step-{step:06d}.part"
+        self.part = part = self.out / "checkpoints" / f"step-{step:06d}.part"
         mine = {name: part.state() for name, part in parts.items()}
         mine["rng"] = bytes(torch.get_rng_state().tolist()).hex()
         every: list[dict | None] = [None] * self.ranks.size
@@ -237,11 +246,14 @@ class Run:
         try:
             yield
         except dcp.CheckpointException as error:
-            part = next((self.out / "checkpoints").glob("step-*.part"), self.out)
+            reason, _ = next(iter(error.failures.values()))
+            if not isinstance(reason, (OSError, Storage)):
+                raise
             if self.ranks.rank == 0:
-                shutil.rmtree(part, ignore_errors=True)
-            raise shared(Storage(f"{part}: cannot write: {_first(error)}; the checkpoints before "
-                                 "are intact")) from None  # fmt: skip
+                shutil.rmtree(self.part, ignore_errors=True)
+            text = str(reason) if isinstance(reason, Storage) else (
+                f"{self.part}: cannot write: {reason.strerror or reason}")  # fmt: skip
+            raise shared(Storage(f"{text}; the checkpoints before are intact")) from None
 
 
     def __enter__(self) -> "Run":
@@ -309,6 +321,8 @@ def verified(folder: Path, shards: slice = slice(None)) -> dict:
     try:
         lines = (folder / SUMS).read_bytes().decode("ascii").splitlines()
         sums = dict(line.split("  ", 1)[::-1] for line in lines)
+        if odd := [p.name for p in folder.iterdir() if p.is_symlink() or not p.is_file()]:
+            raise ValueError(f"{disk.some(odd)} is not a plain file")
         there = {p.name for p in folder.iterdir()} - {SUMS}
         if odd := sorted(there ^ sums.keys()):
             raise ValueError(f"{SUMS} and the files differ in {disk.some(odd)}")
@@ -319,12 +333,8 @@ def verified(folder: Path, shards: slice = slice(None)) -> dict:
                 size = (folder / name).stat().st_size
                 raise ValueError(f"{name}, {size} bytes, is not what {SUMS} says")
         state = disk.read_json(folder / STATE)
-        if not (isinstance(state["step"], int) and isinstance(state["ranks"], list)):
-            raise ValueError(f"{STATE} is malformed")
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        if isinstance(error, KeyError):
-            reason = f"{STATE} has no {error}"
         raise BadCheckpoint(f"{folder} is damaged: {reason}; --resume previous goes back to the "
                             "last intact one") from None  # fmt: skip
     return state
@@ -365,7 +375,12 @@ def _read(folder: Path, tensors: dict[str, Tensor], alone: bool = False) -> None
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
             dcp.load(tensors, storage_reader=reader, no_dist=alone)
     except dcp.CheckpointException as error:
-        raise shared(BadCheckpoint(f"{folder} does not fit: {_first(error)}")) from None
+        reason, _ = next(iter(error.failures.values()))
+        text = f"{type(reason).__name__}: {reason}".splitlines()[0].partition(". ")[0]
+        raise shared(BadCheckpoint(f"{folder} does not fit: {text}")) from None
+    found = reader.read_metadata().state_dict_metadata
+    if odd := [name for name, x in tensors.items() if found[name].properties.dtype != x.dtype]:
+        raise shared(BadCheckpoint(f"{folder} does not fit: the dtype of {disk.some(odd)}"))
 
 
 def _sum(path: Path) -> str:
@@ -439,9 +454,3 @@ def _commit() -> str | None:
         ).strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def _first(error: dcp.CheckpointException) -> str:
-    """The first sentence of the first rank's failure."""
-    reason, _ = next(iter(error.failures.values()))
-    return f"{type(reason).__name__}: {reason}".splitlines()[0].partition(". ")[0]

@@ -12,6 +12,7 @@
 torchrun exits with 1 whatever its ranks' codes were; its last lines show theirs.
 """
 
+import contextlib
 import errno
 import importlib.metadata
 import os
@@ -76,4 +77,5 @@ def _say(text: str, everywhere: bool) -> None:
     rank = os.environ.get("RANK", "0")
     if rank == "0" or everywhere:
         place = "" if rank == "0" else f" (rank {rank})"
-        print(f"{Path(sys.argv[0]).name}{place}: {text}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # nobody may be reading
+            print(f"{Path(sys.argv[0]).name}{place}: {text}", file=sys.stderr, flush=True)

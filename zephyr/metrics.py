@@ -244,7 +244,7 @@ class Log:
 
     def summary(self) -> str:
         """What a finished run ends with: the last value of everything logged, and where it lies."""
-        width = max(map(len, self.last))
+        width = max(map(len, self.last), default=0)
         values = [f"  {name:{width}}  {value:.6g}" for name, value in self.last.items()]
         places = [f"  {'model':{width}}  {self.folder / 'model'}",
                   f"  {'curves':{width}}  python -m zephyr.metrics {self.folder}"]

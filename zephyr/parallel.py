@@ -1,6 +1,7 @@
 """Process group, device mesh, FSDP2, activation recomputation: everything that acts on the model
 from outside it. Also what ends a run from outside: signals, and ranks that are lost."""
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -47,7 +48,8 @@ class Ranks(NamedTuple):
     def say(self, text: str) -> None:
         """Print on the first rank; the others keep quiet."""
         if self.rank == 0:
-            print(text, file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # a reader that went away must not end the run
+                print(text, file=sys.stderr, flush=True)
 
 
 def start(replicas: int = 1) -> Ranks:
