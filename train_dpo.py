@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from zephyr import anchor, checkpoint, config, data, losses, metrics, optim, parallel, toy, weights
+from zephyr import anchor, config, data, losses, metrics, optim, parallel, toy, weights
 from zephyr.config import DPOConfig
 from zephyr.exits import call
 from zephyr.guard import Guard
 from zephyr.packing import Batch, PairPlan
+from zephyr.run import Run
 from zephyr.tokenizer import Tokenizer
 
 
@@ -42,7 +43,7 @@ def main() -> None:
     steps = c.steps or c.epochs * train.steps_per_epoch
 
     origin = parallel.on_first(lambda: weights.digest(c.model))
-    run = checkpoint.Run(c, {"data": train.data.digest, "model": origin}, ranks)
+    run = Run(c, {"data": train.data.digest, "model": origin}, ranks)
     if run.finished:
         return parallel.finish()
     policy = parallel.build(shape, ranks, c.precision, c.recompute)

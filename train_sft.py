@@ -9,11 +9,12 @@ from pathlib import Path
 
 import torch
 
-from zephyr import checkpoint, config, data, losses, metrics, optim, parallel, toy, weights
+from zephyr import config, data, losses, metrics, optim, parallel, toy, weights
 from zephyr.config import SFTConfig
 from zephyr.exits import call
 from zephyr.guard import Guard
 from zephyr.packing import DocumentPlan
+from zephyr.run import Run
 from zephyr.tokenizer import Tokenizer
 
 
@@ -39,7 +40,7 @@ def main() -> None:
     held_out = plan(c.eval_data, shuffle=False) if c.eval_data else None
     steps = c.steps or c.epochs * train.steps_per_epoch
 
-    run = checkpoint.Run(c, {"data": train.data.digest}, ranks)
+    run = Run(c, {"data": train.data.digest}, ranks)
     if run.finished:
         return parallel.finish()
     model = parallel.build(shape, ranks, c.precision, c.recompute)

@@ -35,6 +35,7 @@ import torch
 from benchmarks import tiny
 from zephyr import checkpoint, config, exits, optim, parallel, weights
 from zephyr.parallel import Ranks
+from zephyr.run import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 # three rhythms and an epoch of 8 steps, without a common beat; at 21 a line and an evaluation meet
@@ -343,7 +344,7 @@ def refused(trial: Trial) -> str:
     assert trial.saved() >= 6
     said, codes = trial.said(), trial.log.read_text()
     assert "exitcode  : 5" in codes, codes[-6000:]
-    return re.search(r"(?:\[Errno \d+\]|takes) [^:;]+", said)[0]
+    return re.search(r"cannot write: ([^:;]+)|(takes [^:;]+)", said)[0]
 
 
 @contextmanager
@@ -420,10 +421,10 @@ class Saves:
         c = config.DPOConfig(model=base, data=("none",), out=str(out), **settings)
         self.model = parallel.build(weights.config(base), ranks, "fp32")
         self.optimizer = optim.adamw(self.model, 0.0)
-        self.run = checkpoint.Run(c, {}, ranks)
+        self.run = Run(c, {}, ranks)
 
     def tensors(self, step: int) -> Iterator[tuple[torch.Tensor, float]]:
-        for k, x in enumerate(checkpoint._tensors(self.model, self.optimizer).values()):
+        for k, x in enumerate(checkpoint.tensors_of(self.model, self.optimizer).values()):
             yield x, step + k / 1024
 
     @torch.no_grad()

@@ -27,6 +27,7 @@ from zephyr import checkpoint, losses, optim, packing, parallel
 from zephyr.config import DPOConfig
 from zephyr.data import Pair
 from zephyr.model import MistralConfig, initialise
+from zephyr.run import Run
 
 GIB = 1 << 30
 FULL, RANKS = 7_241_732_096, 8  # Mistral-7B's parameters, on eight GPUs
@@ -91,9 +92,9 @@ def main() -> None:
         (losses.sft(model(work)) / len(work.targets_N)).backward()
         optim.step(optimizer, 1e-6, 1.0)
 
-    def folder(name: str, **changes) -> checkpoint.Run:
+    def folder(name: str, **changes) -> Run:
         c = DPOConfig(model="none", data=("none",), out=str(place / name), keep=1)
-        return checkpoint.Run(replace(c, **changes), {}, ranks)
+        return Run(replace(c, **changes), {}, ranks)
 
     step()
     plain = statistics.median(seconds(step) for _ in range(4))

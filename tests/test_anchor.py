@@ -9,7 +9,7 @@ from test_model import model, packed
 from test_packing import tokens
 
 import kernels
-from zephyr import anchor, data, exits, parallel
+from zephyr import anchor, data, exits, parallel, signals
 from zephyr.data import Tokens
 from zephyr.packing import PairPlan
 
@@ -122,7 +122,7 @@ def test_a_pass_that_is_stopped_is_taken_up_where_it_was(ranks, monkeypatch):
     m, p, asked = Counting(), plan(pairs()), iter([False, True])
     monkeypatch.setattr(anchor, "SAVE_EVERY", 1)
     with monkeypatch.context() as signalled:
-        signalled.setattr(parallel, "stop_wanted", lambda: next(asked))
+        signalled.setattr(signals, "stop_wanted", lambda: next(asked))
         with pytest.raises(exits.Preempted, match="asked to stop: .*npy has the reference log-pr"):
             cached(m, p, ranks)
     assert m.calls == len(p.microbatches(0)) + len(p.microbatches(1))

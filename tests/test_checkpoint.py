@@ -15,9 +15,10 @@ from test_model import model
 from test_parallel import pairs, torchrun
 from test_weights import folder_of
 
-from zephyr import checkpoint, config, disk, exits, losses, metrics, optim, parallel, weights
-from zephyr.checkpoint import Run
+from zephyr import checkpoint, config, disk, losses, metrics, optim, parallel, signals, weights
 from zephyr.config import DPOConfig, SFTConfig
+from zephyr.exits import BadCheckpoint, Preempted
+from zephyr.run import FREE, Run
 
 DIGESTS = {"data": "digest", "model": "another"}
 
@@ -55,7 +56,7 @@ def train(m, optimizer, first: int, last: int) -> None:
 
 def state(m, optimizer) -> dict[str, torch.Tensor]:
     """Weights and moments by name, whole."""
-    flat = checkpoint._tensors(m, optimizer)
+    flat = checkpoint.tensors_of(m, optimizer)
     return {k: (x.full_tensor() if hasattr(x, "full_tensor") else x).clone()
             for k, x in flat.items()}  # fmt: skip
 
@@ -101,13 +102,13 @@ def test_a_save_in_the_background_has_the_state_it_was_called_with(ranks, base, 
     m, optimizer = start(ranks, base)
     train(m, optimizer, 0, 2)
     expected, gate = state(m, optimizer), threading.Event()
-    write = checkpoint._Writer.write_data
+    write = checkpoint.Writer.write_data
 
     def late(self, *plan):
         gate.wait(60)
         return write(self, *plan)
 
-    monkeypatch.setattr(checkpoint._Writer, "write_data", late)
+    monkeypatch.setattr(checkpoint.Writer, "write_data", late)
     run = Run(c, DIGESTS, ranks)
     run.save(2, m, optimizer)
     train(m, optimizer, 2, 4)
@@ -156,8 +157,9 @@ import sys
 from pathlib import Path
 
 import torch
-from zephyr import checkpoint, losses, optim, parallel, weights
+from zephyr import losses, optim, parallel, weights
 from zephyr.config import DPOConfig
+from zephyr.run import Run
 
 where = Path(sys.argv[1])
 settings = torch.load(where / "settings.pt")
@@ -176,7 +178,7 @@ class Notes:
 def opened(**changes):
     c = DPOConfig(**settings | changes)
     try:
-        return checkpoint.Run(c, {"data": "digest", "model": "another"}, ranks)
+        return Run(c, {"data": "digest", "model": "another"}, ranks)
     except ValueError as error:
         return f"{error.code} {error}"
 
@@ -301,9 +303,9 @@ def test_what_is_due_is_saved_and_the_last_step_too(ranks, base, c, tmp_path):
 
 def test_asked_to_stop_a_run_saves_and_says_so(ranks, base, c, monkeypatch):
     first, run = start(ranks, base), Run(c, DIGESTS, ranks)
-    monkeypatch.setattr(parallel, "stop_wanted", lambda: True)
+    monkeypatch.setattr(signals, "stop_wanted", lambda: True)
     message = f"saved after step 3 in {c.out}; the same command"
-    with metrics.Log(run.out, 5, ["loss"]) as log, pytest.raises(exits.Preempted, match=message):
+    with metrics.Log(run.out, 5, ["loss"]) as log, pytest.raises(Preempted, match=message):
         run.after(3, False, *first, log=log)
     assert [p.name for p in checkpoint.complete(run.out)] == ["step-000003"]
 
@@ -412,7 +414,7 @@ def test_settings_that_leave_the_trajectory_alone_may_change(ranks, c, monkeypat
         recompute="full", save_async=False, timeout=7, replicas=2, on_nonfinite="skip",
     )  # fmt: skip
     changed = {k for k, v in vars(c).items() if v != getattr(free, k)}
-    assert changed == checkpoint.FREE - {"resume"}
+    assert changed == FREE - {"resume"}
     assert Run(free, DIGESTS, ranks).folder.name == "step-000003"
 
 
@@ -426,7 +428,7 @@ def test_settings_that_leave_the_trajectory_alone_may_change(ranks, c, monkeypat
 def test_checkpoints_of_nobody_are_refused(ranks, c, state, message):
     Run(c, DIGESTS, ranks)
     fake(c, 3, state=state)
-    with pytest.raises(exits.BadCheckpoint, match=message):
+    with pytest.raises(BadCheckpoint, match=message):
         Run(c, DIGESTS, ranks)
 
 

@@ -148,8 +148,8 @@ schedule = optim.schedule
 optim.schedule = lambda kind, step, *rest: step == 8 and hang() or schedule(kind, step, *rest)
 """
 IN_A_SAVE = """
-finish = checkpoint._Writer.finish
-checkpoint._Writer.finish = lambda self, *rest, **named: (
+finish = checkpoint.Writer.finish
+checkpoint.Writer.finish = lambda self, *rest, **named: (
     hang() if self.state["step"] == 4 else finish(self, *rest, **named))
 """
 IN_AN_EVALUATION = "metrics.Log.evaluation = hang"

@@ -267,7 +267,7 @@ import signal
 import time
 
 import torch.distributed as dist
-from zephyr import parallel
+from zephyr import parallel, signals
 
 parallel.start()
 me, seen = os.getpid(), []
@@ -276,10 +276,10 @@ me, seen = os.getpid(), []
 def send(number):
     os.kill(me, number)
     time.sleep(0.1)
-    seen.append(parallel.stop_wanted())
+    seen.append(signals.stop_wanted())
 
 
-assert not parallel.stop_wanted()
+assert not signals.stop_wanted()
 send(signal.SIGUSR1)
 send(signal.SIGTERM)
 send(signal.SIGTERM)

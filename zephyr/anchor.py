@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import kernels
-from zephyr import files, parallel
+from zephyr import files, parallel, signals
 from zephyr.data import cache_folder
 from zephyr.exits import Preempted, shared
 from zephyr.model import Mistral
@@ -68,7 +68,7 @@ def cached(
             _fill(table_P2, reference, plan, missing[k : k + SAVE_EVERY], ranks)
             parallel.on_first(lambda: _write(path, table_P2))
             bar.update(SAVE_EVERY)
-            if parallel.agree(parallel.stop_wanted()):
+            if parallel.agree(signals.stop_wanted()):
                 raise shared(Preempted(f"asked to stop: {path} has the reference log-probs so far; "
                                        "the same command goes on from there"))  # fmt: skip
     return lambda batch: table_P2[batch.pairs].flatten()

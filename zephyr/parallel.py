@@ -1,5 +1,5 @@
 """Process group, device mesh, FSDP2, activation recomputation: everything that acts on the model
-from outside it. Also what ends a run from outside: signals, and ranks that are lost."""
+from outside it. Also what it is to lose a rank."""
 
 import contextlib
 import ctypes
@@ -7,10 +7,8 @@ import functools
 import os
 import re
 import secrets
-import signal
 import socket
 import sys
-import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -24,13 +22,13 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
+from zephyr import signals
 from zephyr.exits import Storage, shared
 from zephyr.model import Mistral, MistralConfig
 
 T = TypeVar("T")
 PATIENCE = 2 * 3600  # seconds: before training one rank may tokenize while all others wait
 MEETING = timedelta(minutes=10)  # for the ranks, all started by now, to find each other
-STOPS = (signal.SIGTERM, signal.SIGUSR1)
 VISIBLE = 5.0  # seconds after which a new file must be seen on every node
 # what gloo, NCCL and torchrun's store say of a rank that is gone or silent
 GONE = re.compile(r"closed by (remote )?peer|likely closed|reset by peer|broken pipe|unreachable|"
@@ -87,7 +85,7 @@ def start(replicas: int = 1) -> Ranks:
         shape = (replicas, size // replicas)
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
     tighten(PATIENCE)
-    _listen()
+    signals.listen()
     return Ranks(rank, size, local_rank, device, mesh)
 
 
@@ -163,45 +161,6 @@ def lost_message(error: RuntimeError) -> str:
         happened = f"the rank at {peer[1]} died" if peer else "another rank died"
     return (f"{operation}: {happened}. Start the same command again: it goes on from the last "
             "checkpoint")  # fmt: skip
-
-
-_asked: float | None = None  # when the first signal came
-_ears: socket.socket | None = None
-
-
-def stop_wanted() -> bool:
-    """Has SIGTERM or SIGUSR1 come to this rank? The others may not have it yet: see `agree`."""
-    return _asked is not None
-
-
-def _listen() -> None:
-    """Let the first SIGTERM or SIGUSR1 be noted, and one a second later end the process.
-
-    torchrun and Slurm may both send it, to all, so what comes within the second is the same signal.
-    Python runs handlers between its own instructions, never while a collective waits, so a thread
-    hears of signals through a socket instead: then the second one ends a hung run too.
-    """
-    global _asked, _ears
-    _asked = None
-    if _ears is not None or threading.current_thread() is not threading.main_thread():
-        return
-    _ears, mouth = socket.socketpair()
-    mouth.setblocking(False)
-    signal.set_wakeup_fd(mouth.detach(), warn_on_full_buffer=False)
-    for number in STOPS:
-        signal.signal(number, lambda *_: None)
-    threading.Thread(target=_obey, args=(_ears,), daemon=True).start()
-
-
-def _obey(ears: socket.socket) -> None:
-    global _asked
-    while number := ears.recv(1):
-        if number[0] not in STOPS:  # Ctrl-C stays Python's
-            continue
-        if _asked is None:
-            _asked = time.monotonic()
-        elif time.monotonic() - _asked > 1:
-            os._exit(143)
 
 
 def keep_buffers() -> None:
