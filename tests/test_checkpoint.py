@@ -386,6 +386,16 @@ def test_fresh_moves_aside_and_deletes_nothing(ranks, c):
     assert sorted(tree(out)) == ["config.toml", "run.json"]
 
 
+@pytest.mark.parametrize("name", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
+def test_a_fresh_start_that_is_started_again_goes_on(ranks, c, monkeypatch, name):
+    monkeypatch.setenv(name, "0")
+    Run(replace(c, resume="fresh"), DIGESTS, ranks)
+    fake(c, 3)
+    monkeypatch.setenv(name, "1")
+    assert Run(replace(c, resume="fresh"), DIGESTS, ranks).folder.name == "step-000003"
+    assert not Path(c.out).with_name("run.1").exists()
+
+
 def test_changed_settings_are_listed(ranks, c):
     Run(c, DIGESTS, ranks)
     fake(c, 3)
@@ -393,14 +403,15 @@ def test_changed_settings_are_listed(ranks, c):
     changed = replace(c, beta=0.2, steps=None, data=("a.jsonl", "b.jsonl"), save_every=7)
     message = (
         rf"^{c.out} holds another run: --beta was 0.01, is 0.2; --data was \['ä \"b\"'\], is "
-        r"\['a.jsonl', 'b.jsonl'\]; --steps was 9, is None; data changed. Continue it as it was, "
+        r"\['a.jsonl', 'b.jsonl'\]; --steps was 9, is None; the content of --data "
+        "changed. Continue it as it was, "
         "or --resume fresh starts anew and keeps it$"
     )
     with pytest.raises(ValueError, match=message):
         Run(changed, DIGESTS | {"data": "new"}, ranks)
-    with pytest.raises(ValueError, match="run: data changed; model changed. Continue"):
+    with pytest.raises(ValueError, match="run: the content of --data changed; the content of --mo"):
         Run(c, {"data": "new", "model": "new"}, ranks)
-    with pytest.raises(ValueError, match="script changed"):
+    with pytest.raises(ValueError, match="the script changed"):
         Run(SFTConfig(model=c.model, data=c.data, out=c.out), DIGESTS, ranks)
     assert tree(Path(c.out)) == before
 

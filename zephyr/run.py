@@ -83,7 +83,8 @@ class Run:
     def _open(self) -> tuple[Path | None, bool]:
         c, out = self.c, self.out
         self.held.enter_context(_hold(out))
-        if c.resume == "fresh" and any(p.name != ".lock" for p in out.iterdir()):
+        used = any(p.name != ".lock" for p in out.iterdir())
+        if c.resume == "fresh" and used and not _restarted():
             k = 1
             while (aside := out.with_name(f"{out.name}.{k}")).exists():
                 k += 1
@@ -130,9 +131,10 @@ class Run:
                 if old.get(name) != settings.get(name)
             ]
             changed += [
-                f"{name} changed" for name in sorted(before.keys() | new.keys())
+                f"the content of --{name} changed" if name != "script" else "the script changed"
+                for name in sorted(before.keys() | new.keys())
                 if before.get(name) != new.get(name)
-            ]  # fmt: skip
+            ]
         except (ValueError, KeyError, TypeError, AttributeError):
             raise BadCheckpoint(f"{record} does not say whose run this is; --resume previous goes "
                                 "back to the last intact checkpoint, fresh starts anew") from None
@@ -163,8 +165,8 @@ class Run:
         try:
             kept = {name: [rank[name] for rank in state["ranks"]] for name in state["ranks"][0]}
             if len(state["ranks"]) == self.ranks.size:
-                rng = bytes.fromhex(kept["rng"][self.ranks.rank])
-                torch.set_rng_state(torch.tensor(list(rng), dtype=torch.uint8))
+                rng = bytearray.fromhex(kept["rng"][self.ranks.rank])
+                torch.set_rng_state(torch.frombuffer(rng, dtype=torch.uint8))
             if self.folder.name != f"step-{state['step']:06d}":
                 raise ValueError("of another step")
         except (LookupError, TypeError, ValueError, RuntimeError):
@@ -191,8 +193,8 @@ class Run:
         """
         self.wait()
         self.part = part = self.out / "checkpoints" / f"step-{step:06d}.part"
-        mine = {name: part.state() for name, part in parts.items()}
-        mine["rng"] = bytes(torch.get_rng_state().tolist()).hex()
+        mine = {name: one.state() for name, one in parts.items()}
+        mine["rng"] = torch.get_rng_state().numpy().tobytes().hex()
         every: list[dict | None] = [None] * self.ranks.size
         dist.all_gather_object(every, mine, group=self.group)
         state = {"step": step, "ranks": every, "run": self.identity}
@@ -242,7 +244,6 @@ class Run:
                 f"{self.part}: cannot write: {reason.strerror or reason}")  # fmt: skip
             raise shared(Storage(f"{text}; the checkpoints before are intact")) from None
 
-
     def __enter__(self) -> "Run":
         return self
 
@@ -250,6 +251,12 @@ class Run:
         """Waits for the checkpoint under way, unless this rank fails alone."""
         if error is None or hasattr(error, "shared"):
             self.wait()
+
+
+def _restarted() -> bool:
+    """Did torchrun or Slurm start this command again? Then what there is, is what it began."""
+    names = "TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"
+    return any(int(os.environ.get(name) or 0) for name in names)
 
 
 def _hold(out: Path) -> TextIO:
