@@ -595,7 +595,7 @@ def test_what_changes_the_trajectory_is_listed_and_what_does_not_may_change(
     shutil.copytree(place, other, ignore=shutil.ignore_patterns("straight"))
     rows = (other / "pairs.jsonl").read_text().splitlines(keepends=True)
     (other / "pairs.jsonl").write_text("".join(rows[::-1]))
-    with pytest.raises(ValueError, match="run holds another run: --data was .*; the content of --d"):
+    with pytest.raises(ValueError, match="run holds another run: --data was .*; the cont"):
         run(train_dpo, other, killed, *FLAGS, "--model", str(place / "base"))
     config = (other / "base" / "config.json").read_text()
     (other / "base" / "config.json").write_text(config + "\n")
