@@ -17,8 +17,9 @@ test: lint   ## everything that runs without a GPU
 lint: $(READY)   ## ruff
 	$(PYTHON) -m ruff check .
 
-chaos: $(READY)   ## break runs in every way: kills, full disks, hostile files; 20 minutes
+chaos: $(READY)   ## break runs: kills, full disks, cut cables, hostile files; 15 minutes
 	$(PYTHON) -m benchmarks.chaos
+	$(PYTHON) -m benchmarks.two_nodes --restarts 1
 	$(PYTHON) -m benchmarks.fuzz --seconds 60
 
 bench: $(READY)   ## each kernel beside its peers and the hardware's limit, on what there is

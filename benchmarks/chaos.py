@@ -47,7 +47,7 @@ PATIENCE = 120.0  # seconds in which a run gets anywhere, or ends
 class Trial:
     """A run that is started again and again, always by the same command."""
 
-    verifications = 0  # of checkpoints, in all trials
+    verifications = lost = 0  # checkpoints, and bytes of finished ones, in all trials
 
     def __init__(self, place: Path, out: Path, ranks: int, steps: int, *flags: str):
         self.out, self.log = out, place / f"{out.name}.log"
@@ -115,11 +115,15 @@ class Trial:
         return []
 
     def saved(self) -> int:
-        """The step of the newest checkpoint; each there is, is what it was when it was saved."""
+        """The step of the newest checkpoint, after a look at whether each is what it was."""
         folders = checkpoint.complete(self.out)
         for folder in folders:
-            checkpoint.verified(folder)
-            Trial.verifications += 1
+            try:
+                checkpoint.verified(folder)
+                Trial.verifications += 1
+            except exits.BadCheckpoint as error:
+                print(error, file=sys.stderr)
+                Trial.lost += sum(path.stat().st_size for path in folder.iterdir())
         return int(folders[-1].name[5:]) if folders else 0
 
     def said(self) -> str:
@@ -248,7 +252,7 @@ def kills(place: Path, count: int, rng: random.Random) -> None:
     line("resumes", len(plan))
     line("steps recomputed, at least", recomputed, f"after one kill {most} at most")
     line("checkpoints verified", Trial.verifications)
-    line("bytes of finished checkpoints lost", 0)
+    line("bytes of finished checkpoints lost", Trial.lost)
     line("weights and metrics equal, nothing left over", "yes")
 
 
@@ -477,8 +481,12 @@ def each_call(place: Path, fault: str, background: bool) -> None:
         assert code in (0, 8, 9 if fault == "kill" else 5), f"{fault} in call {k}: exit {code}"
         folders = checkpoint.complete(out)
         for folder in folders:
-            checkpoint.verified(folder)
-            Trial.verifications += 1
+            try:
+                checkpoint.verified(folder)
+                Trial.verifications += 1
+            except exits.BadCheckpoint as error:
+                print(error, file=sys.stderr)
+                Trial.lost += sum(path.stat().st_size for path in folder.iterdir())
         found = int(folders[-1].name[5:]) if folders else 0
         assert found in (step, step + 2), f"{fault} in call {k}: the checkpoint is lost"
         step = found
@@ -514,6 +522,7 @@ def main() -> None:
         restarts(place, right[2], min(20, o.kills), rng)
         kills(place, o.kills, rng)
         line("minutes", f"{(time.monotonic() - began) / 60:.0f}")
+        assert Trial.lost == 0, "finished checkpoints were damaged"
     except (AssertionError, exits.BadCheckpoint):
         traceback.print_exc()
         print(f"chaos: something was lost, see above and {place}", file=sys.stderr)
