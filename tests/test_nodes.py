@@ -230,7 +230,8 @@ def test_a_rank_that_is_lost_ends_the_others_with_one_line(fault, waiting, messa
     finally:
         if fault != "bug":
             processes[1].kill()
-        _, why = processes[1].communicate(timeout=20)
+        with processes[1] as lost:  # communicate() would miss what came along with "ready"
+            why = lost.stderr.read()
     assert ("TypeError: a bug of ours" in why) == (fault == "bug")
     assert processes[0].returncode == 6
     assert said.startswith("train_dpo.py: ") and said.endswith(message + "\n"), said
