@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from zephyr import checkpoint, losses, optim, packing, parallel
+from zephyr import checkpoint, disk, losses, optim, packing, parallel
 from zephyr.config import DPOConfig
 from zephyr.data import Pair
 from zephyr.model import MistralConfig, initialise
@@ -143,6 +143,8 @@ def main() -> None:
     print(f"load          {loaded:.2f} s with its sums checked; a bare read {read:.2f} s")
     print(f"by bytes, one of eight ranks with Mistral-7B has {share:.1f} x as many: on this "
           f"machine {share * stall:.1f} s of stall, {share * total:.1f} s to the seal")
+    about = disk.read_json(behind.out / "run.json")
+    figures |= {name: about[name] for name in ("started", "device", "commit")}
     if o.json:
         with o.json.open("a") as file:
             file.write(json.dumps(figures) + "\n")
