@@ -115,16 +115,7 @@ class Trial:
         return []
 
     def saved(self) -> int:
-        """The step of the newest checkpoint, after a look at whether each is what it was."""
-        folders = checkpoint.complete(self.out)
-        for folder in folders:
-            try:
-                checkpoint.verified(folder)
-                Trial.verifications += 1
-            except exits.BadCheckpoint as error:
-                print(error, file=sys.stderr)
-                Trial.lost += sum(path.stat().st_size for path in folder.iterdir())
-        return int(folders[-1].name[5:]) if folders else 0
+        return newest(self.out)
 
     def said(self) -> str:
         """The last words of a run: one line for its user, and no traceback of ours."""
@@ -152,6 +143,19 @@ class Trial:
         left = [p for p in self.out.rglob("*") if p.name.startswith(".") or p.suffix == ".part"]
         left = [str(p.relative_to(self.out)) for p in left if p.name != ".lock"]
         assert not left, f"left over: {', '.join(left)}"
+
+
+def newest(out: Path) -> int:
+    """The step of the newest checkpoint, after a look at whether each is what it was."""
+    folders = checkpoint.complete(out)
+    for folder in folders:
+        try:
+            checkpoint.verified(folder)
+            Trial.verifications += 1
+        except exits.BadCheckpoint as error:
+            print(error, file=sys.stderr)
+            Trial.lost += sum(path.stat().st_size for path in folder.iterdir())
+    return int(folders[-1].name[5:]) if folders else 0
 
 
 def family(pid: int) -> list[int]:
@@ -479,15 +483,7 @@ def each_call(place: Path, fault: str, background: bool) -> None:
         k += 1
         code = forked(lambda step=step + 2, k=k: attempt(step, k))
         assert code in (0, 8, 9 if fault == "kill" else 5), f"{fault} in call {k}: exit {code}"
-        folders = checkpoint.complete(out)
-        for folder in folders:
-            try:
-                checkpoint.verified(folder)
-                Trial.verifications += 1
-            except exits.BadCheckpoint as error:
-                print(error, file=sys.stderr)
-                Trial.lost += sum(path.stat().st_size for path in folder.iterdir())
-        found = int(folders[-1].name[5:]) if folders else 0
+        found = newest(out)
         assert found in (step, step + 2), f"{fault} in call {k}: the checkpoint is lost"
         step = found
     how = "in the background" if background else "in the foreground"

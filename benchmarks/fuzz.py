@@ -29,7 +29,6 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -161,12 +160,9 @@ def scored(count: int) -> list[dict]:
 SCORED = scored(3)
 
 
-@dataclass
-class Limits:
-    max_length: int = 160
-    max_prompt_length: int = 120
-    empty_system: bool = True
-    on_bad_row: str = "skip"
+SETTINGS = config.DPOConfig(
+    model="m", data=("d",), out="o", max_length=160, max_prompt_length=120, on_bad_row="skip"
+)  # fmt: skip
 
 
 @cache
@@ -271,7 +267,7 @@ def read_data(read: Callable) -> Callable[[Path], None]:
         before = os.environ.get("ZEPHYR_CACHE")
         os.environ["ZEPHYR_CACHE"] = str(path.parent / "cache")
         try:
-            tokens = read((str(path),), tokenizer(), Limits())
+            tokens = read((str(path),), tokenizer(), SETTINGS)
         finally:
             os.environ.pop("ZEPHYR_CACHE")
             if before is not None:

@@ -23,17 +23,22 @@ DPO = (
 ).split()
 
 
-def make(folder: Path, pairs: int = 64) -> None:
-    """Write folder/base (random weights, tokenizer), and `pairs` rows in pairs.jsonl and in
-    chats.jsonl, 5 in test.jsonl."""
-    (base := folder / "base").mkdir(parents=True)
-    with open(base / "tokenizer.model", "wb") as file:
+def tokenizer(folder: Path) -> None:
+    """Write a tokenizer.model that knows WORDS."""
+    with open(folder / "tokenizer.model", "wb") as file:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter([*WORDS, "<|user|> <|assistant|> <|system|>"] * 3),
             model_writer=file, vocab_size=301, model_type="bpe", byte_fallback=True,
             remove_extra_whitespaces=False, normalization_rule_name="identity", minloglevel=2,
             hard_vocab_limit=False, num_threads=1,
         )  # fmt: skip
+
+
+def make(folder: Path, pairs: int = 64) -> None:
+    """Write folder/base (random weights, tokenizer), and `pairs` rows in pairs.jsonl and in
+    chats.jsonl, 5 in test.jsonl."""
+    (base := folder / "base").mkdir(parents=True)
+    tokenizer(base)
     shape = MistralConfig(vocab_size=Tokenizer(base).vocab_size, **SHAPE)
     # a wide spread, so that a difference in the training shows
     huggingface.write_config(base, shape, "float32", {"initializer_range": 0.3})

@@ -1,6 +1,5 @@
 """Runs that stop and go on, on other numbers of ranks too, and what a run folder accepts."""
 
-import copy
 import json
 import shutil
 import subprocess
@@ -461,5 +460,5 @@ def test_no_random_numbers_are_drawn_and_their_state_comes_back(ranks, base, c):
     run.wait()
     torch.rand(3)
     run.folder = checkpoint.complete(run.out)[0]
-    run.load(*copy.copy(first))
+    run.load(*first)
     assert torch.equal(torch.get_rng_state(), before)

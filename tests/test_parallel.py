@@ -14,7 +14,7 @@ from test_packing import tokens
 from test_weights import folder_of
 from torch.distributed.tensor import DTensor
 
-from zephyr import anchor, losses, optim, packing, parallel, weights
+from zephyr import anchor, exits, losses, optim, packing, parallel, weights
 from zephyr.data import Pair
 from zephyr.model import Mistral
 from zephyr.packing import PairPlan
@@ -181,6 +181,15 @@ def test_together_every_rank_raises_the_first_failing_ranks_message(two):
         assert agreed == f"{rank} agrees"
         assert first == "ValueError: 0 refuses"
         assert second == system == "ValueError: 1 refuses"
+
+
+def test_storage_that_refuses_stays_that_on_every_rank(ranks):
+    def full():
+        raise OSError(28, "No space left on device", "cache")
+
+    with pytest.raises(exits.Storage, match="No space left on device: 'cache'") as refused:
+        parallel.together(full)
+    assert refused.value.code == 5 and refused.value.shared
 
 
 def test_on_first_only_rank_0_builds_and_every_rank_has_it(two):

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import sentencepiece
 import torch
 import torch.distributed as dist
 from torch.nn import functional as F
@@ -23,6 +22,7 @@ from transformers.optimization import get_cosine_schedule_with_warmup
 
 import train_dpo
 import train_sft
+from benchmarks import tiny
 from zephyr import checkpoint
 from zephyr.files import write_rows
 from zephyr.tokenizer import Tokenizer
@@ -33,7 +33,6 @@ SHAPE = dict(
     num_key_value_heads=2, head_dim=8, sliding_window=24, max_position_embeddings=512,
     rms_norm_eps=1e-5, tie_word_embeddings=False, attn_implementation="eager",
 )  # fmt: skip
-WORDS = "the cat sat on a mat and the dog ran to it while rain fell over every hill".split()
 DPO = (
     "--epochs 6 --batch 8 --lr 1e-3 --warmup 0.2 --beta 0.1 --precision fp32 "
     "--max-length 160 --max-prompt-length 96 --microbatch-tokens 4096"
@@ -42,7 +41,7 @@ SFT = "--epochs 6 --batch 1 --lr 1e-3 --max-length 2048 --precision fp32".split(
 
 
 def sentence(rng: random.Random, low: int, high: int) -> str:
-    return " ".join(rng.choice(WORDS) for _ in range(rng.randint(low, high)))
+    return " ".join(rng.choice(tiny.WORDS) for _ in range(rng.randint(low, high)))
 
 
 @pytest.fixture(scope="session")
@@ -51,13 +50,7 @@ def place(tmp_path_factory) -> Path:
     place, rng = tmp_path_factory.mktemp("train"), random.Random(0)
     base = place / "base"
     base.mkdir()
-    with (base / "tokenizer.model").open("wb") as file:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter([*WORDS, "<|user|> <|assistant|> <|system|>"] * 3),
-            model_writer=file, vocab_size=301, model_type="bpe", byte_fallback=True,
-            remove_extra_whitespaces=False, normalization_rule_name="identity", minloglevel=2,
-            hard_vocab_limit=False, num_threads=1,
-        )  # fmt: skip
+    tiny.tokenizer(base)
     torch.manual_seed(0)
     vocab = Tokenizer(base).vocab_size
     model = MistralForCausalLM(MistralConfig(vocab_size=vocab, **SHAPE))

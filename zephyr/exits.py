@@ -45,6 +45,14 @@ REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG}
 E = TypeVar("E", bound=Exception)
 
 
+def kind(error: Exception) -> type[Exception]:
+    """What an error is for the exit code: storage that refuses is Storage however it shows, and
+    what has no code of its own is a mistake in the input."""
+    if isinstance(error, OSError) and error.errno in REFUSALS:
+        return Storage
+    return type(error) if hasattr(error, "code") else ValueError
+
+
 def shared(error: E) -> E:
     """An error that every rank raises at the same place: the first rank speaks for all."""
     error.shared = True
@@ -60,8 +68,7 @@ def call(main: Callable[[], None]) -> None:
         main()
     except (ValueError, OSError, Preempted) as error:
         _say(str(error), everywhere=dist.is_initialized() and not hasattr(error, "shared"))
-        refused = isinstance(error, OSError) and error.errno in REFUSALS
-        sys.exit(Storage.code if refused else getattr(error, "code", 2))
+        sys.exit(getattr(kind(error), "code", 2))
     except RuntimeError as error:
         from zephyr import parallel  # which imports this file
 

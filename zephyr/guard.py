@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from statistics import fmean, stdev
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -48,8 +49,8 @@ class Guard:
         """
         seen, self.seen = self.seen, []
         norm = float(norm)
-        finite = all(bool(loss.isfinite().all()) for _, loss in seen)
-        finite = not parallel.agree(not finite)
+        losses = torch.cat([loss for _, loss in seen])  # the device is waited for once
+        finite = not parallel.agree(not losses.isfinite().all())
         if finite and math.isfinite(norm):
             self.skipped = 0
             if self._spike(norm):

@@ -23,7 +23,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from zephyr import signals
-from zephyr.exits import Storage, shared
+from zephyr.exits import Storage, kind, shared
 from zephyr.model import Mistral, MistralConfig
 
 T = TypeVar("T")
@@ -55,7 +55,7 @@ def start(replicas: int = 1) -> Ranks:
 
     With replicas the mesh is 2-D: each group of size / replicas neighbouring ranks shards the model
     among themselves, and gradients are averaged over the groups too. From here on SIGTERM and
-    SIGUSR1 only ask to stop, see `stop_wanted`.
+    SIGUSR1 only ask to stop, see zephyr/signals.py.
     """
     rank, size, local_rank = (
         int(os.environ.get(name, default))
@@ -186,14 +186,13 @@ def together(build: Callable[[], T]) -> T:
     try:
         result = build()
     except (ValueError, OSError) as mistake:
-        code = getattr(mistake, "code", None)
-        error = (type(mistake) if code else ValueError, str(mistake))
-    errors: list[tuple[type[ValueError], str] | None] = [None] * dist.get_world_size()
+        error = kind(mistake), str(mistake)
+    errors: list[tuple[type[Exception], str] | None] = [None] * dist.get_world_size()
     dist.all_gather_object(errors, error)
     for error in errors:
         if error is not None:
-            kind, text = error
-            raise shared(kind(text))
+            same, text = error
+            raise shared(same(text))
     return result  # type: ignore[return-value]
 
 

@@ -13,14 +13,12 @@ import os
 import platform
 import shutil
 import socket
-import subprocess
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Protocol, TextIO
 
@@ -31,6 +29,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 import kernels
+from kernels.provenance import commit, installed
 from zephyr import checkpoint, config, disk, files, parallel, signals
 from zephyr.checkpoint import STATE
 from zephyr.config import Training
@@ -63,8 +62,8 @@ class Run:
         `--resume fresh` moves it aside. A finished run is not touched.
         """
         self.c, self.ranks, self.out = c, ranks, Path(c.out)
-        free = {name: value for name, value in asdict(c).items() if name not in FREE}
-        self.identity = json.loads(json.dumps({"script": c.table, "settings": free, **digests}))
+        fixed = {name: value for name, value in asdict(c).items() if name not in FREE}
+        self.identity = json.loads(json.dumps({"script": c.table, "settings": fixed, **digests}))
         self.held = ExitStack()
         weakref.finalize(self, self.held.close)
         try:
@@ -283,31 +282,13 @@ def _hold(out: Path) -> TextIO:
 
 def _about(ranks: Ranks) -> dict:
     """What is worth knowing about a run besides its settings."""
-
-    def installed(name: str) -> str | None:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            return None
-
     cuda = ranks.device.type == "cuda"
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "ranks": ranks.size,
         "device": torch.cuda.get_device_name() if cuda else platform.processor() or "cpu",
         "kernels": kernels.implementation(ranks.device),
-        "commit": _commit(),
+        "commit": commit(),
         "python": platform.python_version(),
         **{name: installed(name) for name in ("torch", "triton", "sentencepiece", "safetensors")},
     }
-
-
-def _commit() -> str | None:
-    """The commit of this code, with -dirty if files differ; None without git or a checkout."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        return subprocess.check_output(
-            command, cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True
-        ).strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None

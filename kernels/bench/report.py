@@ -1,8 +1,6 @@
 """What `kernels.bench` prints, records and draws."""
 
 import platform
-import subprocess
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +8,7 @@ import numpy as np
 import torch
 
 import kernels
+from kernels.provenance import commit, installed
 
 Row = dict[str, Any]
 FORM = "{:14} {:16} {:5} {:>7} {:>5} {:>6} {:>9} {:>9} {:>13} {:>5} {:>6} {:>8} {:>8}"
@@ -31,24 +30,6 @@ def machine(device: torch.device, copy_gbs: float) -> Row:
         "versions": {"python": platform.python_version()}
         | {name: installed(name) for name in ("torch", "triton", "trl", "liger-kernel")},
     }  # fmt: skip
-
-
-def installed(distribution: str) -> str | None:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return None
-
-
-def commit() -> str | None:
-    """This code's, with -dirty if files differ; None without git or a checkout."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        return subprocess.check_output(
-            command, cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True
-        ).strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def heading(about: Row, missing: list[str]) -> str:
