@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from kernels.bench import timing
-from zephyr.attention import Layout
+from zephyr.attention import Layout, segments
 from zephyr.data import Pair
 from zephyr.packing import pack_pairs
 
@@ -54,8 +54,10 @@ def layout(lengths: list[tuple[int, int, int]], device: torch.device) -> Layout:
 
 def plain(packed: Layout, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, window: int | None):
     """Attention segment by segment, whatever the device and the dtype."""
-    k_GKE, v_GKE = (x.index_select(0, packed.kv_rows_G) for x in (k_TKE, v_TKE))
-    return packed._segments(q_THE, k_GKE, v_GKE, window)
+    rows_G = packed.kv_rows_G
+    k_GKE, v_GKE = (x.index_select(0, rows_G) for x in (k_TKE, v_TKE))
+    place = [packed.position_T, packed.position_T[rows_G], packed.cu_q, packed.cu_k]
+    return segments(q_THE, k_GKE, v_GKE, place, window)
 
 
 def attention(packed: Layout, heads: int, kv_heads: int, head: int) -> list[Tensor]:

@@ -5,11 +5,14 @@ T rows  G gathered keys  S segments  H query heads  K key/value heads  E head wi
 
 import inspect
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention.varlen import varlen_attn
+
+# torch 2.12 made grouped queries a flag; 2.11 accepts them without one
+GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
 def visible(i: Tensor, j: Tensor, window: int | None) -> Tensor:
@@ -51,44 +54,102 @@ class Layout:
             return self._flash(q_THE, k_TKE, v_TKE, window)
         # fp32 at least: on a CPU attention in bf16 is slower and takes more memory
         wide = torch.promote_types(q_THE.dtype, torch.float32)
-        q_THE, k_TKE, v_TKE, dtype = q_THE.to(wide), k_TKE.to(wide), v_TKE.to(wide), q_THE.dtype
-        return self._segments(q_THE, k_TKE, v_TKE, window).to(dtype)
+        position_G = self.position_T if self.kv_rows_G is None else self.position_T[self.kv_rows_G]
+        place = [self.position_T, position_G, self.cu_q, self.cu_k]
+        run = opaque if torch.compiler.is_compiling() else segments
+        return run(q_THE.to(wide), k_TKE.to(wide), v_TKE.to(wide), place, window).to(q_THE.dtype)
 
     def _flash(self, q_THE: Tensor, k_GKE: Tensor, v_GKE: Tensor, window: int | None) -> Tensor:
         """One variable-length call; its left window counts the keys before the query's own."""
-        from torch.nn.attention.varlen import varlen_attn
-
         left = -1 if window is None else window - 1
         return varlen_attn(
             q_THE, k_GKE, v_GKE, self.cu_q, self.cu_k, self.max_q, self.max_k,
-            window_size=(left, 0), **_grouped_queries(),
+            window_size=(left, 0), **GROUPED,
         )  # fmt: skip
 
-    def _segments(self, q_THE: Tensor, k_GKE: Tensor, v_GKE: Tensor, window: int | None) -> Tensor:
-        """The same, segment by segment, for CPUs and fp32."""
-        sizes_q, sizes_k = self.cu_q.diff().tolist(), self.cu_k.diff().tolist()
-        position_G = self.position_T if self.kv_rows_G is None else self.position_T[self.kv_rows_G]
-        # split, not slices: the gradient of a split is one concatenation
-        segments = zip(
-            q_THE.transpose(0, 1).split(sizes_q, 1), self.position_T.split(sizes_q),
-            k_GKE.transpose(0, 1).split(sizes_k, 1), v_GKE.transpose(0, 1).split(sizes_k, 1),
-            position_G.split(sizes_k), strict=True,
-        )  # fmt: skip
-        outputs = []
-        for q_HQE, i_Q, k_KGE, v_KGE, j_G in segments:
-            whole = len(i_Q) == len(j_G) and (window is None or len(j_G) <= window)
-            mask_QG = None if whole else visible(i_Q[:, None], j_G, window)
-            outputs.append(
-                F.scaled_dot_product_attention(
-                    q_HQE[None], k_KGE[None], v_KGE[None], mask_QG, is_causal=whole, enable_gqa=True
-                )[0]
-            )
-        return torch.cat(outputs, 1).transpose(0, 1)
+
+def segments(
+    q_THE: Tensor, k_GKE: Tensor, v_GKE: Tensor, place: list[Tensor], window: int | None
+) -> Tensor:
+    """The same, segment by segment, for CPUs and fp32; `place` has the positions of queries and of
+    gathered keys, and where segments end among both: position_T, position_G, cu_q, cu_k."""
+    outputs = []
+    for q_HQE, k_KGE, v_KGE, i_Q, j_G in zip(*split(place, q_THE, k_GKE, v_GKE), strict=True):
+        whole = len(i_Q) == len(j_G) and (window is None or len(j_G) <= window)
+        mask_QG = None if whole else visible(i_Q[:, None], j_G, window)
+        outputs.append(
+            F.scaled_dot_product_attention(
+                q_HQE[None], k_KGE[None], v_KGE[None], mask_QG, is_causal=whole, enable_gqa=True
+            )[0]
+        )
+    return torch.cat(outputs, 1).transpose(0, 1)
 
 
-@cache
-def _grouped_queries() -> dict[str, bool]:
-    """torch 2.12 made grouped queries a flag of `varlen_attn`; 2.11 accepts them without one."""
-    from torch.nn.attention.varlen import varlen_attn
+def split(place: list[Tensor], q_THE: Tensor, *of_keys: Tensor) -> list:
+    """Queries [H, Q, E], keys and values [K, G, E] and both positions of each segment."""
+    position_T, position_G, cu_q, cu_k = place
+    sizes_q, sizes_k = cu_q.diff().tolist(), cu_k.diff().tolist()
+    # split, not slices: the gradient of a split is one concatenation
+    return [
+        q_THE.transpose(0, 1).split(sizes_q, 1),
+        *(x_GKE.transpose(0, 1).split(sizes_k, 1) for x_GKE in of_keys),
+        position_T.split(sizes_q), position_G.split(sizes_k),
+    ]  # fmt: skip
 
-    return {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+
+@torch.library.custom_op("zephyr::segments", mutates_args=())
+def opaque(
+    q_THE: Tensor, k_GKE: Tensor, v_GKE: Tensor, place: list[Tensor], window: int | None
+) -> Tensor:
+    """`segments` as one op to torch.compile, which cannot trace sizes that are data."""
+    return segments(q_THE, k_GKE, v_GKE, place, window).contiguous()
+
+
+@torch.library.custom_op("zephyr::segments_backward", mutates_args=())
+def opaque_backward(
+    g_THE: Tensor, q_THE: Tensor, k_GKE: Tensor, v_GKE: Tensor, place: list[Tensor],
+    window: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Its gradients, of a g that arrives at the output. With p = softmax(s), s = q kᵀ / √E:
+
+        dv = pᵀ g     ds = p ∘ (g vᵀ - Σ p ∘ g vᵀ)     dq = ds k / √E     dk = dsᵀ q / √E
+    """
+    (_, H, E), K = q_THE.shape, k_GKE.shape[1]
+    found = []
+    parts = zip(*split(place, q_THE, k_GKE, v_GKE), split(place, g_THE)[0], strict=True)
+    for q_HQE, k_KGE, v_KGE, i_Q, j_G, g_HQE in parts:
+        k_HGE, v_HGE = (x.repeat_interleave(H // K, 0) for x in (k_KGE, v_KGE))
+        s_HQG = q_HQE @ k_HGE.mT / E**0.5
+        p_HQG = s_HQG.masked_fill(~visible(i_Q[:, None], j_G, window), -torch.inf).softmax(-1)
+        dp_HQG = g_HQE @ v_HGE.mT
+        ds_HQG = p_HQG * (dp_HQG - (p_HQG * dp_HQG).sum(-1, keepdim=True)) / E**0.5
+        dk_HGE, dv_HGE = ds_HQG.mT @ q_HQE, p_HQG.mT @ g_HQE
+        # a key head's gradient is the sum over the query heads that share it
+        dk_KGE, dv_KGE = (x.unflatten(0, (K, H // K)).sum(1) for x in (dk_HGE, dv_HGE))
+        found.append((ds_HQG @ k_HGE, dk_KGE, dv_KGE))
+    dq_THE, dk_GKE, dv_GKE = (torch.cat(x, 1).transpose(0, 1).contiguous() for x in zip(*found))
+    return dq_THE, dk_GKE, dv_GKE
+
+
+@opaque.register_fake
+def _(q_THE, k_GKE, v_GKE, place, window):
+    return q_THE.new_empty(q_THE.shape)
+
+
+@opaque_backward.register_fake
+def _(g_THE, q_THE, k_GKE, v_GKE, place, window):
+    return tuple(x.new_empty(x.shape) for x in (q_THE, k_GKE, v_GKE))
+
+
+def _save(ctx, inputs, output) -> None:
+    q_THE, k_GKE, v_GKE, place, ctx.window = inputs
+    ctx.save_for_backward(q_THE, k_GKE, v_GKE, *place)
+
+
+def _gradients(ctx, g_THE):
+    q_THE, k_GKE, v_GKE, *place = ctx.saved_tensors
+    gradients = opaque_backward(g_THE, q_THE, k_GKE, v_GKE, place, ctx.window)
+    return *gradients, [None] * len(place), None
+
+
+opaque.register_autograd(_gradients, setup_context=_save)

@@ -35,6 +35,30 @@ class MistralConfig:
     model_type: str = "mistral"
 
 
+class Normed(torch.autograd.Function):
+    """With s = 1 / √(mean(x²) + eps) and u = x s:  y = weight ∘ u,  and of a gradient g at y,
+
+        dx = s (g ∘ weight - u mean(g ∘ weight ∘ u))        dweight = Σ g ∘ u, over the rows
+
+    in fp32. Keeps x and a number for each row; autograd would keep three more tensors of x's size.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.float()
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, weight, scale)
+        return weight * (wide * scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, g: Tensor):
+        x, weight, scale = ctx.saved_tensors
+        unit, gw = x.float() * scale, (g * weight).float()
+        dx = scale * (gw - unit * (gw * unit).mean(-1, keepdim=True))
+        dweight = (g * unit.to(x.dtype)).sum(0, dtype=torch.float32)
+        return dx.to(x.dtype), dweight.to(weight.dtype), None
+
+
 class RMSNorm(nn.Module):
     """x / √(mean(x²) + eps) ∘ weight, over the last axis (arXiv:1910.07467)."""
 
@@ -43,9 +67,7 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()  # the mean of squares in fp32; faster on a CPU than F.rms_norm
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * (wide * scale).to(x.dtype)
+        return Normed.apply(x, self.weight, self.eps)
 
 
 def rope(position_T: Tensor, config: MistralConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -73,13 +95,27 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=False)
         self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout, rows: Tensor | None) -> Tensor:
         heads = (len(x), -1, self.head_dim)
         q_THE = rotate(self.q_proj(x).view(heads), cos, sin)
         k_TKE = rotate(self.k_proj(x).view(heads), cos, sin)
         v_TKE = self.v_proj(x).view(heads)
         o_THE = layout.attend(q_THE, k_TKE, v_TKE, self.layer, self.window)
-        return self.o_proj(o_THE.flatten(1))
+        return self.o_proj(picked(o_THE.flatten(1), rows))
+
+
+class Gated(torch.autograd.Function):
+    """silu(gate) ∘ up. Keeps these two; autograd would keep silu(gate) besides."""
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate) * up
+
+    @staticmethod
+    def backward(ctx, g: Tensor):
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(g * up, gate), g * F.silu(gate)
 
 
 class MLP(nn.Module):
@@ -92,7 +128,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(Gated.apply(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nn.Module):
@@ -102,9 +138,18 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, layout)
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, layout, rows: Tensor | None = None
+    ) -> Tensor:
+        """The next hidden states; only of `rows` if given: all rows are keys, but only those are
+        worth the rest."""
+        attended = self.self_attn(self.input_layernorm(x), cos, sin, layout, rows)
+        x = picked(x, rows) + attended
         return x + self.mlp(self.post_attention_layernorm(x))
+
+
+def picked(x: Tensor, rows: Tensor | None) -> Tensor:
+    return x if rows is None else x.index_select(0, rows)
 
 
 class Decoder(nn.Module):
@@ -117,12 +162,15 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(c, i) for i in range(c.num_hidden_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
-    def forward(self, tokens_T: Tensor, position_T: Tensor, layout) -> Tensor:
+    def forward(self, tokens_T: Tensor, layout, rows_N: Tensor | None = None) -> Tensor:
+        """Final hidden states: of all rows, or of `rows_N` alone, which alone the last block then
+        completes."""
         x = self.embed_tokens(tokens_T)
-        cos, sin = rope(position_T, self.config, x.dtype)
-        for block in self.layers:
+        cos, sin = rope(layout.position_T, self.config, x.dtype)
+        *blocks, last = self.layers
+        for block in blocks:
             x = block(x, cos, sin, layout)
-        return self.norm(x)
+        return self.norm(last(x, cos, sin, layout, rows_N))
 
 
 class Mistral(nn.Module):
@@ -138,14 +186,14 @@ class Mistral(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(self, batch) -> Tensor:
-        """logprob_N of the batch's targets, fp32 nats. The head runs only on rows that predict."""
-        h_TD = self.model(batch.tokens_T, batch.layout.position_T, batch.layout)
-        h_ND = h_TD.index_select(0, batch.predict_N)
+        """logprob_N of the batch's targets, fp32 nats. The last block's MLP and the head run only
+        on the rows that predict."""
+        h_ND = self.model(batch.tokens_T, batch.layout, batch.predict_N)
         return kernels.linear_logprob(h_ND, self.lm_head.weight, batch.targets_N)
 
-    def logits(self, tokens_T: Tensor, layout, rows: Tensor | slice = slice(None)) -> Tensor:
-        """Logits [rows, V] of the next token, for sampling."""
-        return self.lm_head(self.model(tokens_T, layout.position_T, layout)[rows])
+    def logits(self, tokens_T: Tensor, layout, rows_N: Tensor | None = None) -> Tensor:
+        """Logits [N, V] of the next token after each of `rows_N`, or after every row."""
+        return self.lm_head(self.model(tokens_T, layout, rows_N))
 
 
 def initialise(model: Mistral, seed: int, std: float = 0.02) -> None:
