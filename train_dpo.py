@@ -91,7 +91,9 @@ def main() -> None:
             if step == 0:
                 losses.check_start(c.loss, c.beta, c.label_smoothing, log.means.mean(), c.precision)
             done = step + 1
-            norm = optim.step(optimizer, lr, c.clip, partial(guard.allows, done))
+            broken = guard.broken()
+            norm = optim.step(optimizer, lr, c.clip, broken)
+            guard.allows(done, norm, broken)
             epoch = done / train.steps_per_epoch
             log.step(done, grad_norm=norm, learning_rate=lr, epoch=epoch)
             if held_out and (done == steps or (c.eval_every and done % c.eval_every == 0)):

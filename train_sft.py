@@ -4,7 +4,6 @@
     torchrun --nproc-per-node 8 train_sft.py zephyr-7b-sft --model PATH --data PATH --out RUN
 """
 
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -65,7 +64,7 @@ def main() -> None:
         for step in range(start, steps):
             lr = c.lr * optim.schedule(c.schedule, step, steps, c.warmup)
             batches = train.microbatches(step)
-            trained = parallel.total(sum(len(batch.targets_N) for batch in batches), ranks)
+            trained = parallel.total(sum(len(batch.targets_N) for batch in batches))
             for batch in batches:
                 loss = losses.sft(model(batch.to(ranks.device)))
                 # a mean over all the step's tokens; FSDP averages over the ranks, which this undoes
@@ -73,7 +72,9 @@ def main() -> None:
                 guard.saw(batch.documents, loss)
                 log.add(len(batch.targets_N), {"loss": loss}, **metrics.work(shape, batch))
             done = step + 1
-            norm = optim.step(optimizer, lr, c.clip, partial(guard.allows, done))
+            broken = guard.broken()
+            norm = optim.step(optimizer, lr, c.clip, broken)
+            guard.allows(done, norm, broken)
             epoch = done / train.steps_per_epoch
             log.step(done, grad_norm=norm, learning_rate=lr, epoch=epoch)
             if held_out and (done == steps or (c.eval_every and done % c.eval_every == 0)):

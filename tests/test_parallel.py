@@ -119,7 +119,7 @@ results = {
         attempt(lambda: parallel.on_first(partial(refuse, ValueError, *guilty)))
         for guilty in ((), (0,), (1,))
     ],
-    "total": parallel.total(10 ** ranks.rank, ranks),
+    "total": parallel.total(10 ** ranks.rank),
 }
 
 

@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from zephyr import parallel
 from zephyr.disk import some
 from zephyr.exits import NonFinite, shared
 from zephyr.parallel import Ranks
@@ -40,17 +39,25 @@ class Guard:
         """Remember the losses of a micro-batch of this step: one for each row, or one for all."""
         self.seen.append((rows, loss.detach().expand(len(rows))))
 
-    def allows(self, step: int, norm: Tensor) -> bool:
-        """Whether to take step `step`, whose gradient norm over all ranks is `norm`.
+    def broken(self) -> Tensor:
+        """1.0 if a loss of this step is not finite on any rank, else 0.0. It stays on the device,
+        where `optim.step` acts on it; nothing waits."""
+        losses = torch.cat([loss for _, loss in self.seen])
+        broken = 1.0 - losses.isfinite().all().float()
+        dist.all_reduce(broken, dist.ReduceOp.MAX)
+        return broken
+
+    def allows(self, step: int, norm: Tensor, broken: Tensor) -> bool:
+        """Whether step `step` was taken, given its gradient norm over all ranks and `broken()`.
 
         True if the norm and every loss of every rank are finite. If not, NonFinite names the rows,
         or, under the policy "skip", False after a line that does; the third time in a row raises.
         A spike is reported and taken. Every rank calls it, and every rank gets the same answer.
+        Here the host waits for the device: the only place in a step, when all of it is queued.
         """
         seen, self.seen = self.seen, []
-        norm = float(norm)
-        losses = torch.cat([loss for _, loss in seen])  # the device is waited for once
-        finite = not parallel.agree(not losses.isfinite().all())
+        norm, broken = torch.stack((norm, broken)).tolist()
+        finite = not broken
         if finite and math.isfinite(norm):
             self.skipped = 0
             if self._spike(norm):

@@ -1,7 +1,6 @@
 """AdamW groups, learning-rate schedules, clip and step."""
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -43,19 +42,19 @@ def schedule(kind: str, step: int, total: int, warmup: float) -> float:
 
 
 def step(
-    optimizer: torch.optim.Optimizer, lr: float, clip: float,
-    allowed: Callable[[Tensor], bool] = torch.isfinite,
-) -> Tensor:  # fmt: skip
+    optimizer: torch.optim.Optimizer, lr: float, clip: float, broken: Tensor | float = 0.0
+) -> Tensor:
     """Clip the global gradient norm to `clip`, update, clear; returns the norm before clipping.
 
-    The weights stay as they are unless `allowed` says of the norm that they may change.
+    Weights and moments stay as they are if the norm is not finite or `broken`, a flag on the
+    device, is not 0. That is decided there too: the host waits for nothing.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = nn.utils.clip_grad_norm_(parameters, clip)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    if allowed(norm):
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.step()
+    optimizer.found_inf = (~norm.isfinite() | (broken != 0)).float()  # torch's name: fused AdamW's
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
     optimizer.zero_grad()
     return norm

@@ -4,6 +4,7 @@ from outside it. Also what it is to lose a rank."""
 import contextlib
 import ctypes
 import functools
+import itertools
 import os
 import re
 import secrets
@@ -17,16 +18,23 @@ from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch._ops import OpOverload
 from torch.distributed import distributed_c10d as c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from zephyr import signals
 from zephyr.exits import Storage, kind, shared
 from zephyr.model import Mistral, MistralConfig
 
 T = TypeVar("T")
+# what attention is, by the names of its ops: on a GPU, on a CPU, compiled on a CPU
+ATTENTION = ("torch_attn::_varlen_attn", "aten::_scaled_dot_product", "zephyr::segments")
 PATIENCE = 2 * 3600  # seconds: before training one rank may tokenize while all others wait
 MEETING = timedelta(minutes=10)  # for the ranks, all started by now, to find each other
 VISIBLE = 5.0  # seconds after which a new file must be seen on every node
@@ -239,30 +247,82 @@ def shared_folder(path: Path | str) -> None:
             (path / token).unlink(missing_ok=True)
 
 
-def total(count: int, ranks: Ranks) -> int:
-    """Sum of `count` over the ranks."""
-    counts = torch.tensor(count, device=ranks.device)
+def total(count: int) -> int:
+    """Sum of `count` over the ranks. On the CPU: no device waits."""
+    counts = torch.tensor(count)
     dist.all_reduce(counts)
     return int(counts)
 
 
-def build(config: MistralConfig, ranks: Ranks, precision: str, recompute: str = "none") -> Mistral:
-    """The model with empty fp32 weights, sharded over the ranks; only `weights.load` fills them.
+def build(
+    config: MistralConfig, ranks: Ranks, precision: str, recompute: str = "none",
+    master: str = "fp32", compiled: bool = False, reshard: bool = True,
+) -> Mistral:  # fmt: skip
+    """The model with empty weights, sharded over the ranks; only `weights.load` fills them.
 
     One FSDP2 unit per block, one for embedding, norm and head; parameter names do not change.
     fp32 masters are cast to `precision` when gathered, gradients are reduced in fp32 after every
-    micro-batch: a full unsharded gradient would not fit beside a large model. A single process in
-    fp32 has nothing to shard and nothing to cast, so it stays a plain module.
+    micro-batch: a full unsharded gradient would not fit beside a large model. Without `reshard` a
+    block stays gathered from its forward to its backward.
+
+    A single process in fp32 has nothing to shard and nothing to cast, so it stays a plain module.
+    So does one with `master` split: each weight is bf16, what its fp32 master has beyond that lies
+    in an attribute `low` of the parameter (see kernels.split), and gradients add up in fp32.
     """
+    plain = ranks.size == 1 and (precision == "fp32" or master == "split")
     with torch.device("meta"):
         model = Mistral(config)
-    if recompute == "full":
-        for block in model.model.layers:
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-    if ranks.size > 1 or precision == "bf16":
-        compute = torch.bfloat16 if precision == "bf16" else torch.float32
-        policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
-        for block in model.model.layers:
-            fully_shard(block, mesh=ranks.mesh, mp_policy=policy)
-        fully_shard(model, mesh=ranks.mesh, mp_policy=policy)
-    return model.to_empty(device=ranks.device)
+    for block in model.model.layers:
+        block.forward = wrapped(block.forward, config, recompute, compiled)
+    if not plain:
+        shard(model, ranks.mesh, precision, reshard)
+    elif master == "split":
+        model.bfloat16()
+    model.to_empty(device=ranks.device)
+    if master == "split":
+        for p in model.parameters():
+            p.grad_dtype = torch.float32
+            p.low = torch.empty_like(p, dtype=torch.int16)
+    return model
+
+
+def shard(model: Mistral, mesh: DeviceMesh, precision: str, reshard: bool) -> None:
+    """FSDP2 in place. While a block computes, the next one's weights are on their way."""
+    compute = torch.bfloat16 if precision == "bf16" else torch.float32
+    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+    blocks = list(model.model.layers)
+    for block in blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    for block, following in itertools.pairwise(blocks):
+        block.set_modules_to_forward_prefetch([following])
+        following.set_modules_to_backward_prefetch([block])
+
+
+def wrapped(forward: Callable, config: MistralConfig, recompute: str, compiled: bool) -> Callable:
+    """A block's forward that keeps less for its backward, and is compiled.
+
+    What a block keeps for its backward:
+
+        none         all inputs of its matmuls, of attention, and what `Normed` and `Gated` name
+        elementwise  the outputs of its matmuls and of attention, and its input: norms, rotations
+                     and SwiGLU's product are computed again, no matmul is
+        full         its input; its forward runs again but for the last matmul
+    """
+
+    def keep(context, op: OpOverload, *args, **kwargs) -> CheckpointPolicy:
+        if op is torch.ops.aten.mm.default:
+            # whatever is computed again, the block's last matmul is not its input
+            kept = args[0].shape[1] != config.intermediate_size
+        else:
+            kept = op.name().startswith(ATTENTION)
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    if recompute != "none":
+        context = {}
+        if recompute == "elementwise":
+            contexts = functools.partial(create_selective_checkpoint_contexts, keep)
+            context = {"context_fn": contexts}
+        forward = functools.partial(checkpoint, forward, use_reentrant=False, **context)
+    # the blocks share one code; symbolic sizes: one compilation for all numbers of rows
+    return torch.compile(forward, fullgraph=True, dynamic=True) if compiled else forward
