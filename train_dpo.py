@@ -14,7 +14,7 @@ from zephyr import anchor, config, data, losses, metrics, optim, parallel, toy, 
 from zephyr.config import DPOConfig
 from zephyr.exits import call
 from zephyr.guard import Guard
-from zephyr.packing import Batch, PairPlan
+from zephyr.packing import Batch, PairPlan, ahead
 from zephyr.run import Run
 from zephyr.tokenizer import Tokenizer
 
@@ -23,7 +23,7 @@ def main() -> None:
     c, recipe = config.parse(DPOConfig, doc=__doc__)
     if recipe == "tiny" and not Path(c.model).exists():
         raise ValueError(f"{c.model} is not there yet; run train_sft.py first, it makes it")
-    ranks = parallel.start(c.replicas)
+    ranks = parallel.start(c.replicas, c.master)
     if recipe == "tiny":
         parallel.once_per_node(ranks, toy.ensure_pairs)
 
@@ -46,21 +46,23 @@ def main() -> None:
     run = Run(c, {"data": train.data.digest, "model": origin}, ranks)
     if run.finished:
         return parallel.finish()
-    policy = parallel.build(shape, ranks, c.precision, c.recompute)
+    build = partial(parallel.build, shape, ranks, c.precision, c.recompute, c.master, c.compile,
+                    c.reshard)  # fmt: skip
+    policy = build()
     parallel.together(lambda: weights.load(c.model, policy))
     # before any forward: see optim.adamw
-    optimizer = optim.adamw(policy, c.weight_decay)
+    optimizer = optim.adamw(policy, c.weight_decay, c.adam_state)
     if c.reference == "live":
-        frozen = parallel.build(shape, ranks, c.precision)
+        frozen = build()
         parallel.together(lambda: weights.load(c.model, frozen))
         anchors = [anchor.live(frozen)] * 2
     else:
-        cached = partial(anchor.cached, policy, weights=origin, precision=c.precision, ranks=ranks)
+        cached = partial(anchor.cached, policy, weights=origin, bits=c.bits, ranks=ranks)
         anchors = [cached(train, steps), held_out and cached(held_out, held_out.steps_per_epoch)]
     start, kept = run.load(policy, optimizer)
     log = metrics.Log(c.out, steps, losses.METRICS, start_step=start, every=c.log_every,
                       rank=ranks.rank, world=ranks.size, device=ranks.device,
-                      kept=kept.get("log", ()))  # fmt: skip
+                      kept=kept.get("log", ()), profile=c.profile)  # fmt: skip
     guard = Guard(c.on_nonfinite, train.data.where, ranks, kept.get("guard", ()))
     parallel.tighten(c.timeout)
 
@@ -79,20 +81,26 @@ def main() -> None:
             log.evaluation(step, means.reduce())
 
     with run, log:
-        for step in range(start, steps):
+        coming = range(start, steps)
+        for step, batches in ahead(train.microbatches, coming, ranks.device, log.phase):
+            log.begin(step + 1)
             lr = c.lr * optim.schedule(c.schedule, step, steps, c.warmup)
             pairs = len(train.step(step))
-            for batch in train.microbatches(step):
-                per_pair = forward(batch, anchors[0])
-                # a mean over all the step's pairs; FSDP averages over the ranks, which this undoes
-                (per_pair["loss"].sum() * ranks.size / pairs).backward()
+            for batch in batches:
+                with log.phase("forward"):
+                    per_pair = forward(batch, anchors[0])
+                with log.phase("backward"):
+                    # a mean over all the step's pairs; FSDP averages over ranks, which this undoes
+                    (per_pair["loss"].sum() * ranks.size / pairs).backward()
                 guard.saw(batch.pairs, per_pair["loss"])
                 log.add(len(batch.pairs), per_pair, **metrics.work(shape, batch))
             if step == 0:
                 losses.check_start(c.loss, c.beta, c.label_smoothing, log.means.mean(), c.precision)
             done = step + 1
-            broken = guard.broken()
-            norm = optim.step(optimizer, lr, c.clip, broken)
+            with log.phase("communication"):
+                broken = guard.broken()
+            with log.phase("optimizer"):
+                norm = optim.step(optimizer, lr, c.clip, broken)
             guard.allows(done, norm, broken)
             epoch = done / train.steps_per_epoch
             log.step(done, grad_norm=norm, learning_rate=lr, epoch=epoch)

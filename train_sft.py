@@ -12,14 +12,14 @@ from zephyr import config, data, losses, metrics, optim, parallel, toy, weights
 from zephyr.config import SFTConfig
 from zephyr.exits import call
 from zephyr.guard import Guard
-from zephyr.packing import DocumentPlan
+from zephyr.packing import DocumentPlan, ahead
 from zephyr.run import Run
 from zephyr.tokenizer import Tokenizer
 
 
 def main() -> None:
     c, recipe = config.parse(SFTConfig, doc=__doc__)
-    ranks = parallel.start(c.replicas)
+    ranks = parallel.start(c.replicas, c.master)
     if recipe == "tiny":
         parallel.once_per_node(ranks, newborn)
 
@@ -42,13 +42,14 @@ def main() -> None:
     run = Run(c, {"data": train.data.digest}, ranks)
     if run.finished:
         return parallel.finish()
-    model = parallel.build(shape, ranks, c.precision, c.recompute)
+    model = parallel.build(shape, ranks, c.precision, c.recompute, c.master, c.compile, c.reshard)
     parallel.together(lambda: weights.load(c.model, model))
-    optimizer = optim.adamw(model, c.weight_decay)
+    optimizer = optim.adamw(model, c.weight_decay, c.adam_state)
     start, kept = run.load(model, optimizer)
     log = metrics.Log(c.out, steps, ["loss"], start_step=start, every=c.log_every,
                       rank=ranks.rank, world=ranks.size, device=ranks.device,
-                      bar=["loss", "tokens_per_second"], kept=kept.get("log", ()))  # fmt: skip
+                      bar=["loss", "tokens_per_second"], kept=kept.get("log", ()),
+                      profile=c.profile)  # fmt: skip
     guard = Guard(c.on_nonfinite, train.data.where, ranks, kept.get("guard", ()))
     parallel.tighten(c.timeout)
 
@@ -61,19 +62,24 @@ def main() -> None:
             log.evaluation(step, means.reduce())
 
     with run, log:
-        for step in range(start, steps):
+        coming = range(start, steps)
+        for step, batches in ahead(train.microbatches, coming, ranks.device, log.phase):
+            log.begin(step + 1)
             lr = c.lr * optim.schedule(c.schedule, step, steps, c.warmup)
-            batches = train.microbatches(step)
             trained = parallel.total(sum(len(batch.targets_N) for batch in batches))
             for batch in batches:
-                loss = losses.sft(model(batch.to(ranks.device)))
-                # a mean over all the step's tokens; FSDP averages over the ranks, which this undoes
-                (loss * ranks.size / max(trained, 1)).backward()
+                with log.phase("forward"):
+                    loss = losses.sft(model(batch.to(ranks.device)))
+                with log.phase("backward"):
+                    # a mean over all the step's tokens; FSDP averages over ranks, which this undoes
+                    (loss * ranks.size / max(trained, 1)).backward()
                 guard.saw(batch.documents, loss)
                 log.add(len(batch.targets_N), {"loss": loss}, **metrics.work(shape, batch))
             done = step + 1
-            broken = guard.broken()
-            norm = optim.step(optimizer, lr, c.clip, broken)
+            with log.phase("communication"):
+                broken = guard.broken()
+            with log.phase("optimizer"):
+                norm = optim.step(optimizer, lr, c.clip, broken)
             guard.allows(done, norm, broken)
             epoch = done / train.steps_per_epoch
             log.step(done, grad_norm=norm, learning_rate=lr, epoch=epoch)

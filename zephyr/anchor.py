@@ -2,7 +2,7 @@
 from a second, frozen model.
 
 Cached, training needs no second model. The cache lies beside the token arrays under a key that
-covers the weights' content, the data (with tokenizer and lengths), the precision and what computes.
+covers the weights' content, the data (with tokenizer and lengths), and how and what computes.
 
 P pairs
 """
@@ -42,15 +42,16 @@ def live(model: Mistral) -> Reference:
 
 
 def cached(
-    model: Mistral, plan: PairPlan, steps: int, weights: str, precision: str, ranks: Ranks
+    model: Mistral, plan: PairPlan, steps: int, weights: str, bits: str, ranks: Ranks
 ) -> Reference:
-    """A table lookup. `model` still has the starting weights; `weights` is their digest.
+    """A table lookup. `model` still has the starting weights; `weights` is their digest, and `bits`
+    says how they are computed with.
 
     Only the pairs that the plan's first `steps` steps visit and that the cache lacks are computed,
     in the very micro-batches that the first epoch will use: step 0 then sees equal bits.
     """
     device = ranks.device
-    computed_by = [precision, device.type, kernels.implementation(device)]
+    computed_by = [bits, device.type, kernels.implementation(device)]
     key = [weights, plan.data.digest, *computed_by]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]
     path = cache_folder() / f"reference-{name}.npy"

@@ -127,8 +127,8 @@ def opaque_backward(
         # a key head's gradient is the sum over the query heads that share it
         dk_KGE, dv_KGE = (x.unflatten(0, (K, H // K)).sum(1) for x in (dk_HGE, dv_HGE))
         found.append((ds_HQG @ k_HGE, dk_KGE, dv_KGE))
-    dq_THE, dk_GKE, dv_GKE = (torch.cat(x, 1).transpose(0, 1).contiguous() for x in zip(*found))
-    return dq_THE, dk_GKE, dv_GKE
+    joined = (torch.cat(x, 1).transpose(0, 1) for x in zip(*found, strict=True))
+    return tuple(x.contiguous() for x in joined)
 
 
 @opaque.register_fake

@@ -12,6 +12,7 @@ import math
 import re
 import tomllib
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import NoneType
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
@@ -36,13 +37,17 @@ class Training:
     eval_data: tuple[str, ...] = ()  # held-out files, read as --data is
     epochs: int = 1  # passes over the data
     steps: int | None = None  # optimizer steps, instead of --epochs
-    microbatch_tokens: int = 16384  # packed tokens per forward; speed and memory, not the result
+    microbatch_tokens: int | Literal["auto"] = 16384  # most packed tokens per forward; auto: fits
     schedule: Literal["linear", "cosine", "constant"] = "cosine"  # lr after warm-up, down to 0
     warmup: float = 0.1  # share of the steps over which lr rises from 0
     weight_decay: float = 0.0  # AdamW's, on matrices only
     clip: float = 1.0  # largest global gradient norm
     precision: Literal["bf16", "fp32"] = "bf16"  # of the computation; weights are fp32 masters
-    recompute: Literal["none", "full"] = "none"  # full: keep block inputs only; slower, smaller
+    recompute: Literal["none", "elementwise", "full", "auto"] = "none"  # what backward makes anew
+    master: Literal["fp32", "split"] = "fp32"  # split: bf16 and the masters' other 16 bits
+    adam_state: Literal["fp32", "bf16"] = "fp32"  # of AdamW's moments; bf16 saves 4 bytes a weight
+    reshard: Literal["auto", "always", "never"] = "auto"  # gather weights anew for the backward
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile each block; auto: on a GPU
     empty_system: bool = True  # insert an empty system message where a conversation has none
     seed: int = 42  # order of the data
     log_every: int = 1  # steps between lines of metrics.jsonl
@@ -52,15 +57,24 @@ class Training:
     save_async: bool = True  # write checkpoints while training goes on; takes host memory for one
     timeout: int = 600  # seconds after which a rank that does not answer ends the run
     replicas: int = 1  # copies of the sharded model, one inside each group of ranks (HSDP)
+    profile: int | None = None  # step to trace, from 1: profile/ gets it and its dearest kernels
     on_nonfinite: Literal["stop", "skip"] = "stop"  # skip: leave the step out, not three in a row
     on_bad_row: Literal["stop", "skip"] = "stop"  # skip: drop and list them, up to 1 % of the rows
     resume: Literal["auto", "previous", "fresh"] = "auto"  # previous: back to the last intact one
 
+    @property
+    def bits(self) -> str:
+        """What a log-prob's last bits depend on, besides weights and data."""
+        return f"{self.precision}, master {self.master}, compile {self.compile}"
+
     def check(self) -> None:
         """Raise ValueError for the first value out of range."""
         for name in KNOBS:
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{flag(name)} {getattr(self, name)} must be finite and above 0")
+            value = getattr(self, name)
+            if value != "auto" and not 0 < value < math.inf:
+                raise ValueError(f"{flag(name)} {value} must be finite and above 0")
+        if self.master == "split" and self.precision == "fp32":
+            raise ValueError("--master split is for --precision bf16: an fp32 weight is its master")
         if self.steps is not None and self.steps <= 0:
             raise ValueError(f"--steps {self.steps} must be greater than 0; leave it out for all")
         for name in ("eval_every", "save_every", "keep", "weight_decay", "seed"):
@@ -82,7 +96,7 @@ class SFTConfig(Training):
 
     def __post_init__(self) -> None:
         self.check()
-        if self.microbatch_tokens < self.max_length:
+        if self.microbatch_tokens != "auto" and self.microbatch_tokens < self.max_length:
             raise ValueError(
                 f"--microbatch-tokens {self.microbatch_tokens} is less than one row of "
                 f"--max-length {self.max_length}; use a multiple of it"
@@ -152,6 +166,8 @@ def parse(cls: type, argv: list[str] | None = None, doc: str = "") -> tuple[Any,
         kind = hints[name]
         if get_origin(kind) is Literal:
             options["choices"] = get_args(kind)
+        elif words(kind):
+            options |= {"type": partial(_number_or, words(kind)), "metavar": "INT|auto"}
         elif kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
@@ -172,6 +188,21 @@ def parse(cls: type, argv: list[str] | None = None, doc: str = "") -> tuple[Any,
             raise ValueError(f"{flag(name)} is required: {helps[name]}")
     config = cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
     return config, recipe
+
+
+def words(kind: Any) -> tuple[str, ...]:
+    """The words that may stand for a field's number: `int | Literal["auto"]` -> ("auto",)."""
+    return tuple(w for a in get_args(kind) if get_origin(a) is Literal for w in get_args(a))
+
+
+def _number_or(words: tuple[str, ...], text: str) -> int | str:
+    if text in words:
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        rule = " nor ".join(("an int", *words))
+        raise argparse.ArgumentTypeError(f"{text!r} is neither {rule}") from None
 
 
 def scalar(kind: Any) -> type:
@@ -207,9 +238,10 @@ def read_recipe(recipe: str, table: str, hints: dict[str, Any]) -> dict[str, Any
         choices = get_args(kind) if get_origin(kind) is Literal else None
         wanted = str if choices else scalar(kind)
         items = value if get_origin(kind) is tuple else [value]
-        fits = isinstance(items, list) and all(_fits(v, wanted) for v in items)
+        fits = isinstance(items, list) and all(_fits(v, wanted) or v in words(kind) for v in items)
         if not fits or (choices and value not in choices):
             rule = f"one of {', '.join(choices)}" if choices else wanted.__name__
+            rule = " or ".join((rule, *words(kind)))
             rule = f"a list of {rule}" if get_origin(kind) is tuple else rule
             raise ValueError(f"{path}: [{table}] {name} = {shown(value)} is not {rule}")
     return tables[table]

@@ -1,5 +1,7 @@
 """JSON and safetensors files: read with suspicion, written complete or not at all."""
 
+from __future__ import annotations  # so that reading a config.json need not import torch
+
 import json
 import math
 import os
@@ -10,20 +12,22 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from zephyr.exits import Storage
 from zephyr.files import plain, shown, unique
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 JSON_BYTES = 16 << 20  # a header of 10,000 tensors is 2 MB; Python's objects take 20 times that
 DEPTH = 50  # of JSON: what nests deeper might be read and then not be written again
 FILES, TENSORS, DIMENSIONS = 1000, 10_000, 8
-DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+DTYPES = {"torch.float32": "F32", "torch.bfloat16": "BF16", "torch.float16": "F16"}
 
 
 class Stored(NamedTuple):
@@ -213,6 +217,8 @@ def write_shards(
 
     Raises ValueError for NaN or infinity: what a reader should refuse is not written.
     """
+    import torch
+
     weight_map, total = {}, 0
     for i, names in enumerate(groups, 1):
         file = SINGLE if len(groups) == 1 else f"model-{i:05}-of-{len(groups):05}.safetensors"
@@ -221,7 +227,7 @@ def write_shards(
         end = 0
         for name in names:
             start, end = end, end + math.prod(shapes[name]) * dtype.itemsize
-            header[name] = {"dtype": DTYPES[dtype], "shape": list(shapes[name]),
+            header[name] = {"dtype": DTYPES[str(dtype)], "shape": list(shapes[name]),
                             "data_offsets": [start, end]}  # fmt: skip
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)  # the format wants the data aligned

@@ -21,9 +21,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-import torch.distributed as dist
-
-
 class BadCheckpoint(ValueError):
     code = 3
 
@@ -67,6 +64,8 @@ def call(main: Callable[[], None]) -> None:
                              "that name: pip uninstall kernels")  # fmt: skip
         main()
     except (ValueError, OSError, Preempted) as error:
+        import torch.distributed as dist  # here, so that a process without torch can raise these
+
         _say(str(error), everywhere=dist.is_initialized() and not hasattr(error, "shared"))
         sys.exit(getattr(kind(error), "code", 2))
     except RuntimeError as error:

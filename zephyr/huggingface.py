@@ -5,13 +5,12 @@ of the form that 5 writes, 4 silently ignores rope_theta.
 """
 
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import NoneType
 
 from zephyr import disk
 from zephyr.files import shown
-from zephyr.model import MistralConfig
 
 CLASSES = {"mistral": "MistralForCausalLM", "llama": "LlamaForCausalLM"}
 ONLY = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
@@ -36,6 +35,25 @@ PLAIN = {  # what a base without tokenizer_config.json means
     "tokenizer_class": "LlamaTokenizer",
 }  # fmt: skip
 PINNED = {"add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>", "legacy": True}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MistralConfig:
+    """The architecture, under the names of Hugging Face's config.json."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope_theta: float
+    sliding_window: int | None  # keys each query sees, its own included; None is all
+    tie_word_embeddings: bool = False
+    model_type: str = "mistral"
 
 
 def parse(raw: dict, path: Path) -> MistralConfig:

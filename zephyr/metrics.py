@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from zephyr.files import atomic
+from zephyr.phases import Phases, Trace
 
 FILE = "metrics.jsonl"
 BAR = ("loss", "rewards/accuracies", "rewards/margins", "pairs_per_second")
@@ -64,9 +65,11 @@ def model_flops(config: Any, tokens: float, predicted: float, attended: float) -
 
 def work(config: Any, batch: Any) -> dict[str, float]:
     """The host counts of a packed batch that `Log.add` takes beside its sums."""
-    tokens, attended = len(batch.tokens_T), batch.layout.attended(config.sliding_window)
-    flops = model_flops(config, tokens, len(batch.targets_N), attended)
-    return {"tokens": tokens, "pairs": len(batch.pairs), "flops": flops}
+    layout, tokens, predicted = batch.layout, len(batch.tokens_T), len(batch.targets_N)
+    flops = model_flops(config, tokens, predicted, layout.attended(config.sliding_window))
+    # each response beside a prompt of its own has as many rows as keys are gathered here
+    unshared = tokens if layout.kv_rows_G is None else len(layout.kv_rows_G)
+    return {"tokens": tokens, "unshared": unshared, "pairs": len(batch.pairs), "flops": flops}
 
 
 class Means:
@@ -122,13 +125,15 @@ class Log:
     def __init__(self, folder: Path | str, total_steps: int, keys: Sequence[str], *,
                  start_step: int = 0, every: int = 1, rank: int = 0, world: int = 1,
                  device: torch.device | str = "cpu", bar: Sequence[str] = BAR,
-                 kept: Sequence[Mapping] = ()):
+                 kept: Sequence[Mapping] = (), profile: int | None = None):
         self.folder, self.total_steps, self.start_step = Path(folder), total_steps, start_step
         self.every, self.rank, self.world, self.shown = every, rank, world, tuple(bar)
         self.device, self.means = torch.device(device), Means(keys, device)
         cuda = self.device.type == "cuda"
         self.peak = peak_flops(torch.cuda.get_device_name(self.device)) if cuda else None
-        self.totals = dict.fromkeys(("tokens", "pairs", "flops"), 0.0)
+        self.totals = dict.fromkeys(("tokens", "unshared", "pairs", "flops"), 0.0)
+        self.phase, self.written = Phases(self.device), start_step
+        self.trace = Trace(profile, self.folder, rank, cuda)
         self.last: dict[str, float] = {}
         self.bar = self.writer = self.file = None
         if rank == 0:
@@ -170,11 +175,10 @@ class Log:
                             desc=self.folder.name, dynamic_ncols=True,
                             bar_format="{l_bar}{bar}| {n}/{total} [{elapsed}<{remaining}{postfix}]")
 
-    def add(self, count: float, sums: Mapping[str, float | Tensor], *,
-            tokens: float = 0, pairs: float = 0, flops: float = 0) -> None:
-        """Adds one micro-batch of this rank: sums over `count`, and host counts for throughput."""
+    def add(self, count: float, sums: Mapping[str, float | Tensor], **work: float) -> None:
+        """Adds one micro-batch of this rank: sums over `count`, and its `work`, see there."""
         self.means.add(count, sums)
-        for name, value in (("tokens", tokens), ("pairs", pairs), ("flops", flops)):
+        for name, value in work.items():
             self.totals[name] += value
 
     def step(self, step: int, **scalars: float | Tensor) -> None:
@@ -183,22 +187,36 @@ class Log:
         The means are over everything added since the last line. `scalars` are this step's own and
         already global (grad_norm, learning_rate, epoch); a 0-d tensor is read only for a line.
         tokens_per_second and pairs_per_second are over all ranks, mfu a fraction of their peak.
+        What `self.phase` timed follows, see zephyr/phases.py.
         """
+        self.trace.end(step, self._say)
         if step % self.every == 0 or step == self.total_steps:
             row = self.means.reduce(**self.totals)
             total = {name: row.pop(name) for name in self.totals}
             row |= {name: float(value) for name, value in scalars.items()}
             now = time.perf_counter()
             seconds, self.since = now - self.since, now
-            row |= {f"{name}_per_second": total[name] / seconds
-                    for name in ("tokens", "pairs") if total[name]}
+            shared = total["tokens"] < total["unshared"]
+            names = ["tokens", *["unshared"] * shared, "pairs"]
+            row |= {f"{name}_per_second": total[name] / seconds for name in names if total[name]}
             if self.peak and total["flops"]:
                 row["mfu"] = total["flops"] / seconds / (self.peak * self.world)
             self.totals = dict.fromkeys(self.totals, 0.0)
+            row |= self.phase.read(step - self.written)
+            self.written = step
             self._write(step, row)
             self._show(step, row, always=step == self.total_steps)
         if self.bar is not None:
             self.bar.update(step - self.bar.n)
+
+    def begin(self, step: int) -> None:
+        """Before optimizer step `step`, counted from 1: starts the trace if it is the one."""
+        self.trace.begin(step)
+
+    def _say(self, text: str) -> None:
+        if self.rank == 0:
+            with contextlib.suppress(OSError):  # a reader that went away must not end the run
+                tqdm.write(text, file=sys.stderr)
 
     def evaluation(self, step: int, means: Mapping[str, float]) -> None:
         """Writes one line of global means (see Means) under their names with eval_ in front."""
@@ -231,16 +249,14 @@ class Log:
         text = kind + "  ".join(f"{SHORT.get(name, name.split('/')[-1])} {row[name]:.4g}"
                                 for name in self.shown if name in row)
         if self.bar is not None and kind:
-            self.bar.write(f"step {step}  {text}", file=sys.stderr)
+            self._say(f"step {step}  {text}")
         elif self.bar is not None:
             self.bar.set_postfix_str(text, refresh=False)
         elif self.rank == 0 and (always or now - self.said >= PLAIN_SECONDS):
             self.said = now
             pace = (now - self.began) / max(step - self.start_step, 1)
             left = tqdm.format_interval(pace * (self.total_steps - step))
-            # a reader of the log that went away must not end the run
-            with contextlib.suppress(OSError):
-                print(f"step {step}/{self.total_steps}  {text}  {left} left", file=sys.stderr)
+            self._say(f"step {step}/{self.total_steps}  {text}  {left} left")
 
     def summary(self) -> str:
         """What a finished run ends with: the last value of everything logged, and where it lies."""

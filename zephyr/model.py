@@ -7,32 +7,12 @@ without a window.
 T rows  N predicting rows  D width  F MLP width  H query heads  K key/value heads  E head width
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kernels
-
-
-@dataclass(frozen=True, kw_only=True)
-class MistralConfig:
-    """The architecture, under the names of Hugging Face's config.json."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    max_position_embeddings: int
-    rms_norm_eps: float
-    rope_theta: float
-    sliding_window: int | None  # keys each query sees, its own included; None is all
-    tie_word_embeddings: bool = False
-    model_type: str = "mistral"
+from zephyr.huggingface import MistralConfig
 
 
 class Normed(torch.autograd.Function):

@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 BETAS, EPS = (0.9, 0.999), 1e-8  # Zephyr's (model card of zephyr-7b-beta)
 
 
-def adamw(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
+def adamw(model: nn.Module, weight_decay: float, state: str = "fp32") -> torch.optim.Optimizer:
     """AdamW (arXiv:1711.05101) on fp32 masters; norms, being vectors, are not decayed.
 
     Build it before the first forward: one without a backward leaves the parameters of FSDP's root

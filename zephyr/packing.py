@@ -7,7 +7,9 @@ of ranks only cut it into micro-batches.
 T rows  N predicting rows  G gathered keys
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -37,8 +39,15 @@ class Batch:
     documents: tuple[int, ...] = ()
 
     def to(self, device: torch.device) -> "Batch":
+        return self._each(lambda x: x.to(device, non_blocking=True))
+
+    def pinned(self) -> "Batch":
+        """In memory from which a GPU copies while the host goes on."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         def move(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x.to(device, non_blocking=True)
+            return None if x is None else change(x)
 
         keep = self.layout
         layout = Layout(move(keep.position_T), move(keep.cu_q), move(keep.cu_k),
@@ -103,6 +112,27 @@ def pack_documents(pieces: list[tuple[np.ndarray, np.ndarray, int]]) -> Batch:
     response = [np.zeros(sum(map(len, targets)), np.int64)]
     batch = _batch(tokens, position, queries, queries, None, predict, targets, response, [])
     return replace(batch, documents=tuple(number for _, _, number in pieces))
+
+
+def ahead(
+    microbatches: Callable[[int], list[Batch]], steps: range, device: torch.device,
+    phase: Callable[[str], AbstractContextManager],
+) -> Iterator[tuple[int, list[Batch]]]:  # fmt: skip
+    """(step, its micro-batches) for each of `steps`; while one is used, a thread packs the next.
+    What it takes to wait for the thread is the phase `data`."""
+
+    def make(step: int) -> list[Batch]:
+        made = microbatches(step)
+        return [batch.pinned() for batch in made] if device.type == "cuda" else made
+
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(make, steps.start) if steps else None
+        for step in steps:
+            with phase("data"):
+                batches = coming.result()
+            if step + 1 in steps:
+                coming = pool.submit(make, step + 1)
+            yield step, batches
 
 
 def nothing() -> Batch:

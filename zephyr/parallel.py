@@ -58,7 +58,7 @@ class Ranks(NamedTuple):
                 print(text, file=sys.stderr, flush=True)
 
 
-def start(replicas: int = 1) -> Ranks:
+def start(replicas: int = 1, master: str = "fp32") -> Ranks:
     """Join the process group: torchrun's, or one of a single process under plain python.
 
     With replicas the mesh is 2-D: each group of size / replicas neighbouring ranks shards the model
@@ -73,6 +73,10 @@ def start(replicas: int = 1) -> Ranks:
         fits = [str(n) for n in range(1, size + 1) if size % n == 0]
         use = " or ".join(filter(None, (", ".join(fits[:-1]), fits[-1])))
         raise ValueError(f"--replicas {replicas} does not divide the {size} ranks; use {use}")
+    if master == "split" and size > 1:
+        raise ValueError(f"--master split is for one process; sharded over {size} ranks an fp32 "
+                         "master takes the same 4 bytes, and is cast as it is gathered: leave it "
+                         "out")  # fmt: skip
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
@@ -256,14 +260,15 @@ def total(count: int) -> int:
 
 def build(
     config: MistralConfig, ranks: Ranks, precision: str, recompute: str = "none",
-    master: str = "fp32", compiled: bool = False, reshard: bool = True,
+    master: str = "fp32", compiled: str = "auto", reshard: str = "always",
 ) -> Mistral:  # fmt: skip
     """The model with empty weights, sharded over the ranks; only `weights.load` fills them.
 
     One FSDP2 unit per block, one for embedding, norm and head; parameter names do not change.
     fp32 masters are cast to `precision` when gathered, gradients are reduced in fp32 after every
-    micro-batch: a full unsharded gradient would not fit beside a large model. Without `reshard` a
-    block stays gathered from its forward to its backward.
+    micro-batch: a full unsharded gradient would not fit beside a large model. Where `reshard` is
+    never, a block stays gathered from its forward to its backward. `compiled` is on, off, or auto,
+    which is on for a GPU.
 
     A single process in fp32 has nothing to shard and nothing to cast, so it stays a plain module.
     So does one with `master` split: each weight is bf16, what its fp32 master has beyond that lies
@@ -272,10 +277,11 @@ def build(
     plain = ranks.size == 1 and (precision == "fp32" or master == "split")
     with torch.device("meta"):
         model = Mistral(config)
+    compiling = compiled == "on" or (compiled == "auto" and ranks.device.type == "cuda")
     for block in model.model.layers:
-        block.forward = wrapped(block.forward, config, recompute, compiled)
+        block.forward = wrapped(block.forward, config, recompute, compiling)
     if not plain:
-        shard(model, ranks.mesh, precision, reshard)
+        shard(model, ranks.mesh, precision, reshard != "never")
     elif master == "split":
         model.bfloat16()
     model.to_empty(device=ranks.device)

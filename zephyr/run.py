@@ -39,7 +39,7 @@ from zephyr.parallel import Ranks
 # settings that may change between a run and its continuation: they leave the trajectory as it is
 FREE = {
     "out", "log_every", "eval_every", "save_every", "keep", "save_async", "resume", "timeout",
-    "replicas", "microbatch_tokens", "recompute", "on_nonfinite",
+    "replicas", "microbatch_tokens", "recompute", "on_nonfinite", "compile", "reshard", "profile",
 }  # fmt: skip
 # what a kill in the middle of writing leaves in the run folder
 LEFTOVERS = [f".{name}.????????" for name in ("config.toml", "run.json", "metrics.jsonl", "model")]
@@ -178,7 +178,7 @@ class Run:
         stop = parallel.agree(signals.stop_wanted())
         due = self.c.save_every and (last or step % self.c.save_every == 0)
         if due or stop:
-            with log.paused():
+            with log.paused(), log.phase("checkpoint"):
                 self.save(step, model, optimizer, log=log, **parts)
         if stop:
             self.wait()

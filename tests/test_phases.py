@@ -1,0 +1,106 @@
+"""Seconds and memory by phase, the trace of a step, and a step in which the host reads nothing."""
+
+import gzip
+import json
+
+import pytest
+import torch
+from test_train import DPO, SFT, place, run  # noqa: F401
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import train_dpo
+import train_sft
+from zephyr import losses, optim, phases
+from zephyr.guard import Guard
+from zephyr.metrics import Means
+from zephyr.phases import Phases
+
+CPU = torch.device("cpu")
+
+
+def test_seconds_are_a_mean_over_the_steps_of_a_line(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(phases.time, "perf_counter", lambda: now[0])
+    phase = Phases(CPU)
+    for seconds in (1.0, 2.0, 5.0):
+        with phase("forward"):
+            now[0] += seconds
+        with phase("data"):
+            now[0] += 0.5
+        now[0] += 100
+    row = phase.read(steps=2)
+    assert (row["seconds/forward"], row["seconds/data"]) == (4.0, 0.75)
+    assert list(row) == ["seconds/data", "seconds/forward", "memory/peak"]
+    assert 0.01 < row["memory/peak"] < 1000
+    assert phase.read(steps=1) == {}, "it starts anew"
+
+
+def test_a_phase_has_a_name_of_the_list():
+    with pytest.raises(AssertionError, match="thinking"), Phases(CPU)("thinking"):
+        pass
+
+
+def test_a_run_says_where_its_time_went(place, tmp_path):  # noqa: F811
+    rows = run(train_dpo, place, tmp_path / "run", *DPO, "--save-every", "1", "--batch", "4")
+    spent = [sum(row[f"seconds/{name}"] for name in phases.NAMES) for row in rows[1:]]
+    whole = [4 / row["pairs_per_second"] + row["seconds/checkpoint"] for row in rows[1:]]
+    assert all(0.5 * b < a < 1.02 * b for a, b in zip(spent, whole, strict=True)), (spent, whole)
+    for row in rows:
+        assert row["unshared_per_second"] > 1.2 * row["tokens_per_second"]
+        assert row["seconds/backward"] > row["seconds/communication"]
+    rows = run(train_sft, place, tmp_path / "sft", *SFT)
+    assert all("unshared_per_second" not in row for row in rows), "documents share nothing"
+
+
+def test_a_step_can_be_traced(place, tmp_path, capsys):  # noqa: F811
+    run(train_dpo, place, tmp_path / "run", *DPO, "--profile", "2")
+    folder = tmp_path / "run" / "profile"
+    assert {p.name for p in folder.iterdir()} == {"step-000002-rank-0.json.gz", "step-000002.txt"}
+    with gzip.open(folder / "step-000002-rank-0.json.gz") as file:
+        names = {event.get("name") for event in json.load(file)["traceEvents"]}
+    assert "aten::mm" in names
+    head, *lines = (folder / "step-000002.txt").read_text().splitlines()
+    assert head.split() == ["ms", "share", "calls", "kernel"] and len(lines) == phases.DEAREST
+    times = [float(line.split()[0]) for line in lines]
+    assert times == sorted(times, reverse=True) and "aten::mm" in "".join(lines)
+    assert "step 2, its trace and this in" in capsys.readouterr().err
+
+
+class Reads(TorchDispatchMode):
+    """Counts where the host would wait for a device: values read, shapes that depend on values."""
+
+    waits = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique")
+
+    def __init__(self):
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        name = op.name().partition("::")[2].partition(".")[0].lstrip("_")
+        if name in [w.lstrip("_") for w in self.waits]:
+            self.found.append(op.name())
+        return op(*args, **(kwargs or {}))
+
+
+def test_the_host_reads_nothing_inside_a_step(place, tmp_path, monkeypatch):  # noqa: F811
+    """From a micro-batch's log-probs to the update. Before that a CPU alone reads: the sizes of its
+    segments, and its targets to check them."""
+    reads, calls = Reads(), []
+
+    def watched(function):
+        def call(*args, **kwargs):
+            calls.append(function.__name__)
+            with reads:
+                return function(*args, **kwargs)
+
+        return call
+
+    inside = ((losses, "preference"), (losses, "sft"), (torch.Tensor, "backward"),
+              (Guard, "broken"), (Means, "add"), (optim, "step"))  # fmt: skip
+    for owner, name in inside:
+        monkeypatch.setattr(owner, name, watched(getattr(owner, name)))
+    for script, flags in ((train_dpo, DPO), (train_sft, SFT)):
+        run(script, place, tmp_path / script.__name__, *flags)
+        run(script, place, tmp_path / f"{script.__name__} bf16", *flags, "--precision", "bf16")
+    assert {name for _, name in inside} == set(calls)
+    assert reads.found == []
