@@ -302,7 +302,8 @@ def test_to_toml_leaves_out_what_is_not_set():
     c = SFTConfig(**OWN, train_on="assistant")
     table = tomllib.loads(config.to_toml(c))
     assert set(table) == {"sft"} and "steps" not in table["sft"]
-    assert table["sft"].keys() | {"steps", "profile"} == {f.name for f in dataclasses.fields(SFTConfig)}
+    names = {f.name for f in dataclasses.fields(SFTConfig)}
+    assert table["sft"].keys() == names - {"steps", "profile"}
     assert table["sft"]["train_on"] == "assistant" and table["sft"]["data"] == ["d.jsonl"]
 
 

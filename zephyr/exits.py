@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+
 class BadCheckpoint(ValueError):
     code = 3
 

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from zephyr.costs import CARDS, model_flops
 from zephyr.files import atomic
 from zephyr.phases import Phases, Trace
 
@@ -29,9 +30,6 @@ SHORT = {"rewards/accuracies": "accuracy", "rewards/margins": "margin", "learnin
          "pairs_per_second": "pairs/s", "tokens_per_second": "tokens/s"}
 PLAIN_SECONDS = 5.0
 
-# dense bf16 FLOP/s by a word of the device's name; the first that fits
-PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12,
-         "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
 PANELS = (("loss",), ("rewards/accuracies",), ("rewards/margins",),
           ("rewards/chosen", "rewards/rejected"), ("logps/chosen", "logps/rejected"),
           ("learning_rate",), ("grad_norm",), ("tokens_per_second",), ("pairs_per_second",))
@@ -45,22 +43,9 @@ STYLE = {"font.size": 8.5, "axes.titlesize": 9.5, "axes.titlelocation": "left", 
 
 def peak_flops(name: str) -> float | None:
     """Dense bf16 FLOP/s of a device of this name; None when unknown, a MIG slice or a laptop."""
-    fits = (peak for key, peak in PEAKS.items() if re.search(rf"\b{key}\b(?!.*(MIG|Laptop))", name))
+    fits = (card.flops for key, card in CARDS.items()
+            if re.search(rf"\b{key}\b(?!.*(MIG|Laptop))", name))
     return next(fits, None)
-
-
-def model_flops(config: Any, tokens: float, predicted: float, attended: float) -> float:
-    """FLOPs of forward and backward: 6 (W tokens + V D predicted) + 12 L H E attended.
-
-    W counts the weights of the blocks' linear layers; `predicted` the rows the head runs on;
-    `attended` the visible (query, key) pairs of one layer. What recomputation, the reference pass
-    and padding add is not counted: MFU is about useful work. `config` is a MistralConfig.
-    """
-    width, head_dim = config.hidden_size, config.head_dim
-    heads, layers = config.num_attention_heads, config.num_hidden_layers
-    columns = 2 * head_dim * (heads + config.num_key_value_heads) + 3 * config.intermediate_size
-    linear = 6.0 * width * (layers * columns * tokens + config.vocab_size * predicted)
-    return linear + 12.0 * layers * heads * head_dim * attended
 
 
 def work(config: Any, batch: Any) -> dict[str, float]:

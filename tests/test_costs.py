@@ -1,0 +1,337 @@
+"""Closed forms against what real models have, compute and keep."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.attention import varlen
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import FlopCounterMode
+
+from kernels import fused_logprob
+from zephyr import attention, costs, optim, packing, parallel
+from zephyr.data import Pair
+from zephyr.model import Mistral, MistralConfig
+from zephyr.plan import MODELS
+
+MISTRAL, LLAMA = MODELS["mistral-7b"], MODELS["llama-2-70b"]
+SMALL = MistralConfig(
+    vocab_size=96, hidden_size=64, intermediate_size=160, num_hidden_layers=3,
+    num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=512,
+    rms_norm_eps=1e-5, rope_theta=1e4, sliding_window=64,
+)  # fmt: skip
+SHAPES = {
+    "grouped": SMALL,
+    "odd": dataclasses.replace(SMALL, vocab_size=77, intermediate_size=100, head_dim=24,
+                               num_key_value_heads=1, num_hidden_layers=2),
+    "one block": dataclasses.replace(SMALL, num_hidden_layers=1, num_key_value_heads=4,
+                                     sliding_window=None),
+}  # fmt: skip
+WIDE = dataclasses.replace(SMALL, vocab_size=400, hidden_size=256, intermediate_size=896,
+                           num_hidden_layers=5)  # fmt: skip
+PAIRS = [(50, 60, 70), (100, 30, 20), (5, 9, 1)]
+
+
+def pairs(c: MistralConfig, times: int = 1) -> packing.Batch:
+    draw = np.random.default_rng(0)
+    lengths = PAIRS * times
+    made = [Pair(*(draw.integers(0, c.vocab_size, n) for n in each)) for each in lengths]
+    return packing.pack_pairs(made, list(range(len(made))))
+
+
+def documents(c: MistralConfig) -> packing.Batch:
+    draw = np.random.default_rng(0)
+    pieces = [(draw.integers(0, c.vocab_size, n), draw.random(n) < 0.6, n) for n in (90, 41, 130)]
+    return packing.pack_documents(pieces)
+
+
+def load_of(batch: packing.Batch, c: MistralConfig) -> costs.Load:
+    rows = batch.layout.kv_rows_G
+    gathered = len(batch.tokens_T) if rows is None else len(rows)
+    return costs.Load(len(batch.tokens_T), gathered, len(batch.targets_N),
+                      batch.layout.attended(c.sliding_window))  # fmt: skip
+
+
+class Live(TorchDispatchMode):
+    """The storages that ops made, and how many bytes of them are alive; those `without` not."""
+
+    def __init__(self, without=()):
+        super().__init__()
+        self.made, self.peak = {}, 0
+        self.without = {x.untyped_storage()._cdata for x in without}
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **kwargs or {})
+        for x in tree_iter(out):
+            if isinstance(x, torch.Tensor):
+                storage = x.untyped_storage()
+                self.made.setdefault(storage._cdata, StorageWeakRef(storage))
+        self.peak = max(self.peak, self.bytes())
+        return out
+
+    def bytes(self):
+        total = 0
+        for key, ref in list(self.made.items()):
+            storage = torch.UntypedStorage._new_with_weak_ptr(ref.cdata)
+            if storage is None:
+                del self.made[key]
+            elif key not in self.without:
+                total += storage.nbytes()
+        return total
+
+
+def flash(q, k, v, *rest):
+    """What the CUDA op returns, without its values: output, lse, state of a generator."""
+    return torch.zeros_like(q), torch.zeros(q.shape[1], len(q)), torch.zeros(2, dtype=torch.uint64)
+
+
+def flash_backward(g, q, k, v, *rest):
+    return tuple(map(torch.empty_like, (q, k, v)))
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Attention is the op that runs on CUDA, with its own rule of what to save for the backward; on
+    a CPU it has no kernel, so that it gets one which only has the shapes."""
+    def attend(self, q, k, v, layer, window):
+        if self.kv_rows_G is not None:
+            k, v = (x.index_select(0, self.kv_rows_G) for x in (k, v))
+        return self._flash(q, k, v, window)
+
+    varlen._varlen_attn.register_kernel("cpu")(flash)
+    varlen._varlen_attn_backward.register_kernel("cpu")(flash_backward)
+    monkeypatch.setattr(attention.Layout, "attend", attend)
+
+
+def model(c: MistralConfig, recompute: str = "none", dtype=torch.float32) -> Mistral:
+    made = Mistral(c).to(dtype)
+    for block in made.model.layers:
+        block.forward = parallel.wrapped(block.forward, c, recompute, compiled=False)
+    return made
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_parameters_are_the_models(shape, tied):
+    c = dataclasses.replace(shape, tie_word_embeddings=tied)
+    with torch.device("meta"):
+        made = Mistral(c)
+    found = dict.fromkeys(costs.parameters(c), 0)
+    places = {"embed": "embedding", "self_attn": "attention", "mlp": "mlp", "lm_head": "head"}
+    for name, p in made.named_parameters():
+        part = next((part for word, part in places.items() if word in name), "norms")
+        found["norms" if p.dim() == 1 else part] += p.numel()
+    assert costs.parameters(c) == found
+    block, root = costs.units(c)
+    assert block == sum(p.numel() for p in made.model.layers[0].parameters())
+    assert c.num_hidden_layers * block + root == sum(found.values())
+
+
+def test_published_numbers_of_parameters():
+    assert sum(costs.parameters(MISTRAL).values()) == 7_241_732_096
+    assert sum(costs.parameters(LLAMA).values()) == 68_976_648_192
+
+
+@pytest.mark.parametrize("window", [None, 64, 7])
+def test_the_load_of_a_pair_and_a_document_is_that_of_their_batch(window):
+    c = dataclasses.replace(SMALL, sliding_window=window)
+    parts = [costs.pair(*lengths, window) for lengths in PAIRS]
+    assert load_of(pairs(c), c) == costs.Load(*map(sum, zip(*parts, strict=True)))
+    row = packing.pack_documents([(np.arange(91), np.ones(91, bool), 0)])
+    assert load_of(row, c) == costs.document(90, window)
+    # by the mask's definition
+    i = torch.arange(90)
+    assert costs.causal(90, window) == int(attention.visible(i[:, None], i, window).sum())
+
+
+@pytest.mark.parametrize("batch", [pairs, documents])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_flops_are_what_torch_counts(as_on_a_gpu, monkeypatch, shape, batch):
+    """All but attention: there torch counts the pairs that the mask hides, and in the backward the
+    scores once more. Here a visible pair is two products of E numbers, each a multiplication and an
+    addition, and the backward twice that."""
+    monkeypatch.setenv("ZEPHYR_KERNELS", "reference")  # the fused head is one op, not counted
+    b = batch(shape)
+    load = load_of(b, shape)
+    parts = costs.forward(shape, load)
+    heads = shape.num_hidden_layers * shape.num_attention_heads
+    assert parts["attention"] == heads * load.attended * 2 * 2 * shape.head_dim
+    nothing = {op: lambda *args, **kwargs: 0 for op in (torch.ops.torch_attn._varlen_attn,
+                                                        torch.ops.torch_attn._varlen_attn_backward)}
+    for recompute in ("none", "elementwise", "full"):
+        with FlopCounterMode(display=False, custom_mapping=nothing) as counter:
+            model(shape, recompute)(b).sum().backward()
+        unseen = parts["attention"] * (3 + (recompute == "full"))
+        ours = costs.model_flops(shape, load.tokens, load.predicted, load.attended)
+        ours += costs.recomputed(shape, load, recompute)
+        assert ours - unseen == counter.get_total_flops()
+
+
+def test_flops_of_the_notes():
+    """Their table counts the last block's MLP on every row."""
+    load = costs.pair(170, 320, 290, 4096)
+    parts = {name: x / 1e12 for name, x in costs.forward(MISTRAL, load).items()}
+    assert parts["projections"] + parts["mlp"] == pytest.approx(10.89, rel=0.01)
+    assert parts["attention"] == pytest.approx(0.111, rel=0.01)
+    assert parts["head"] == pytest.approx(0.160, rel=0.01)
+    total = costs.model_flops(MISTRAL, load.tokens, load.predicted, load.attended)
+    assert total == pytest.approx(33.5e12, rel=0.01)
+    token = costs.Load(1, 1, 1, 0)
+    assert costs.model_flops(MISTRAL, 1, 1, 0) == pytest.approx(41.9e9 + 3 * 0.262e9, rel=1e-3)
+    assert costs.recomputed(MISTRAL, token, "full") == pytest.approx(52.1e9 - 41.9e9, rel=0.01)
+    assert costs.recomputed(MISTRAL, token, "elementwise") == 0
+
+
+@pytest.mark.parametrize("recompute, size", [
+    ("none", 139_264), ("elementwise", 94_208), ("full", 8_192)])  # fmt: skip
+def test_activations_of_the_notes(recompute, size):
+    """Bytes per token and layer; the notes leave out the norms' scales and attention's lse."""
+    more = [dataclasses.replace(MISTRAL, num_hidden_layers=n) for n in (2, 1)]
+    two, one = (costs.activations(c, costs.Load(1, 1, 1, 0), recompute, 2) for c in more)
+    fp32 = {"none": 4 * (32 + 2), "elementwise": 4 * 32, "full": 0}
+    assert two - one == size + fp32[recompute]
+
+
+@pytest.mark.parametrize("recompute", ["none", "elementwise", "full"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("batch", [pairs, documents])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_activations_are_what_a_forward_leaves(as_on_a_gpu, shape, batch, dtype, recompute):
+    """Storages alive after it, so that what checkpoints hold counts."""
+    b, made = batch(shape), model(shape, recompute, dtype)
+    with Live(made.parameters()) as live:
+        logprob_N = made(b)
+        alive = live.bytes() - logprob_N.untyped_storage().nbytes()
+    load = load_of(b, shape)
+    ours = costs.activations(shape, load, recompute, dtype.itemsize)
+    ours += costs.head_kept(shape, load, dtype.itemsize)
+    # views of the positions count their whole storage
+    assert ours == pytest.approx(alive - b.layout.position_T.nbytes, rel=1e-3)
+
+
+@pytest.mark.parametrize("batch", [pairs, documents])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_activations_are_what_autograd_saves(as_on_a_gpu, shape, batch):
+    b, made, saved = batch(shape), model(shape), {}
+    weights = {p.untyped_storage().data_ptr() for p in made.parameters()}
+    tensors = (b.tokens_T, b.predict_N, b.targets_N, b.layout.kv_rows_G, b.layout.cu_q,
+               b.layout.cu_k)  # fmt: skip
+    known = weights | {x.untyped_storage().data_ptr() for x in tensors if x is not None}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        saved[x.untyped_storage().data_ptr()] = x
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        made(b)
+    found = sum(x.untyped_storage().nbytes() for at, x in saved.items() if at not in known)
+    load = load_of(b, shape)
+    ours = costs.activations(shape, load, "none", 4) + costs.head_kept(shape, load, 4)
+    assert ours == pytest.approx(found, rel=0.003)
+
+
+@pytest.mark.parametrize("recompute", ["none", "elementwise", "full"])
+def test_the_moment_of_a_blocks_backward(as_on_a_gpu, recompute):
+    """No less than what a backward has beside the activations, nor twice as much."""
+    c = dataclasses.replace(SMALL, vocab_size=20, intermediate_size=224, num_key_value_heads=1,
+                            num_hidden_layers=4)  # fmt: skip
+    b, made = pairs(c, times=4), model(c, recompute, torch.bfloat16)
+    for p in made.parameters():
+        p.grad = torch.zeros_like(p)
+    with Live([*made.parameters(), *(p.grad for p in made.parameters())]) as live:
+        logprob_N = made(b)
+        left, live.peak = live.bytes(), 0
+        logprob_N.sum().backward()
+    ours = costs.block_backward(c, load_of(b, c), recompute, 2)
+    assert ours / 2 < live.peak - left < ours
+
+
+@pytest.mark.parametrize("rows", [0, 1, 14_680, 14_681, 30_000])
+def test_the_head_keeps_what_the_kernel_keeps(rows):
+    load = costs.Load(rows, rows, rows, 0)
+    for dtype, V in ((torch.bfloat16, 32000), (torch.float32, 32000), (torch.bfloat16, 151_936)):
+        c = dataclasses.replace(MISTRAL, vocab_size=V)
+        keeps = fused_logprob.keeps(rows, V, dtype, costs.WORKSPACE)
+        kept = costs.head_kept(c, load, dtype.itemsize)
+        assert kept == rows * V * dtype.itemsize * keeps
+        assert kept <= costs.head(c, load, dtype.itemsize)
+    assert fused_logprob.ROWS["cuda"] == costs.CHUNK
+
+
+def test_state_is_what_adamw_has():
+    c = dataclasses.replace(SMALL, vocab_size=61)
+    made = model(c)
+    optimizer = optim.adamw(made, 0.0)
+    made(documents(c)).sum().backward()
+    optimizer.step()
+    size = {"masters": made.parameters(), "gradients": [p.grad for p in made.parameters()],
+            "moments": [s[k] for s in optimizer.state.values() for k in ("exp_avg", "exp_avg_sq")]}
+    found = {name: sum(x.nbytes for x in of) for name, of in size.items()}
+    assert costs.state(c, 1) == found
+    # a split master: the bf16 weight, and 16 bits beside it
+    halves = [torch.empty_like(p, dtype=d) for p in made.parameters()
+              for d in (torch.bfloat16, torch.int16)]  # fmt: skip
+    assert sum(x.nbytes for x in halves) == costs.state(c, 1)["masters"]
+    moments = [torch.empty_like(p, dtype=torch.bfloat16) for p in made.parameters()] * 2
+    assert sum(x.nbytes for x in moments) == costs.state(c, 1, "bf16")["moments"]
+    assert costs.state(c, 8)["masters"] == 4 * math.ceil(found["masters"] / 4 / 8)
+
+
+def test_state_of_mistral_7b():
+    """The notes' table, in GB."""
+    for adam_state, size in (("fp32", 115.9), ("bf16", 86.9)):
+        found = sum(costs.state(MISTRAL, 1, adam_state).values()) / 1e9
+        assert found == pytest.approx(size, abs=0.05)
+
+
+GATHERED = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+from test_costs import *
+ranks, result = parallel.start(), {{}}
+draw = np.random.default_rng(0)
+b = packing.pack_pairs([Pair(*(draw.integers(0, 400, n) for n in (3, 4, 4)))], [0])
+for reshard in ("always", "never"):
+    made = parallel.build(WIDE, ranks, "bf16", reshard=reshard)
+    for p in made.parameters():
+        torch.nn.init.normal_(p.to_local(), std=0.02)
+    made(b).sum().backward()  # the second micro-batch finds gradients there
+    own = [p.to_local() for p in made.parameters()] + [p.grad.to_local() for p in made.parameters()]
+    with Live(own) as live:
+        logprob_N = made(b)
+        forward, live.peak = live.peak, 0
+        logprob_N.sum().backward()
+    result[reshard] = forward, live.peak
+torch.save(result, f"{{sys.argv[1]}}/{{ranks.rank}}.pt")
+parallel.finish()
+"""
+
+
+def test_what_fsdp_holds(tmp_path):
+    """On two ranks, of so few tokens that activations hardly count."""
+    from test_parallel import torchrun  # which the worker, importing this file, need not wait for
+
+    found = torchrun(GATHERED.format(tests=str(Path(__file__).parent)), tmp_path)
+    for reshard in ("always", "never"):
+        forward, backward = map(max, zip(*(each[reshard] for each in found), strict=True))
+        ours = costs.sharding(WIDE, 2, 2, reshard == "always")
+        assert forward < sum(ours.values())
+        assert backward == pytest.approx(sum(ours.values()), rel=0.1)
+
+
+def test_traffic():
+    block, root = costs.units(MISTRAL)
+    every = 32 * block + root
+    assert not any(costs.traffic(MISTRAL, 1, 1, 2, True).values())
+    assert costs.traffic(MISTRAL, 8, 1, 2, True) == pytest.approx({
+        "all-gather, forward": 2 * every * 7 / 8, "all-gather, backward": 2 * 32 * block * 7 / 8,
+        "reduce-scatter": 4 * every * 7 / 8, "all-reduce, replicas": 0})  # fmt: skip
+    shared = costs.traffic(MISTRAL, 8, 4, 2, False)
+    assert shared["all-gather, backward"] == 0
+    # a ring sends each rank's sums around once and the totals once
+    assert shared["all-reduce, replicas"] == pytest.approx(2 * 3 / 4 * 4 * every / 8)
