@@ -1,6 +1,7 @@
 """Fused ops for training on token log-probs, and the one rule that picks their implementation.
 
     from kernels import linear_logprob, dpo_loss, response_sums
+    from kernels import adamw_, split, join
 
 They know tensors, not language models: torch is all they need, and Triton on a GPU.
 ZEPHYR_KERNELS forces one of three implementations:
@@ -17,7 +18,7 @@ import os
 import torch
 from torch import Tensor
 
-from kernels import fused_dpo, fused_logprob, jit, reference
+from kernels import fused_adamw, fused_dpo, fused_logprob, jit, reference
 from kernels.reference import Preference
 
 IMPLEMENTATIONS = ("triton", "torch", "reference")
@@ -95,3 +96,79 @@ def dpo_loss(
                          "entry for each pair")  # fmt: skip
     run = fused_dpo if implementation(logprob_N.device) == "triton" else reference
     return run.dpo_loss(logprob_N, response_N, reference_2P, beta, smoothing, objective)
+
+
+def split(master: Tensor) -> tuple[Tensor, Tensor]:
+    """An fp32 master as its nearest bf16 and, int16, how far its bits are from that one's.
+
+        master       bits         weight          low
+        1.0          3F800000     3F80  1.0         0
+        1.00390613   3F807FFF     3F80  1.0     32767
+        1.00390625   3F808000     3F81  1.0078 -32768   a half: a cast would give 3F80, the even one
+
+    Halves go away from zero: for either sign weight = (bits + 8000) >> 16, and low = bits -
+    (weight << 16) is -32768..32767, the 65,536 values that 16 bits have. With halves to even, as in
+    a cast, an even weight would have 65,537 masters. The two differ at every other half: at one
+    master in 131,072. From 3.3962e38 (7F7F8000) on, a finite master's weight is infinite.
+    Raises ValueError if the master is not float32.
+    """
+    if master.dtype != torch.float32:
+        raise ValueError(f"master is {master.dtype}; it is float32")
+    return reference.split(master)
+
+
+def join(weight: Tensor, low: Tensor) -> Tensor:
+    """The fp32 master whose `split` this is, equal in every bit; for a NaN, some NaN.
+
+    Raises ValueError if weight and low are not bfloat16 and int16 of one shape.
+    """
+    if (weight.dtype, low.dtype) != (torch.bfloat16, torch.int16) or weight.shape != low.shape:
+        raise ValueError(
+            f"weight is {weight.dtype} {list(weight.shape)} and low {low.dtype} {list(low.shape)}; "
+            "they are bfloat16 and int16 of one shape"
+        )
+    return reference.join(weight, low)
+
+
+@torch.no_grad()
+def adamw_(
+    weight: Tensor, low: Tensor | None, m: Tensor, v: Tensor, grad: Tensor, lr: float,
+    betas: tuple[float, float], eps: float, weight_decay: float, step: Tensor, skip: Tensor,
+) -> None:  # fmt: skip
+    """One AdamW update of weight, low, m and v in place, by torch.optim.AdamW's formula.
+
+    The weight is fp32 and `low` None, or the two are halves of an fp32 master (see `split`), which
+    is what is updated. The moments m and v are fp32 or bf16; if bf16 they are rounded, to nearest,
+    after the weight is updated with them. A bf16 v cannot fall while 1 - β₂ < 2⁻⁹, as with 0.999:
+    (1 - β₂) v is less than half its last place. It rises where g² is 3 to 5 times v or more.
+
+    `step`, an fp32 scalar on the device, is the number of this update, from 1. If `skip`, another,
+    is not 0, nothing changes. The host waits for neither.
+    Raises ValueError if dtypes, shapes or devices do not match, or if a tensor is not contiguous.
+    """
+    _check_adamw(weight, low, m, v, grad, step, skip)
+    run = {"triton": fused_adamw.in_triton, "torch": fused_adamw.in_torch,
+           "reference": reference.adamw_}[implementation(weight.device)]  # fmt: skip
+    run(weight, low, m, v, grad, lr, betas, eps, weight_decay, step, skip)
+
+
+def _check_adamw(weight, low, m, v, grad, step, skip) -> None:
+    halves = weight.dtype, None if low is None else low.dtype
+    if halves not in ((torch.float32, None), (torch.bfloat16, torch.int16)):
+        raise ValueError(f"weight is {halves[0]} and low {halves[1]}; they are float32 and None, "
+                         "or bfloat16 and int16")  # fmt: skip
+    if m.dtype != v.dtype or m.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"m is {m.dtype} and v {v.dtype}; both are float32, or both bfloat16")
+    if grad.dtype != torch.float32:
+        raise ValueError(f"grad is {grad.dtype}; it is float32")
+    names = {"weight": weight, "m": m, "v": v, "grad": grad} | ({} if low is None else {"low": low})
+    for name, x in names.items():
+        if x.shape != weight.shape or x.device != weight.device:
+            raise ValueError(f"{name} is {list(x.shape)} on {x.device} and weight "
+                             f"{list(weight.shape)} on {weight.device}")  # fmt: skip
+        if not x.is_contiguous():
+            raise ValueError(f"{name} is not contiguous")
+    for name, x in {"step": step, "skip": skip}.items():
+        if x.dim() or x.dtype != torch.float32 or x.device != weight.device:
+            raise ValueError(f"{name} is {x.dtype} {list(x.shape)} on {x.device}; it is float32 [] "
+                             f"on {weight.device}")  # fmt: skip

@@ -21,11 +21,11 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from kernels import fused_dpo, fused_forward, fused_logprob
+from kernels import fused_adamw, fused_dpo, fused_forward, fused_logprob
 from kernels.jit import INTERPRETED, triton
 
 SHARED = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes that a program may have on sm_80, ...
-MODULES = (fused_logprob, fused_dpo, fused_forward)
+MODULES = (fused_logprob, fused_dpo, fused_forward, fused_adamw)
 
 
 class Launch(NamedTuple):
@@ -69,6 +69,13 @@ def calls(arch: int) -> Iterator[tuple]:
     for name in ("bf16", "fp32"):
         h_ND, w_VD = (torch.empty(n, 4096, dtype=dtypes[name]) for n in (1, 32_000))
         yield f"h, w {name}", fused_forward.launch, h_ND, w_VD, token_N, arch, 132
+    one, grad = torch.ones(()), torch.empty(4096)
+    for weight, low in ((grad, None), (grad.bfloat16(), grad.to(torch.int16))):
+        for name in ("bf16", "fp32"):
+            m = v = grad.to(dtypes[name])
+            hyper = 5e-7, (0.9, 0.999), 1e-8, 0.0, one, one
+            variant = f"{'fp32' if low is None else 'split'} m, v {name}"
+            yield variant, fused_adamw.in_triton, weight, low, m, v, grad, *hyper
 
 
 def launches() -> list[Launch]:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+NAN = 0x7FC00000  # the bits of fp32's plain NaN
+
 
 class Preference(NamedTuple):
     """What a pair's tokens say of it; only `loss_P` carries a gradient. Odd entries of the 2P are
@@ -69,3 +71,45 @@ def dpo_loss(
     return Preference(
         loss_P, logprob_2P.detach(), beta * ratio_2P.detach(), beta * h_P.detach()
     )
+
+
+def nearest_bf16(x: Tensor) -> Tensor:
+    """fp32 x rounded to bf16, halves away from zero: see `kernels.split`. A NaN stays one."""
+    bits = torch.where(x.isnan(), NAN, x.view(torch.int32))
+    return ((bits + 0x8000) >> 16).to(torch.int16).view(torch.bfloat16)
+
+
+def split(master: Tensor) -> tuple[Tensor, Tensor]:
+    """`kernels.split`"""
+    weight = nearest_bf16(master)
+    upper = weight.view(torch.int16).to(torch.int32) << 16
+    return weight, (master.view(torch.int32) - upper).to(torch.int16)
+
+
+def join(weight: Tensor, low: Tensor) -> Tensor:
+    """`kernels.join`"""
+    upper = weight.view(torch.int16).to(torch.int32) << 16
+    return (upper + low).view(torch.float32)
+
+
+def adamw_(
+    weight: Tensor, low: Tensor | None, m: Tensor, v: Tensor, grad: Tensor, lr: float,
+    betas: tuple[float, float], eps: float, weight_decay: float, step: Tensor, skip: Tensor,
+) -> None:  # fmt: skip
+    """Update t = `step`, in place, as `kernels.adamw_` has it: Algorithm 2 of arXiv:1711.05101.
+
+    m ← β₁ m + (1 - β₁) g     v ← β₂ v + (1 - β₂) g²     w ← w - lr λ w - lr m̂ / (√v̂ + ε)
+    m̂ = m / (1 - β₁ᵗ)         v̂ = v / (1 - β₂ᵗ)          λ = `weight_decay`, w = join(weight, low)
+    """
+    w, t = weight if low is None else join(weight, low), step.double()
+    next_m = betas[0] * m.to(w.dtype) + (1 - betas[0]) * grad
+    next_v = betas[1] * v.to(w.dtype) + (1 - betas[1]) * grad.square()
+    hat_m, hat_v = next_m / (1 - betas[0] ** t), next_v / (1 - betas[1] ** t)
+    next_w = w - lr * weight_decay * w - lr * hat_m / (hat_v.sqrt() + eps)
+    halves = ((weight, next_w),)
+    if low is not None:
+        halves = zip((weight, low), split(next_w), strict=True)
+    for old, new in (*halves, (m, next_m), (v, next_v)):
+        if old.dtype == torch.bfloat16 != new.dtype:
+            new = nearest_bf16(new)
+        old.copy_(torch.where(skip == 0, new, old))

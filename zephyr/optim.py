@@ -6,11 +6,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+import kernels
+
 BETAS, EPS = (0.9, 0.999), 1e-8  # Zephyr's (model card of zephyr-7b-beta)
 
 
 def adamw(model: nn.Module, weight_decay: float, state: str = "fp32") -> torch.optim.Optimizer:
-    """AdamW (arXiv:1711.05101) on fp32 masters; norms, being vectors, are not decayed.
+    """AdamW (arXiv:1711.05101) on fp32 masters; norms, being vectors, are not decayed. Moments are
+    fp32 or, with `state` bf16, rounded to that after each update.
 
     Build it before the first forward: one without a backward leaves the parameters of FSDP's root
     gathered, and those are not the ones that backward and step would then work on.
@@ -23,7 +26,39 @@ def adamw(model: nn.Module, weight_decay: float, state: str = "fp32") -> torch.o
         {"params": matrices, "weight_decay": weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=0.0, betas=BETAS, eps=EPS, fused=True)
+    if state == "fp32" and not any(hasattr(p, "low") for p in matrices):
+        return torch.optim.AdamW(groups, lr=0.0, betas=BETAS, eps=EPS, fused=True)
+    return AdamW(groups, torch.bfloat16 if state == "bf16" else torch.float32)
+
+
+class AdamW(torch.optim.Optimizer):
+    """torch's AdamW for what it does not take: moments in bf16, and bf16 weights with the lower
+    half of their masters beside them; see kernels.adamw_."""
+
+    def __init__(self, groups: list[dict], moments: torch.dtype):
+        super().__init__(groups, {"lr": 0.0})
+        self.moments, self.found_inf = moments, None
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state["step"] = torch.zeros((), device=p.device)
+                    for name in ("exp_avg", "exp_avg_sq"):
+                        state[name] = torch.zeros_like(p, dtype=self.moments)
+                state["step"] += 1 - self.found_inf
+                shards = (_local(x) for x in (p, state["exp_avg"], state["exp_avg_sq"], p.grad))
+                weight, m, v, grad = shards
+                kernels.adamw_(
+                    weight, getattr(p, "low", None), m, v, grad, group["lr"], BETAS, EPS,
+                    group["weight_decay"], state["step"], self.found_inf,
+                )  # fmt: skip
+
+
+def _local(x: Tensor) -> Tensor:
+    return x.to_local() if isinstance(x, DTensor) else x
 
 
 def schedule(kind: str, step: int, total: int, warmup: float) -> float:

@@ -1,0 +1,126 @@
+"""One AdamW step in place, in one pass over a parameter: every number is read once, written once.
+
+The maths is `reference.adamw_`'s. In fp32, with √ and / rounded to nearest, in this order:
+
+    w ← fma(w, -lr λ, w)                 m ← fma(g - m, 1 - β₁, m)
+    v ← fma((1 - β₂) g, g, β₂ v)         w ← w - (lr / (1 - β₁ᵗ)) m / (√v / √(1 - β₂ᵗ) + ε)
+
+Nothing is left for a compiler to contract, so any chip and the interpreter give equal bits. Torch's
+fused kernel for AVX CPUs has the same m and v; the same w too where λ is 0, and otherwise it first
+multiplies w by 1 - lr λ, rounded to fp32. What depends on t is formed on the device, in fp64.
+
+N elements of a parameter, or of this rank's part of it  C chunk of them
+"""
+
+from __future__ import annotations  # so that `tl.constexpr` need not exist without Triton
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from kernels import reference
+from kernels.jit import jit, tl
+
+BLOCK = 1024  # with 4 warps 16 bytes or more per thread and load, of fp32 and of bf16
+CHUNK = 2**18  # elements that the torch implementation has in fp32 at a time: 1 MiB each
+
+
+@jit
+def join(weight, low):
+    """`kernels.join`"""
+    upper = weight.to(tl.int16, bitcast=True).to(tl.int32) << 16
+    return (upper + low.to(tl.int32)).to(tl.float32, bitcast=True)
+
+
+@jit
+def upper_half(x):
+    """The bits of x's nearest bf16 as an int32, halves away from zero; of a NaN, 0x7FC0.
+
+    No cast: on a GPU it would round halves to even, and in the interpreter everything towards zero.
+    """
+    return tl.where(x == x, x.to(tl.int32, bitcast=True) + 0x8000 >> 16, 0x7FC0)
+
+
+@jit
+def bf16(upper):
+    """The bf16 of these bits."""
+    return upper.to(tl.int16).to(tl.bfloat16, bitcast=True)
+
+
+@jit
+def adamw_kernel(
+    weight_ptr, low_ptr, m_ptr, v_ptr, grad_ptr, scalars_ptr, skip_ptr, N, decay,
+    BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr, SPLIT: tl.constexpr,
+    NARROW: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program per BLOCK elements. SPLIT: the weight is bf16, with its lower half at low_ptr.
+    NARROW: m and v are bf16."""
+    if tl.load(skip_ptr) != 0:
+        return
+    o_n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    m_n = o_n < N
+    step_size, correction = tl.load(scalars_ptr), tl.load(scalars_ptr + 1)
+    b_g = tl.load(grad_ptr + o_n, mask=m_n, other=0.0)
+    b_m = tl.load(m_ptr + o_n, mask=m_n, other=0.0).to(tl.float32)
+    b_v = tl.load(v_ptr + o_n, mask=m_n, other=0.0).to(tl.float32)
+    b_w = tl.load(weight_ptr + o_n, mask=m_n, other=0.0)
+    if SPLIT:
+        b_w = join(b_w, tl.load(low_ptr + o_n, mask=m_n, other=0))
+    b_w = tl.fma(b_w, -decay, b_w)
+    b_m = tl.fma(b_g - b_m, 1 - BETA1, b_m)
+    b_v = tl.fma(b_g * (1 - BETA2), b_g, b_v * BETA2)
+    b_w -= tl.div_rn(b_m * step_size, tl.div_rn(tl.sqrt_rn(b_v), correction) + EPS)
+    if SPLIT:
+        b_upper = upper_half(b_w)
+        b_low = b_w.to(tl.int32, bitcast=True) - (b_upper << 16)
+        tl.store(low_ptr + o_n, b_low.to(tl.int16), mask=m_n)
+        b_w = bf16(b_upper)
+    if NARROW:
+        b_m, b_v = bf16(upper_half(b_m)), bf16(upper_half(b_v))
+    tl.store(weight_ptr + o_n, b_w, mask=m_n)
+    tl.store(m_ptr + o_n, b_m, mask=m_n)
+    tl.store(v_ptr + o_n, b_v, mask=m_n)
+
+
+def in_triton(
+    weight: Tensor, low: Tensor | None, m: Tensor, v: Tensor, grad: Tensor, lr: float,
+    betas: tuple[float, float], eps: float, weight_decay: float, step: Tensor, skip: Tensor,
+) -> None:  # fmt: skip
+    """`kernels.adamw_` in Triton."""
+    N, split, t = weight.numel(), low is not None, step.double()
+    step_size, correction = lr / (1 - betas[0] ** t), (1 - betas[1] ** t).sqrt()
+    scalars_2 = torch.stack([step_size, correction]).float()
+    if N:
+        with torch.cuda.device_of(weight):
+            adamw_kernel[(-(-N // BLOCK),)](
+                weight, low if split else weight, m, v, grad, scalars_2, skip, N, lr * weight_decay,
+                BETA1=betas[0], BETA2=betas[1], EPS=eps, SPLIT=split,
+                NARROW=m.dtype == torch.bfloat16, BLOCK=BLOCK,
+            )  # fmt: skip
+
+
+def in_torch(
+    weight: Tensor, low: Tensor | None, m: Tensor, v: Tensor, grad: Tensor, lr: float,
+    betas: tuple[float, float], eps: float, weight_decay: float, step: Tensor, skip: Tensor,
+) -> None:  # fmt: skip
+    """`kernels.adamw_` by torch's own fused kernel: with fp32 moments equal in every bit to
+    torch.optim.AdamW(fused=True) on the masters. What is narrower is widened a chunk at a time."""
+    wide = all(x.dtype == torch.float32 for x in (weight, m, v))
+    flat = [x.view(-1) for x in (weight, weight if low is None else low, m, v, grad)]
+    chunks = (x.split(max(1, len(x)) if wide else CHUNK) for x in flat)
+    for weight_C, low_C, m_C, v_C, grad_C in zip(*chunks, strict=True):
+        w_C = weight_C if low is None else reference.join(weight_C, low_C)
+        # .float() of an fp32 tensor is that tensor, whose update is then in place already
+        wide_m_C, wide_v_C = m_C.float(), v_C.float()
+        # torch adds 1 to the step that it is given, and takes 1 off again where it skips
+        adamw(
+            [w_C], [grad_C], [wide_m_C], [wide_v_C], [], [step - 1], found_inf=(skip != 0).float(),
+            lr=lr, beta1=betas[0], beta2=betas[1], eps=eps, weight_decay=weight_decay,
+            fused=True, amsgrad=False, maximize=False,
+        )  # fmt: skip
+        if low is not None:
+            for half_C, new_C in zip((weight_C, low_C), reference.split(w_C), strict=True):
+                half_C.copy_(new_C)
+        if m.dtype == torch.bfloat16:
+            m_C.copy_(reference.nearest_bf16(wide_m_C))
+            v_C.copy_(reference.nearest_bf16(wide_v_C))
