@@ -7,6 +7,7 @@
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,15 +32,20 @@ def main() -> None:
     tokenizer = parallel.together(lambda: Tokenizer(c.model))
     parallel.together(lambda: weights.check_vocabulary(shape, tokenizer))
 
-    def plan(paths: tuple[str, ...], shuffle: bool) -> PairPlan:
+    def read(paths: tuple[str, ...]) -> data.Tokens:
         pairs = parallel.once_per_node(ranks, lambda: data.preferences(paths, tokenizer, c))
         ranks.say(pairs.report("pairs"))
+        return pairs
+
+    def plan(pairs: data.Tokens, shuffle: bool) -> PairPlan:
         return parallel.together(lambda: PairPlan(
             pairs, c.batch, c.microbatch_tokens, c.seed, ranks.rank, ranks.size, shuffle,
         ))  # fmt: skip
 
-    train = plan(c.data, shuffle=True)
-    held_out = plan(c.eval_data, shuffle=False) if c.eval_data else None
+    pairs, unseen = read(c.data), read(c.eval_data) if c.eval_data else None
+    lengths = [x.pair_lengths() for x in (pairs, unseen) if x]
+    c = parallel.fitted(c, shape, ranks, np.concatenate(lengths))
+    train, held_out = plan(pairs, shuffle=True), unseen and plan(unseen, shuffle=False)
     steps = c.steps or c.epochs * train.steps_per_epoch
 
     origin = parallel.on_first(lambda: weights.digest(c.model))
@@ -85,13 +91,13 @@ def main() -> None:
         for step, batches in ahead(train.microbatches, coming, ranks.device, log.phase):
             log.begin(step + 1)
             lr = c.lr * optim.schedule(c.schedule, step, steps, c.warmup)
-            pairs = len(train.step(step))
+            count = len(train.step(step))
             for batch in batches:
                 with log.phase("forward"):
                     per_pair = forward(batch, anchors[0])
                 with log.phase("backward"):
                     # a mean over all the step's pairs; FSDP averages over ranks, which this undoes
-                    (per_pair["loss"].sum() * ranks.size / pairs).backward()
+                    (per_pair["loss"].sum() * ranks.size / count).backward()
                 guard.saw(batch.pairs, per_pair["loss"])
                 log.add(len(batch.pairs), per_pair, **metrics.work(shape, batch))
             if step == 0:

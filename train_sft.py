@@ -6,6 +6,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from zephyr import config, data, losses, metrics, optim, parallel, toy, weights
@@ -26,6 +27,8 @@ def main() -> None:
     shape = parallel.together(lambda: weights.config(c.model))
     tokenizer = parallel.together(lambda: Tokenizer(c.model))
     parallel.together(lambda: weights.check_vocabulary(shape, tokenizer))
+
+    c = parallel.fitted(c, shape, ranks, np.array([c.max_length]))
 
     def plan(paths: tuple[str, ...], shuffle: bool) -> DocumentPlan:
         documents = parallel.once_per_node(ranks, lambda: data.conversations(paths, tokenizer, c))

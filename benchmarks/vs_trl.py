@@ -15,18 +15,16 @@ import os
 import re
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-BETA, LENGTH, WARM_UP = 0.1, 1024, 2
+BETA, LENGTH, WARM_UP, VOCABULARY = 0.1, 1024, 2, 32000
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-3}  # largest difference of two contenders' losses in a step
 # width, MLP width, layers, heads, key/value heads: 20 M, 1.1 B and 7.2 B parameters
 SIZES = {"tiny": (256, 896, 4, 8, 4), "1b": (2048, 5632, 22, 32, 4), "7b": (4096, 14336, 32, 32, 8)}
@@ -38,6 +36,10 @@ CONTENDERS = {
     "trl-tuned": "trl-malloc without recomputation, --trl-pairs pairs at a time",
     "trl-tuned-cached": "trl-tuned with precompute_ref_log_probs, timed apart",
 }
+COLUMNS = {  # of the table: a result's key, and how many decimals
+    "pairs/s": ("pairs_per_second", 3), "tokens/s": ("tokens_per_second", 0),
+    "peak GiB": ("peak_gib", 2), "reference s": ("reference", 1),
+}  # fmt: skip
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -71,23 +73,28 @@ def prepare(o: argparse.Namespace, place: Path) -> list[int]:
     """Make the random model and the pairs in `place`; returns each step's real tokens: the prompt
     and the response of both sequences, nothing padded."""
     from zephyr import feedback, files, huggingface, weights
-    from zephyr.model import MistralConfig
 
     (base := place / "base").mkdir()
-    width, mlp, layers, heads, kv_heads = SIZES[o.shape]
-    shape = MistralConfig(
-        vocab_size=32000, hidden_size=width, intermediate_size=mlp, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=width // heads,
-        max_position_embeddings=32768, rms_norm_eps=1e-5, rope_theta=1e4, sliding_window=4096,
-    )  # fmt: skip
     raw, every = o.data_root / "ultrafeedback.train.jsonl.gz", place / "every.jsonl"
     feedback.run(feedback.parse([str(raw), "--out", str(every)]))
     files.write_rows(place / "pairs.jsonl", [row for _, row in files.read_rows(every)][: o.pairs])
-    huggingface.write_config(base, shape, "float32", {})
+    huggingface.write_config(base, architecture(o.shape), "float32", {})
     huggingface.write_tokenizer(base, o.data_root / "mistral" / "tokenizer.model", None)
     batches = in_order(o, place)
     weights.fresh(base, seed=0)
     return [sum(2 * len(p) + len(c) + len(r) for p, c, r in batch) for batch in batches]
+
+
+def architecture(name: str):
+    """The MistralConfig of one of SIZES."""
+    from zephyr.model import MistralConfig
+
+    width, mlp, layers, heads, kv_heads = SIZES[name]
+    return MistralConfig(
+        vocab_size=VOCABULARY, hidden_size=width, intermediate_size=mlp, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=width // heads,
+        max_position_embeddings=32768, rms_norm_eps=1e-5, rope_theta=1e4, sliding_window=4096,
+    )  # fmt: skip
 
 
 def in_order(o: argparse.Namespace, place: Path) -> list[list]:
@@ -96,7 +103,7 @@ def in_order(o: argparse.Namespace, place: Path) -> list[list]:
     from zephyr.packing import PairPlan
     from zephyr.tokenizer import Tokenizer
 
-    c, _ = config.parse(config.DPOConfig, flags(o, place, "cached", "fp32"))
+    c, _ = config.parse(config.DPOConfig, flags(o, place, "fp32"))
     tokens = data.preferences(c.data, Tokenizer(c.model), c)
     if len(tokens) < o.steps * o.batch:
         raise ValueError(f"{len(tokens)} pairs are less than --steps {o.steps} x --batch {o.batch}")
@@ -104,13 +111,12 @@ def in_order(o: argparse.Namespace, place: Path) -> list[list]:
     return [[tokens.pair(k) for k in plan.step(step)] for step in range(o.steps)]
 
 
-def flags(o: argparse.Namespace, place: Path, reference: str, precision: str) -> list[str]:
-    """train_dpo.py's."""
+def flags(o: argparse.Namespace, place: Path, precision: str, *own: str) -> list[str]:
+    """train_dpo.py's; what stands in `own` has the last word."""
     line = (f"--beta {BETA} --schedule constant --warmup 0 --max-length {LENGTH} --steps {o.steps} "
-            f"--batch {o.batch} --lr {o.lr} --microbatch-tokens {o.microbatch_tokens} "
-            f"--reference {reference} --precision {precision}")  # fmt: skip
+            f"--batch {o.batch} --lr {o.lr} --precision {precision}")  # fmt: skip
     paths = {"--model": "base", "--data": "pairs.jsonl", "--out": "run"}
-    return line.split() + [x for k, v in paths.items() for x in (k, str(place / v))]
+    return [*line.split(), *(x for k, v in paths.items() for x in (k, str(place / v))), *own]
 
 
 def timed(function: Callable, spent: list[float]) -> Callable:
@@ -119,75 +125,113 @@ def timed(function: Callable, spent: list[float]) -> Callable:
     def wrapper(*args, **kwargs):
         start = time.perf_counter()
         result = function(*args, **kwargs)
+        settle()
         spent.append(time.perf_counter() - start)
         return result
 
     return wrapper
 
 
+def settle() -> None:
+    """Wait for the GPU, if there is one."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def ours(o: argparse.Namespace, place: Path, name: str, precision: str) -> dict:
-    """train_dpo.py from its command line; losses and times are those of its metrics.jsonl."""
+    own = ("--reference", name.removeprefix("ours-"), "--microbatch-tokens",
+           str(o.microbatch_tokens))  # fmt: skip
+    return script(o, place, flags(o, place, precision, *own))
+
+
+def script(o: argparse.Namespace, place: Path, argv: list[str]) -> dict:
+    """train_dpo.py from its command line; what is measured is what its metrics.jsonl says."""
     import train_dpo
     from zephyr import metrics
 
     spent: list[float] = []
     train_dpo.anchor.cached = timed(train_dpo.anchor.cached, spent)
-    sys.argv = ["train_dpo.py", *flags(o, place, name.removeprefix("ours-"), precision)]
+    sys.argv = ["train_dpo.py", *argv]
     train_dpo.main()
     rows = metrics.read(place / "run")
-    seconds = [o.batch / row["pairs_per_second"] for row in rows]
-    return {"losses": [row["loss"] for row in rows], "seconds": seconds, "reference": sum(spent)}
+    phases = [name for name in rows[-1] if name.startswith(("seconds/", "memory/"))]
+    return {
+        "losses": [row["loss"] for row in rows],
+        "seconds": [o.batch / row["pairs_per_second"] for row in rows],
+        "reference": sum(spent),
+        # each phase starts the device's count of its peak anew
+        "peak_gib": max(row[name] for row in rows for name in phases if name[0] == "m"),
+        "phases": {name: statistics.median(row[name] for row in rows) for name in phases},
+    }
 
 
 def trl(o: argparse.Namespace, place: Path, name: str, precision: str) -> dict:
     """DPOTrainer with its defaults, but for what equal work and the contender ask for."""
     import torch
-    from datasets import Dataset
-    from transformers import AutoTokenizer, TrainerCallback
-    from trl import DPOConfig, DPOTrainer
+    from transformers import AutoTokenizer
 
     from zephyr import parallel
 
-    cpu, tuned, clock, spent = not torch.cuda.is_available(), "tuned" in name, [], []
-    if cpu and name != "trl":
+    tuned = "tuned" in name
+    if name != "trl" and not torch.cuda.is_available():
         parallel.keep_buffers()
+    return trainer(
+        o, str(place / "base"), AutoTokenizer.from_pretrained(place / "base"), in_order(o, place),
+        output_dir=str(place / "run"), bf16=precision == "bf16", gradient_checkpointing=not tuned,
+        per_device_train_batch_size=o.trl_pairs if tuned else min(8, o.batch),
+        precompute_ref_log_probs=name == "trl-tuned-cached",
+    )  # fmt: skip
+
+
+def trainer(
+    o: argparse.Namespace, model, tokenizer, batches: list[list], frozen=None, **own
+) -> dict:
+    """TRL's DPOTrainer on the pairs of each step in `batches`; `own` are settings of its DPOConfig.
+    `calls` are the pairs and seconds of each call that precomputes reference log-probs."""
+    import torch
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import DPOConfig, DPOTrainer
+
+    clock, spent, calls, pairs = [], [], [], own["per_device_train_batch_size"]
 
     class Trainer(DPOTrainer):
         _precompute_ref_logps = timed(DPOTrainer._precompute_ref_logps, spent)
+        compute_ref_log_probs = timed(DPOTrainer.compute_ref_log_probs, calls)
         def _prepare_dataset(self, dataset, *_):
             return dataset  # TRL would make ids of its own from text
 
     class Clock(TrainerCallback):
         def on_step_end(self, *_, **__):
-            if not cpu:
-                torch.cuda.synchronize()
+            settle()
             clock.append(time.perf_counter())
         on_train_begin = on_step_end
 
-    pairs = o.trl_pairs if tuned else min(8, o.batch)
     config = DPOConfig(
-        str(place / "run"), max_steps=o.steps, per_device_train_batch_size=pairs,
-        gradient_accumulation_steps=o.batch // pairs, learning_rate=o.lr, beta=BETA,
-        lr_scheduler_type="constant", max_length=LENGTH, bf16=precision == "bf16", use_cpu=cpu,
-        train_sampling_strategy="sequential", logging_steps=1, save_strategy="no", report_to="none",
-        gradient_checkpointing=not tuned, precompute_ref_log_probs=name == "trl-tuned-cached",
+        max_steps=o.steps, gradient_accumulation_steps=o.batch // pairs, learning_rate=o.lr,
+        beta=BETA, lr_scheduler_type="constant", max_length=LENGTH, logging_steps=1,
+        use_cpu=not torch.cuda.is_available(), train_sampling_strategy="sequential",
+        save_strategy="no", report_to="none", **own,
     )  # fmt: skip
-    prompts, chosen, rejected = zip(*(p for b in in_order(o, place) for p in b), strict=True)
+    prompts, chosen, rejected = zip(*(pair for b in batches for pair in b), strict=True)
     columns = {"prompt_ids": prompts, "chosen_ids": chosen, "rejected_ids": rejected}
-    trainer = Trainer(
-        str(place / "base"), args=config, train_dataset=Dataset.from_dict(columns),
-        processing_class=AutoTokenizer.from_pretrained(place / "base"), callbacks=[Clock()],
+    run = Trainer(
+        model, frozen, config, train_dataset=Dataset.from_dict(columns),
+        processing_class=tokenizer, callbacks=[Clock()],
     )  # fmt: skip
-    trainer.train()
-    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-    seconds = [b - a for a, b in zip(clock, clock[1:], strict=False)]
-    return {"losses": losses, "seconds": seconds, "reference": sum(spent)}
+    run.train()
+    return {
+        "losses": [line["loss"] for line in run.state.log_history if "loss" in line],
+        "seconds": [b - a for a, b in zip(clock, clock[1:], strict=False)],
+        "reference": sum(spent),
+        "calls": [(pairs, seconds) for seconds in calls],
+    }
 
 
 def child(o: argparse.Namespace, place: Path, name: str, precision: str) -> dict:
     """One contender in this fresh process; what it prints is dropped."""
-    import torch
-
     for stream in (1, 2):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
     with tempfile.TemporaryDirectory(dir=place) as own:
@@ -195,10 +239,16 @@ def child(o: argparse.Namespace, place: Path, name: str, precision: str) -> dict
         for made in ("base", "pairs.jsonl"):
             (Path(own) / made).symlink_to(place / made)
         side = ours if name.startswith("ours") else trl
-        result = side(o, Path(own), name, precision)
+        return with_peak(side(o, Path(own), name, precision))
+
+
+def with_peak(result: dict) -> dict:
+    """A result with the most memory that this process took, on a GPU the device's, in GiB."""
+    import torch
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak
-    return result | {"peak_gib": peak / 2**30}
+    return result | {"peak_gib": max(peak / 2**30, result.get("peak_gib", 0.0))}
 
 
 def alone(function: Callable, *args):
@@ -224,20 +274,29 @@ def race(o: argparse.Namespace, place: Path, precision: str, tokens: list[int]) 
     return results
 
 
-def table(results: dict[str, dict]) -> str:
-    """A row for each contender, then our speed and memory as multiples of TRL's."""
-    lines = ["contender         pairs/s tokens/s peak GiB reference s  loss of each step"]
+def table(
+    results: dict[str, dict], columns: dict[str, tuple] = COLUMNS, peers: tuple[str, ...] = ("trl",)
+) -> str:
+    """A row for each contender, then speed and memory as multiples of the peers', those whose names
+    start so. A value that a result lacks is a dash."""
+    widths = {title: max(8, len(title)) for title in columns}
+    titles = "".join(f" {title:>{width}}" for title, width in widths.items())
+    lines = [f"{'contender':16}{titles}  loss of each step"]
     for name, r in results.items():
-        lines.append(f"{name:16} failed: {r['error']}" if "error" in r else (
-            f"{name:16} {r['pairs_per_second']:8.3f} {r['tokens_per_second']:8.0f} "
-            f"{r['peak_gib']:8.2f} {r['reference']:11.1f}  "
-            + " ".join(f"{loss:.4f}" for loss in r["losses"])
-        ))  # fmt: skip
+        if "error" in r:
+            lines.append(f"{name:16} failed: {r['error']}")
+            continue
+        cells = []
+        for title, (key, decimals) in columns.items():
+            text = "-" if r.get(key) is None else f"{r[key]:.{decimals}f}"
+            cells.append(f" {text:>{widths[title]}}")
+        losses = " ".join(f"{loss:.4f}" for loss in r["losses"])
+        lines.append(f"{name:16}{''.join(cells)}  {losses}")
     ran = {name: r for name, r in results.items() if "error" not in r}
-    peers = [name for name in ran if name.startswith("trl")]
-    for name in [name for name in ran if peers and name not in peers]:
+    others = [name for name in ran if name.startswith(peers)]
+    for name in [name for name in ran if others and name not in others]:
         for key in ("pairs_per_second", "peak_gib"):
-            ratios = (f"{ran[name][key] / ran[peer][key]:.2f} x {peer}" for peer in peers)
+            ratios = (f"{ran[name][key] / ran[other][key]:.2f} x {other}" for other in others)
             lines.append(f"{name} {key}: {', '.join(ratios)}")
     return "\n".join(lines)
 
@@ -257,15 +316,21 @@ def verdict(results: dict[str, dict], precision: str) -> str:
 
 def circumstances(o: argparse.Namespace) -> dict:
     """What the numbers depend on; `load` is how many processes others keep busy."""
+    given = {k: v for k, v in vars(o).items() if isinstance(v, int | float | str)}
+    return given | machine() | {"load": os.getloadavg()[0]}
+
+
+def machine() -> dict:
+    """The processors, and what code runs on them."""
     import torch
 
-    git = ("git", "describe", "--always", "--dirty", "--abbrev=40")
+    from kernels.provenance import commit, installed
+
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    return {k: v for k, v in vars(o).items() if isinstance(v, int | float | str)} | {
+    return {
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "cpu": cpu and cpu[1], "cores": len(os.sched_getaffinity(0)), "load": os.getloadavg()[0],
-        "commit": subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip(),
-        **{p: version(p) for p in ("torch", "transformers", "trl") if importlib.util.find_spec(p)},
+        "cpu": cpu and cpu[1], "cores": len(os.sched_getaffinity(0)), "commit": commit(),
+        **{p: v for p in ("torch", "triton", "transformers", "trl") if (v := installed(p))},
     }  # fmt: skip
 
 

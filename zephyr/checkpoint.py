@@ -21,6 +21,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
+import kernels
 from zephyr import disk, files, weights
 from zephyr.exits import BadCheckpoint, shared
 from zephyr.model import Mistral
@@ -124,9 +125,11 @@ def export(folder: Path | str, target: Path | str, base: Path | str | None = Non
 
     def whole() -> Iterator[Tensor]:
         for name, size in shapes.items():
-            found = {name: torch.empty(size)}
+            halves = {name: torch.bfloat16, f"{name}.low": torch.int16}
+            parts = halves if settings.get("master") == "split" else {name: torch.float32}
+            found = {part: torch.empty(size, dtype=dtype) for part, dtype in parts.items()}
             read(folder, found, alone=True)
-            yield found[name]
+            yield kernels.join(*found.values()) if parts is halves else found[name]
 
     weights.write(target, shape, shapes, whole(), base, empty_system=empty_system)
 
@@ -153,13 +156,17 @@ def _sum(path: Path) -> str:
 
 
 def tensors_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Weights and moments by name; moments that no step has made yet are zeros."""
+    """Weights, split masters' lower halves and moments by name; moments that no step has made yet
+    are zeros."""
     tensors: dict[str, Tensor] = {}
     for name, p in weights.masters(model).items():
         kept = optimizer.state[p]
         if not kept:
             kept["step"] = torch.zeros((), device=p.device)
-            kept["exp_avg"], kept["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+            dtype = getattr(optimizer, "moments", p.dtype)  # torch's are as wide as the weights
+            kept["exp_avg"], kept["exp_avg_sq"] = (torch.zeros_like(p, dtype=dtype) for _ in "mv")
+        if hasattr(p, "low"):
+            tensors[f"{name}.low"] = p.low
         tensors |= {name: p.detach(), f"{name}.exp_avg": kept["exp_avg"],
                     f"{name}.exp_avg_sq": kept["exp_avg_sq"]}  # fmt: skip
         tensors["optimizer.step"] = kept["step"]  # the same for all

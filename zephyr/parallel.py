@@ -12,10 +12,12 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch._ops import OpOverload
@@ -28,7 +30,8 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from zephyr import signals
+from zephyr import plan, signals
+from zephyr.config import Training
 from zephyr.exits import Storage, kind, shared
 from zephyr.model import Mistral, MistralConfig
 
@@ -256,6 +259,30 @@ def total(count: int) -> int:
     counts = torch.tensor(count)
     dist.all_reduce(counts)
     return int(counts)
+
+
+def fitted(c: Training, shape: MistralConfig, ranks: Ranks, lengths: np.ndarray) -> Training:
+    """The settings with values for what they leave to auto, by the least memory that a rank has
+    and the packed lengths of the pairs or rows; see zephyr/plan.py."""
+    memory = torch.tensor(_memory(ranks.device))
+    dist.all_reduce(memory, dist.ReduceOp.MIN)
+    step = float(lengths.mean()) * c.batch
+    tokens, recompute = plan.choose(shape, c, int(memory), ranks.size, int(lengths.max()), step)
+    anew = plan.reshard(shape, c, int(memory), ranks.size, tokens, recompute)
+    if "auto" in (c.microbatch_tokens, c.recompute):
+        ranks.say(f"--microbatch-tokens {tokens} --recompute {recompute}, by "
+                  f"{int(memory) / 2**30:.1f} GiB a rank")  # fmt: skip
+    return replace(c, microbatch_tokens=tokens, recompute=recompute,
+                   reshard="always" if anew else "never")  # fmt: skip
+
+
+def _memory(device: torch.device) -> int:
+    """Bytes that a rank may use: its GPU's that are free, or its share of half the free memory of
+    a host, which has a file cache to keep."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return pages // (2 * int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def build(

@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from tqdm import tqdm
 
+import kernels
 from zephyr import disk, files, huggingface
 from zephyr.model import Mistral, MistralConfig, initialise
 
@@ -78,12 +79,28 @@ def load(folder: Path | str, model: Mistral) -> None:
             continue
         # opened for each tensor, so that no more than one is mapped at a time
         with safe_open(found[name].path, "pt") as file:
-            local.copy_(file.get_slice(name)[part])
+            fill(parameter, local, file.get_slice(name)[part])
         # the extremes carry any NaN or infinity, and need no second tensor as isfinite() does
         if not all(math.isfinite(x) for x in torch.aminmax(local)):
             broken.append(f"{name} as {local.dtype}")
     if broken:
         raise ValueError(f"{folder}: NaN or infinity in {disk.some(broken)}")
+
+
+def fill(parameter: Tensor, local: Tensor, values: Tensor) -> None:
+    """Put values into `local`, this rank's part of a parameter; a split master in both halves."""
+    if hasattr(parameter, "low"):
+        values, low = kernels.split(values.to(local.device, torch.float32))
+        parameter.low.copy_(low)
+    local.copy_(values)
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """The fp32 master that a parameter is, or is the upper half of; of a shard, all of it."""
+    if hasattr(parameter, "low"):
+        return kernels.join(parameter.detach(), parameter.low)
+    parameter = parameter.detach()
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
 def _share(parameter: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
@@ -148,11 +165,7 @@ def save(
     rank 0 only; no other rank is left waiting.
     """
     parameters = masters(model)
-
-    def whole(p: Tensor) -> Tensor:
-        return p.full_tensor() if isinstance(p, DTensor) else p
-
-    tensors = (whole(p.detach()) for p in parameters.values())
+    tensors = (whole(p) for p in parameters.values())
     try:
         if not dist.is_initialized() or dist.get_rank() == 0:
             shapes = {name: tuple(p.shape) for name, p in parameters.items()}

@@ -1,0 +1,170 @@
+"""What may change a run's memory and speed leaves its trajectory as it is, through the scripts."""
+
+import math
+
+import pytest
+import torch
+from test_train import DPO, SFT, baseline, launch, place, read, run, same, weights_of  # noqa: F401
+from torch._dynamo.utils import counters
+
+import train_dpo
+import train_sft
+from zephyr import checkpoint
+
+# while it traces, torch.compile does what torch warns of
+pytestmark = pytest.mark.filterwarnings("ignore")
+BF16 = (*DPO, "--precision", "bf16")
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """Blocks are traced and their backward derived, but run as plain torch: that takes seconds."""
+    compiled = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda f, **options: compiled(f, backend="aot_eager", **options)
+    )
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def held(place) -> tuple[str, ...]:  # noqa: F811
+    return "--eval-data", str(place / "test.jsonl"), "--eval-every", "3"
+
+
+@pytest.mark.parametrize("recompute", ["none", "elementwise", "full"])
+def test_compiled_blocks_give_the_same_trajectory(place, tmp_path, baseline, traced, recompute):  # noqa: F811
+    flags = (*DPO, *held(place), "--compile", "on", "--recompute", recompute)
+    same(run(train_dpo, place, tmp_path / "run", *flags), baseline[0])
+    for name, weight in weights_of(tmp_path / "run").items():
+        torch.testing.assert_close(weight, baseline[1][name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_a_block_is_compiled_once_for_all_layers_rows_and_steps(
+    place, tmp_path, traced, monkeypatch  # noqa: F811
+):
+    """With and without a gradient, the last block apart for its fewer rows: four graphs, all there
+    after the reference pass and the first step, whatever sizes follow."""
+    monkeypatch.setenv("ZEPHYR_CACHE", str(tmp_path / "cache"))
+    flags = (*DPO, "--compile", "on", "--microbatch-tokens", "150")
+    run(train_dpo, place, tmp_path / "one", *flags, "--steps", "1")
+    first = counters["stats"]["unique_graphs"]
+    run(train_dpo, place, tmp_path / "all", *flags, *held(place))
+    assert (first, counters["stats"]["unique_graphs"]) == (4, 4)
+
+
+def test_compiled_and_sharded(place, tmp_path, wide, traced):  # noqa: F811
+    """In bf16 FSDP gathers and casts around each compiled block."""
+    flags = (*BF16, "--compile", "on", "--recompute", "elementwise")
+    same(run(train_dpo, place, tmp_path / "run", *flags), wide[0], rel=0.02, abs=0.01)
+
+
+def test_compiled_for_this_machine(place, tmp_path, baseline):  # noqa: F811
+    """By the default compiler, Inductor, and its C++."""
+    torch._dynamo.reset()
+    flags = (*DPO, "--compile", "on", "--reference", "live", "--steps", "6")
+    rows = run(train_dpo, place, tmp_path / "run", *flags)
+    same(rows, [{k: v for k, v in row.items() if k in rows[0]} for row in baseline[0]
+                if "loss" in row])  # fmt: skip
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("change", ["--recompute elementwise", "--reshard never"])
+def test_one_trajectory(place, tmp_path, baseline, change):  # noqa: F811
+    flags = (*DPO, *held(place), *change.split())
+    same(run(train_dpo, place, tmp_path / "one", *flags), baseline[0])
+    launch("train_dpo.py", place, tmp_path / "two", 2, *flags)
+    same(read(tmp_path / "two"), baseline[0])
+
+
+@pytest.fixture(scope="module")
+def wide(place, tmp_path_factory):  # noqa: F811
+    """Six steps in bf16 on fp32 masters: metrics, weights."""
+    out = tmp_path_factory.mktemp("wide") / "run"
+    return run(train_dpo, place, out, *BF16), weights_of(out)
+
+
+def test_split_masters_are_fp32_masters(place, tmp_path, wide):  # noqa: F811
+    """The weights that compute differ from a cast of the masters at ties alone."""
+    rows = run(train_dpo, place, tmp_path / "run", *BF16, "--master", "split")
+    same(rows, wide[0], rel=1e-3, abs=1e-4)
+    masters = weights_of(tmp_path / "run")
+    assert any((w != w.bfloat16()).any() for w in masters.values()), "all of a master is exported"
+    for name, weight in masters.items():
+        torch.testing.assert_close(weight, wide[1][name], rtol=1e-3, atol=2e-4, msg=name)
+
+
+@pytest.mark.parametrize("master", ["fp32", "split"])
+def test_bf16_moments_train_the_same(place, tmp_path, wide, master):  # noqa: F811
+    """To the moments' rounding, 2^-9: every update of every weight is within a percent or so."""
+    flags = (*BF16, "--adam-state", "bf16", "--master", master)
+    rows = run(train_dpo, place, tmp_path / "run", *flags)
+    same(rows[:1], wide[0][:1])
+    same(rows, wide[0], rel=0.03, abs=0.02)
+    moved, apart = 0.0, 0.0
+    start = weights_of_base(place)
+    for name, weight in weights_of(tmp_path / "run").items():
+        moved += float((wide[1][name] - start[name]).square().sum())
+        apart += float((weight - wide[1][name]).square().sum())
+    assert math.sqrt(apart / moved) < 0.05
+    assert rows[-1]["loss"] < 0.6
+
+
+def weights_of_base(place) -> dict[str, torch.Tensor]:  # noqa: F811
+    from safetensors.torch import load_file
+
+    return load_file(place / "base" / "model.safetensors")
+
+
+@pytest.mark.parametrize("ranks, flags", [
+    (1, ["--master", "split"]), (1, ["--master", "split", "--adam-state", "bf16"]),
+    (1, ["--adam-state", "bf16"]), (2, ["--adam-state", "bf16"]),
+])  # fmt: skip
+def test_resumed_bit_for_bit(place, tmp_path, ranks, flags):  # noqa: F811
+    flags = (*BF16, *flags, "--save-every", "2", "--keep", "0")
+    out = tmp_path / "run"
+
+    def go() -> tuple[list[dict], dict[str, torch.Tensor]]:
+        if ranks == 1:
+            run(train_dpo, place, out, *flags)
+        else:
+            launch("train_dpo.py", place, out, ranks, *flags)
+        return read(out), weights_of(out)
+
+    rows, expected = go()
+    checkpoint.export(out / "checkpoints" / "latest", tmp_path / "latest" / "model")
+    exported = weights_of(tmp_path / "latest")
+    assert all(torch.equal(exported[name], expected[name]) for name in expected)
+    for name in ("step-000004", "step-000006"):
+        (out / "checkpoints" / name).rename(tmp_path / name)
+    (out / "model").rename(tmp_path / "model")
+    again, got = go()
+    assert [r["loss"] for r in again] == [r["loss"] for r in rows]
+    assert [r["grad_norm"] for r in again] == [r["grad_norm"] for r in rows]
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+def test_sft_takes_them_too(place, tmp_path, traced):  # noqa: F811
+    flags = (*SFT, "--precision", "bf16")
+    expected = run(train_sft, place, tmp_path / "plain", *flags)
+    options = "--master split --recompute elementwise --compile on".split()
+    same(run(train_sft, place, tmp_path / "all", *flags, *options), expected, rel=1e-3, abs=1e-3)
+
+
+def test_a_split_master_has_one_process_and_bf16(place, tmp_path):  # noqa: F811
+    done = launch("train_dpo.py", place, tmp_path / "run", 2, *BF16, "--master", "split",
+                  check=False)  # fmt: skip
+    lines = [line for line in done.stderr.splitlines() if line.startswith("train_dpo.py")]
+    assert any("--master split is for one process; sharded over 2 ranks" in x for x in lines)
+    with pytest.raises(ValueError, match="--master split is for --precision bf16"):
+        run(train_dpo, place, tmp_path / "run", *DPO, "--master", "split")
+
+
+def test_the_settings_that_shape_a_run_are_its_own(place, tmp_path):  # noqa: F811
+    """Moments and masters are in the checkpoint as they are; how blocks run is not."""
+    flags = (*BF16, "--steps", "1")
+    run(train_dpo, place, tmp_path / "run", *flags)
+    run(train_dpo, place, tmp_path / "run", *flags, "--recompute", "full", "--compile", "off")
+    with pytest.raises(ValueError, match="--adam-state was 'fp32', is 'bf16'"):
+        run(train_dpo, place, tmp_path / "run", *flags, "--adam-state", "bf16")
