@@ -24,7 +24,7 @@ def main() -> None:
     c, recipe = config.parse(DPOConfig, doc=__doc__)
     if recipe == "tiny" and not Path(c.model).exists():
         raise ValueError(f"{c.model} is not there yet; run train_sft.py first, it makes it")
-    ranks = parallel.start(c.replicas, c.master)
+    ranks = parallel.start(c.replicas, c.masters)
     if recipe == "tiny":
         parallel.once_per_node(ranks, toy.ensure_pairs)
 
@@ -52,7 +52,7 @@ def main() -> None:
     run = Run(c, {"data": train.data.digest, "model": origin}, ranks)
     if run.finished:
         return parallel.finish()
-    build = partial(parallel.build, shape, ranks, c.precision, c.recompute, c.master, c.compile,
+    build = partial(parallel.build, shape, ranks, c.precision, c.recompute, c.masters, c.compile,
                     c.reshard)  # fmt: skip
     policy = build()
     parallel.together(lambda: weights.load(c.model, policy))

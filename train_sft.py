@@ -20,7 +20,7 @@ from zephyr.tokenizer import Tokenizer
 
 def main() -> None:
     c, recipe = config.parse(SFTConfig, doc=__doc__)
-    ranks = parallel.start(c.replicas, c.master)
+    ranks = parallel.start(c.replicas, c.masters)
     if recipe == "tiny":
         parallel.once_per_node(ranks, newborn)
 
@@ -45,7 +45,7 @@ def main() -> None:
     run = Run(c, {"data": train.data.digest}, ranks)
     if run.finished:
         return parallel.finish()
-    model = parallel.build(shape, ranks, c.precision, c.recompute, c.master, c.compile, c.reshard)
+    model = parallel.build(shape, ranks, c.precision, c.recompute, c.masters, c.compile, c.reshard)
     parallel.together(lambda: weights.load(c.model, model))
     optimizer = optim.adamw(model, c.weight_decay, c.adam_state)
     start, kept = run.load(model, optimizer)

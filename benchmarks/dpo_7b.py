@@ -48,7 +48,7 @@ KEPT, FILE = ROOT / "benchmarks" / "h200", "dpo_7b.jsonl"
 PAIRS = 61_135  # of UltraFeedback, an epoch
 SPREAD = 0.02  # of the starting weights
 # what an H200 holds at 7b: 12 bytes for each weight, and 16k tokens without repeating a matmul
-OWN = {"7b": "--master split --adam-state bf16 --recompute elementwise --microbatch-tokens 16384"}
+OWN = {"7b": "--masters split --adam-state bf16 --recompute elementwise --microbatch-tokens 16384"}
 CONTENDERS = {  # each with the modules without which it is left out, and seconds it may take
     "ours": Part("train_dpo.py", 210, ()),
     "control": Part("transformers' Mistral in train_dpo.py", 210, (), ("transformers",)),

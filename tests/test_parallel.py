@@ -292,6 +292,32 @@ def test_bf16_computes_narrow_and_keeps_fp32(ranks, inputs, tmp_path, tied, reco
         assert torch.equal(p.grad.full_tensor(), expected[name]), name
 
 
+def test_split_masters_compute_as_cast_ones_do(ranks, inputs, tmp_path):
+    """Bit for bit, over two micro-batches and an update, where no master is halfway between two
+    bf16 numbers: there the halves go up, a cast's to even."""
+    m = model()
+    with torch.no_grad():
+        for p in m.parameters():
+            p.copy_(p.bfloat16() * (1 + 2**-12))  # every master has a lower half
+    folder = folder_of(m, tmp_path / "base")
+    cast, split = (parallel.build(m.config, ranks, "bf16", masters=x) for x in ("fp32", "split"))
+    optimizers = []
+    for built in (cast, split):
+        weights.load(folder, built)
+        optimizers.append(optim.adamw(built, 0.1))
+        for batch in inputs["batches"]:
+            (losses.sft(built(batch)) / len(batch.targets_N)).backward()
+    for (name, p), q in zip(split.named_parameters(), cast.parameters(), strict=True):
+        assert p.dtype == torch.bfloat16 and p.grad.dtype == torch.float32
+        assert torch.equal(weights.whole(p), m.get_parameter(name)), name
+        assert torch.equal(p.grad, q.grad.full_tensor()), name
+    assert any((p.grad != p.grad.bfloat16()).any() for p in split.parameters()), "added in fp32"
+    norms = [optim.step(o, 1e-3, 1e-2) for o in optimizers]
+    assert torch.equal(*norms)
+    for (name, p), q in zip(split.named_parameters(), cast.parameters(), strict=True):
+        assert torch.equal(weights.whole(p), q.full_tensor()), name
+
+
 def test_only_the_first_rank_speaks(ranks, capsys):
     ranks.say("hello")
     ranks._replace(rank=1).say("silence")

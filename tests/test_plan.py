@@ -36,7 +36,7 @@ def value(text: str, row: str, column: int = 0) -> float:
 @pytest.mark.parametrize("line, fits", [
     ("zephyr-7b-dpo --gpu h200", False),
     ("zephyr-7b-dpo --gpu h200 --microbatch-tokens auto --recompute auto", True),
-    ("zephyr-7b-dpo --gpu h200 --master split --adam-state bf16", True),
+    ("zephyr-7b-dpo --gpu h200 --masters split --adam-state bf16", True),
     ("zephyr-7b-dpo --gpu a100 --gpus 8", True),
     ("zephyr-7b-dpo --gpu a100-40 --gpus 8", False),
     ("zephyr-7b-dpo --gpu 4090", False),
@@ -84,7 +84,7 @@ def test_nothing_helps(capsys):
 
 
 def test_the_numbers_of_the_page(capsys):
-    text = page(capsys, "zephyr-7b-dpo --gpu h200 --master split --adam-state bf16")
+    text = page(capsys, "zephyr-7b-dpo --gpu h200 --masters split --adam-state bf16")
     assert "7,241,732,096 parameters" in text and "61,135 pairs of 170 + 320 + 290" in text
     assert value(text, "masters") == pytest.approx(4 * 7_241_732_096 / GIB, abs=0.01)
     assert value(text, "moments") == pytest.approx(4 * 7_241_732_096 / GIB, abs=0.01)
@@ -148,7 +148,7 @@ def test_a_model_of_ones_own(capsys, tmp_path):
     ("zephyr-7b-dpo --model .", "--model .: no such folder or file"),
     ("zephyr-7b-dpo --gpus 8 --nodes 64", "--batch 128 is less than the 512 GPUs"),
     ("zephyr-7b-dpo --gpus 8 --replicas 3", "--replicas 3 does not divide the 8 GPUs"),
-    ("zephyr-7b-dpo --gpus 8 --master split", "--master split is for one GPU, not 8"),
+    ("zephyr-7b-dpo --gpus 8 --masters split", "--masters split is for one GPU, not 8"),
     ("zephyr-7b-dpo --bogus 1", "unknown argument --bogus"),
     ("zephyr-7b-sft --bogus 1", "unknown argument --bogus"),
     ("zephyr-7b-sft --batch 0", "--batch 0 must be finite and above 0"),

@@ -126,7 +126,7 @@ def export(folder: Path | str, target: Path | str, base: Path | str | None = Non
     def whole() -> Iterator[Tensor]:
         for name, size in shapes.items():
             halves = {name: torch.bfloat16, f"{name}.low": torch.int16}
-            parts = halves if settings.get("master") == "split" else {name: torch.float32}
+            parts = halves if settings.get("masters") == "split" else {name: torch.float32}
             found = {part: torch.empty(size, dtype=dtype) for part, dtype in parts.items()}
             read(folder, found, alone=True)
             yield kernels.join(*found.values()) if parts is halves else found[name]

@@ -44,7 +44,7 @@ class Training:
     clip: float = 1.0  # largest global gradient norm
     precision: Literal["bf16", "fp32"] = "bf16"  # of the computation; weights are fp32 masters
     recompute: Literal["none", "elementwise", "full", "auto"] = "none"  # what backward makes anew
-    master: Literal["fp32", "split"] = "fp32"  # split: bf16 and the masters' other 16 bits
+    masters: Literal["fp32", "split"] = "fp32"  # split: bf16 and the masters' other 16 bits
     adam_state: Literal["fp32", "bf16"] = "fp32"  # of AdamW's moments; bf16 saves 4 bytes a weight
     reshard: Literal["auto", "always", "never"] = "auto"  # gather weights anew for the backward
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile each block; auto: on a GPU
@@ -65,7 +65,7 @@ class Training:
     @property
     def bits(self) -> str:
         """What a log-prob's last bits depend on, besides weights and data."""
-        return f"{self.precision}, master {self.master}, compile {self.compile}"
+        return f"{self.precision}, masters {self.masters}, compile {self.compile}"
 
     def check(self) -> None:
         """Raise ValueError for the first value out of range."""
@@ -73,8 +73,8 @@ class Training:
             value = getattr(self, name)
             if value != "auto" and not 0 < value < math.inf:
                 raise ValueError(f"{flag(name)} {value} must be finite and above 0")
-        if self.master == "split" and self.precision == "fp32":
-            raise ValueError("--master split is for --precision bf16: an fp32 weight is its master")
+        if self.masters == "split" and self.precision == "fp32":
+            raise ValueError("--masters split is for --precision bf16; an fp32 weight is a master")
         if self.steps is not None and self.steps <= 0:
             raise ValueError(f"--steps {self.steps} must be greater than 0; leave it out for all")
         for name in ("eval_every", "save_every", "keep", "weight_decay", "seed"):

@@ -188,9 +188,9 @@ def state(c: MistralConfig, shards: int, adam_state: str = "fp32") -> dict[str, 
     return {"masters": 4 * share, "gradients": 4 * share, "moments": moments * share}
 
 
-def plain(ranks: int, precision: str, master: str) -> bool:
+def plain(ranks: int, precision: str, masters: str) -> bool:
     """Whether the model is a plain module, without FSDP: the rule of `parallel.build`."""
-    return ranks == 1 and (precision == "fp32" or master == "split")
+    return ranks == 1 and (precision == "fp32" or masters == "split")
 
 
 def sharding(c: MistralConfig, shards: int, itemsize: int, reshard: bool) -> dict[str, int]:

@@ -61,7 +61,7 @@ class Ranks(NamedTuple):
                 print(text, file=sys.stderr, flush=True)
 
 
-def start(replicas: int = 1, master: str = "fp32") -> Ranks:
+def start(replicas: int = 1, masters: str = "fp32") -> Ranks:
     """Join the process group: torchrun's, or one of a single process under plain python.
 
     With replicas the mesh is 2-D: each group of size / replicas neighbouring ranks shards the model
@@ -76,8 +76,8 @@ def start(replicas: int = 1, master: str = "fp32") -> Ranks:
         fits = [str(n) for n in range(1, size + 1) if size % n == 0]
         use = " or ".join(filter(None, (", ".join(fits[:-1]), fits[-1])))
         raise ValueError(f"--replicas {replicas} does not divide the {size} ranks; use {use}")
-    if master == "split" and size > 1:
-        raise ValueError(f"--master split is for one process; sharded over {size} ranks an fp32 "
+    if masters == "split" and size > 1:
+        raise ValueError(f"--masters split is for one process; sharded over {size} ranks an fp32 "
                          "master takes the same 4 bytes, and is cast as it is gathered: leave it "
                          "out")  # fmt: skip
     cuda = torch.cuda.is_available()
@@ -287,7 +287,7 @@ def _memory(device: torch.device) -> int:
 
 def build(
     config: MistralConfig, ranks: Ranks, precision: str, recompute: str = "none",
-    master: str = "fp32", compiled: str = "auto", reshard: str = "always",
+    masters: str = "fp32", compiled: str = "auto", reshard: str = "always",
 ) -> Mistral:  # fmt: skip
     """The model with empty weights, sharded over the ranks; only `weights.load` fills them.
 
@@ -298,10 +298,10 @@ def build(
     which is on for a GPU.
 
     A single process in fp32 has nothing to shard and nothing to cast, so it stays a plain module.
-    So does one with `master` split: each weight is bf16, what its fp32 master has beyond that lies
+    So does one with `masters` split: each weight is bf16, what its fp32 master has beyond that lies
     in an attribute `low` of the parameter (see kernels.split), and gradients add up in fp32.
     """
-    plain = ranks.size == 1 and (precision == "fp32" or master == "split")
+    plain = ranks.size == 1 and (precision == "fp32" or masters == "split")
     with torch.device("meta"):
         model = Mistral(config)
     compiling = compiled == "on" or (compiled == "auto" and ranks.device.type == "cuda")
@@ -309,10 +309,10 @@ def build(
         block.forward = wrapped(block.forward, config, recompute, compiling)
     if not plain:
         shard(model, ranks.mesh, precision, reshard != "never")
-    elif master == "split":
+    elif masters == "split":
         model.bfloat16()
     model.to_empty(device=ranks.device)
-    if master == "split":
+    if masters == "split":
         for p in model.parameters():
             p.grad_dtype = torch.float32
             p.low = torch.empty_like(p, dtype=torch.int16)

@@ -68,7 +68,7 @@ def occupied(
     """Bytes of one GPU by part, at the peak of a micro-batch of `load`."""
     itemsize, shards = 2 if t.precision == "bf16" else 4, ranks // t.replicas
     parts: dict[str, float] = {**costs.state(c, shards, t.adam_state)}
-    fsdp = {} if costs.plain(ranks, t.precision, t.master) else costs.sharding(
+    fsdp = {} if costs.plain(ranks, t.precision, t.masters) else costs.sharding(
         c, shards, itemsize, reshard)  # fmt: skip
     parts |= fsdp
     if getattr(t, "reference", "") == "live":
@@ -162,8 +162,8 @@ class Job:
                              "needs a share")  # fmt: skip
         if self.ranks % self.t.replicas:
             raise ValueError(f"--replicas {self.t.replicas} does not divide the {self.ranks} GPUs")
-        if self.t.master == "split" and self.ranks > 1:
-            raise ValueError(f"--master split is for one GPU, not {self.ranks}; leave it out")
+        if self.t.masters == "split" and self.ranks > 1:
+            raise ValueError(f"--masters split is for one GPU, not {self.ranks}; leave it out")
 
     @property
     def ranks(self) -> int:
@@ -253,7 +253,7 @@ def remedy(job: Job) -> str:
     GPUs; "" if nothing helps. Changes of speed come before changes of rounding."""
     t = job.t
     changes: list[dict[str, str]] = [
-        {"master": "split"} if job.ranks == 1 and t.precision == "bf16" else {},
+        {"masters": "split"} if job.ranks == 1 and t.precision == "bf16" else {},
         {"recompute": "elementwise"} if t.recompute == "none" else {},
         {"microbatch_tokens": "auto"},
         {"recompute": "full"} if t.recompute != "auto" else {},
@@ -278,7 +278,7 @@ def remedy(job: Job) -> str:
 def _changed(job: Job, gpus: int, nodes: int, change: dict[str, str]) -> Job | None:
     """The job with other settings on other GPUs, settled; None if it does not fit."""
     if gpus * nodes > 1:
-        change = {"master": "fp32"} | {k: v for k, v in change.items() if k != "master"}
+        change = {"masters": "fp32"} | {k: v for k, v in change.items() if k != "masters"}
     job = replace(job, gpus=gpus, nodes=nodes, t=replace(job.t, **change)).settled()
     return job if job.left() >= 0 else None
 
@@ -309,7 +309,7 @@ def report(job: Job) -> str:
 def _memory(job: Job) -> str:
     t, parts = job.t, job.parts()
     notes = {
-        "masters": "fp32" if t.master == "fp32" else "bf16 weights, and the other 16 bits",
+        "masters": "fp32" if t.masters == "fp32" else "bf16 weights, and the other 16 bits",
         "gradients": "fp32", "moments": f"AdamW's, {t.adam_state}",
         "gathered weights": f"reshard {t.reshard}", "gradient buffers": "before reduce-scatter",
         "activations": f"{job.rows():,.0f} tokens, recompute {t.recompute}",

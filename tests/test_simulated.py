@@ -1,0 +1,30 @@
+"""Sharding, mesh and memory of models and worlds that are not here, against the plan."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("model, ranks, replicas, recompute", [
+    ("mistral-7b", 8, 1, "elementwise"), ("llama-2-70b", 512, 8, "full"),
+])  # fmt: skip
+def test_a_rank_has_the_bytes_that_were_planned(model, ranks, replicas, recompute):
+    command = [sys.executable, "tests/simulate.py", model, *map(str, (ranks, replicas)), recompute]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    ran = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    found = json.loads(ran.stdout)
+    for name in ("masters", "gradients", "moments"):
+        seen, planned = found[name]
+        assert 0 <= planned - seen <= 1e-3 * planned, f"{name}: {seen}, {planned} planned"
+    seen, planned = found["activations"]
+    assert seen == pytest.approx(planned, rel=0.03)
+    seen, planned = found["peak"]
+    # of a first micro-batch, whose gradients may come after the peak
+    assert 0.85 * (planned - found["gradients"][0]) < seen < planned, f"{seen}, {planned} planned"
