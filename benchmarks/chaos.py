@@ -33,7 +33,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import tiny
-from zephyr import checkpoint, config, exits, optim, parallel, weights
+from zephyr import checkpoint, config, exits, metrics, optim, parallel, weights
 from zephyr.parallel import Ranks
 from zephyr.run import Run
 
@@ -130,10 +130,7 @@ class Trial:
         assert (self.out / "model").is_dir(), self.log.read_text()[-6000:]
         mine, right = (t.out / "model" / "model.safetensors" for t in (self, other))
         assert mine.read_bytes() == right.read_bytes(), "the weights differ"
-        mine, right = (
-            [{k: x for k, x in row.items() if not k.endswith(("_per_second", "mfu"))} for row in t]
-            for t in (self.rows(), other.rows())
-        )
+        mine, right = (metrics.trajectory(t.rows()) for t in (self, other))
         assert mine == right, f"metrics.jsonl differs: {mine} is not {right}"
         lines = [(row["step"], "loss" in row) for row in mine]
         assert len(set(lines)) == len(lines), "a step stands in metrics.jsonl twice"

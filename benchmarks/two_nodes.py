@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks import tiny
-from zephyr import parallel
+from zephyr import metrics, parallel
 
 ROOT = Path(__file__).resolve().parent.parent
 ADDRESSES, PORT, CABLE = ("10.213.0.1", "10.213.0.2"), "29400", "cable"
@@ -107,7 +107,7 @@ def steps(out: Path) -> list[dict]:
     path = out / "metrics.jsonl"
     text = path.read_text() if path.exists() else ""
     rows = [json.loads(line) for line in text.split("\n")[:-1]]  # the last may be half written
-    return [{k: v for k, v in row.items() if not k.endswith("_per_second")} for row in rows]
+    return metrics.trajectory(rows)
 
 
 def wait_for(step: int, out: Path) -> None:

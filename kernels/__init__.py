@@ -138,9 +138,11 @@ def adamw_(
     """One AdamW update of weight, low, m and v in place, by torch.optim.AdamW's formula.
 
     The weight is fp32 and `low` None, or the two are halves of an fp32 master (see `split`), which
-    is what is updated. The moments m and v are fp32 or bf16; if bf16 they are rounded, to nearest,
-    after the weight is updated with them. A bf16 v cannot fall while 1 - β₂ < 2⁻⁹, as with 0.999:
-    (1 - β₂) v is less than half its last place. It rises where g² is 3 to 5 times v or more.
+    is what is updated. The moments m and v are fp32 or bf16; if bf16 they are rounded after the
+    weight is updated with them, m to nearest, v by chance: up with the probability with which its
+    mean stays what it is. With β₂ = 0.999 a step takes less off v than half its last place, so that
+    rounded to nearest it would never fall. The chance is a hash of place and step: no state, and a
+    step taken again gives the same bits.
 
     `step`, an fp32 scalar on the device, is the number of this update, from 1. If `skip`, another,
     is not 0, nothing changes. The host waits for neither.

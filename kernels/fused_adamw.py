@@ -48,8 +48,17 @@ def bf16(upper):
 
 
 @jit
+def chance(place, seed):
+    """`reference.chance`"""
+    x = place.to(tl.uint32) * 0x9E3779B1 + seed
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return ((x ^ (x >> 16)) & 0xFFFF).to(tl.int32)
+
+
+@jit
 def adamw_kernel(
-    weight_ptr, low_ptr, m_ptr, v_ptr, grad_ptr, scalars_ptr, skip_ptr, N, decay,
+    weight_ptr, low_ptr, m_ptr, v_ptr, grad_ptr, scalars_ptr, seed_ptr, skip_ptr, N, decay,
     BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr, SPLIT: tl.constexpr,
     NARROW: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -76,7 +85,9 @@ def adamw_kernel(
         tl.store(low_ptr + o_n, b_low.to(tl.int16), mask=m_n)
         b_w = bf16(b_upper)
     if NARROW:
-        b_m, b_v = bf16(upper_half(b_m)), bf16(upper_half(b_v))
+        b_m = bf16(upper_half(b_m))
+        b_up = chance(o_n, tl.load(seed_ptr).to(tl.uint32))
+        b_v = bf16(tl.where(b_v == b_v, b_v.to(tl.int32, bitcast=True) + b_up >> 16, 0x7FC0))
     tl.store(weight_ptr + o_n, b_w, mask=m_n)
     tl.store(m_ptr + o_n, b_m, mask=m_n)
     tl.store(v_ptr + o_n, b_v, mask=m_n)
@@ -93,7 +104,8 @@ def in_triton(
     if N:
         with torch.cuda.device_of(weight):
             adamw_kernel[(-(-N // BLOCK),)](
-                weight, low if split else weight, m, v, grad, scalars_2, skip, N, lr * weight_decay,
+                weight, low if split else weight, m, v, grad, scalars_2, reference.seed(step), skip,
+                N, lr * weight_decay,
                 BETA1=betas[0], BETA2=betas[1], EPS=eps, SPLIT=split,
                 NARROW=m.dtype == torch.bfloat16, BLOCK=BLOCK,
             )  # fmt: skip
@@ -108,7 +120,7 @@ def in_torch(
     wide = all(x.dtype == torch.float32 for x in (weight, m, v))
     flat = [x.view(-1) for x in (weight, weight if low is None else low, m, v, grad)]
     chunks = (x.split(max(1, len(x)) if wide else CHUNK) for x in flat)
-    for weight_C, low_C, m_C, v_C, grad_C in zip(*chunks, strict=True):
+    for k, (weight_C, low_C, m_C, v_C, grad_C) in enumerate(zip(*chunks, strict=True)):
         w_C = weight_C if low is None else reference.join(weight_C, low_C)
         # .float() of an fp32 tensor is that tensor, whose update is then in place already
         wide_m_C, wide_v_C = m_C.float(), v_C.float()
@@ -123,4 +135,5 @@ def in_torch(
                 half_C.copy_(new_C)
         if m.dtype == torch.bfloat16:
             m_C.copy_(reference.nearest_bf16(wide_m_C))
-            v_C.copy_(reference.nearest_bf16(wide_v_C))
+            up_C = reference.chance(k * CHUNK, len(v_C), step)
+            v_C.copy_(torch.where(skip == 0, reference.bf16_by_chance(wide_v_C, up_C), v_C))

@@ -79,6 +79,28 @@ def nearest_bf16(x: Tensor) -> Tensor:
     return ((bits + 0x8000) >> 16).to(torch.int16).view(torch.bfloat16)
 
 
+def seed(step: Tensor) -> Tensor:
+    """What a step adds to the places that `chance` hashes."""
+    return step.long() * 0x85EBCA6B & 0xFFFFFFFF
+
+
+def chance(first: int, N: int, step: Tensor) -> Tensor:
+    """A number in 0..65535 for each of the places first..first+N-1 of a parameter: a hash of place
+    and step, so that a step that is taken again rounds as it did, on any machine."""
+    x = torch.arange(first, first + N, device=step.device) * 0x9E3779B1 + seed(step) & 0xFFFFFFFF
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x = (x ^ x >> shift) * factor & 0xFFFFFFFF
+    return (x ^ x >> 16) & 0xFFFF
+
+
+def bf16_by_chance(x: Tensor, chance: Tensor) -> Tensor:
+    """fp32 x >= 0 rounded to one of its two neighbours in bf16, up with the probability with which
+    the mean is x. A NaN stays one."""
+    bits = torch.where(x.isnan(), NAN, x.view(torch.int32))
+    upper = (bits + chance.int().view_as(bits)) >> 16
+    return upper.to(torch.int16).view(torch.bfloat16)
+
+
 def split(master: Tensor) -> tuple[Tensor, Tensor]:
     """`kernels.split`"""
     weight = nearest_bf16(master)
@@ -109,7 +131,8 @@ def adamw_(
     halves = ((weight, next_w),)
     if low is not None:
         halves = zip((weight, low), split(next_w), strict=True)
+    if m.dtype == torch.bfloat16:
+        next_m = nearest_bf16(next_m)
+        next_v = bf16_by_chance(next_v, chance(0, v.numel(), step))
     for old, new in (*halves, (m, next_m), (v, next_v)):
-        if old.dtype == torch.bfloat16 != new.dtype:
-            new = nearest_bf16(new)
         old.copy_(torch.where(skip == 0, new, old))

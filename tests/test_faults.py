@@ -62,8 +62,7 @@ def killed(straight, tmp_path) -> Path:
 
 
 def trajectory(out: Path) -> list[dict]:
-    return [{k: x for k, x in row.items() if not k.endswith("_per_second")}
-            for row in metrics.read(out)]  # fmt: skip
+    return metrics.trajectory(metrics.read(out))
 
 
 def alike(out: Path, straight: Path) -> None:

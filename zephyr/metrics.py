@@ -279,6 +279,12 @@ def read(folder: Path | str) -> list[dict]:
     return rows
 
 
+def trajectory(rows: Sequence[Mapping]) -> list[dict]:
+    """The rows less what clock and memory say: what two runs that are the same have in common."""
+    of_the_machine = re.compile(r"seconds/|memory/|mfu$|\w+_per_second$")
+    return [{k: x for k, x in row.items() if not of_the_machine.match(k)} for row in rows]
+
+
 def smooth(values: Sequence[float], span: float) -> list[float]:
     """Debiased exponential moving average over about `span` values; NaN is passed over."""
     keep, total, weight, out = 1 - 2 / (span + 1), 0.0, 0.0, []
