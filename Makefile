@@ -3,7 +3,7 @@
 PYTHON ?= .venv/bin/python
 READY = $(if $(filter .venv/%,$(PYTHON)),.venv/ready)
 
-.PHONY: help demo test lint chaos bench bench-gpu clean
+.PHONY: help demo test lint chaos bench bench-gpu bench-7b clean
 
 help:   ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 18
@@ -27,6 +27,9 @@ bench: $(READY)   ## each kernel beside its peers and the hardware's limit, on w
 
 bench-gpu: $(READY)   ## everything to measure on one GPU, under 10 minutes, into benchmarks/h200
 	$(PYTHON) -m benchmarks.gpu
+
+bench-7b: $(READY)   ## DPO at 7B beside a control and TRL, on one H200: under 10 minutes
+	$(PYTHON) -m benchmarks.dpo_7b
 
 clean:   ## remove .venv and runs
 	rm -rf .venv runs
