@@ -4,12 +4,15 @@ import math
 
 import pytest
 import torch
+from test_costs import as_on_a_gpu  # noqa: F401
+from test_model import model
+from test_parallel import pairs
 from test_train import DPO, SFT, baseline, launch, place, read, run, same, weights_of  # noqa: F401
 from torch._dynamo.utils import counters
 
 import train_dpo
 import train_sft
-from zephyr import checkpoint
+from zephyr import checkpoint, parallel
 
 # while it traces, torch.compile does what torch warns of
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -52,6 +55,20 @@ def test_a_block_is_compiled_once_for_all_layers_rows_and_steps(
     first = counters["stats"]["unique_graphs"]
     run(train_dpo, place, tmp_path / "all", *flags, *held(place))
     assert (first, counters["stats"]["unique_graphs"]) == (4, 4)
+
+
+@pytest.mark.parametrize("recompute", ["none", "elementwise"])
+def test_attention_as_on_a_gpu_compiles_once_too(as_on_a_gpu, traced, recompute):  # noqa: F811
+    """Its op takes the longest segment's length as a number, which differs from batch to batch."""
+    m = model(num_hidden_layers=4)
+    for block in m.model.layers:
+        block.forward = parallel.wrapped(block.forward, m.config, recompute, compiled=True)
+    seen = set()
+    for rank in range(4):
+        batch = pairs(rank)
+        seen.add((batch.layout.max_q, len(batch.tokens_T)))
+        m(batch).sum().backward()
+    assert len(seen) == 4 and counters["stats"]["unique_graphs"] == 2
 
 
 def test_compiled_and_sharded(place, tmp_path, wide, traced):  # noqa: F811

@@ -123,9 +123,12 @@ def ahead(
 
     def make(step: int) -> list[Batch]:
         made = microbatches(step)
-        return [batch.pinned() for batch in made] if device.type == "cuda" else made
+        return [batch.pinned() for batch in made] if cuda else made
 
-    with ThreadPoolExecutor(1) as pool:
+    cuda = device.type == "cuda"
+    # a thread starts on the first GPU, and pinning there would take memory of it
+    start = {"initializer": torch.cuda.set_device, "initargs": (device,)} if cuda else {}
+    with ThreadPoolExecutor(1, **start) as pool:
         coming = pool.submit(make, steps.start) if steps else None
         for step in steps:
             with phase("data"):
