@@ -287,20 +287,20 @@ def test_g_is_kept_while_it_leaves_an_eighth_of_the_workspace(n, kept):
 
 
 def test_peak_memory_stays_under_the_workspace():
-    """Mistral's head on a CPU: what forward and backward take beside inputs and gradients."""
+    """Mistral's vocabulary on a CPU: what forward and backward take beside inputs and gradients."""
     program = f"""
 import resource, torch
 from torch import randn
 torch.set_num_threads(2)
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 import kernels
-N, D, V = 512, 4096, 32000
+N, D, V = 128, 1024, 32000
 h, w = (torch.empty(n, D, dtype=torch.bfloat16).normal_().requires_grad_() for n in (N, V))
 targets = torch.arange(N)
 kernels.linear_logprob(h[:2], w[:50], targets[:2]).sum().backward()
 h.grad, w.grad = torch.zeros_like(h), torch.zeros_like(w)
 before = peak()
-kernels.linear_logprob(h, w, targets, {2**28}).sum().backward()
+kernels.linear_logprob(h, w, targets, {2**27}).sum().backward()
 print(peak() - before)
 """
     env = {**os.environ, "ZEPHYR_KERNELS": "torch"}
@@ -308,8 +308,8 @@ print(peak() - before)
         [sys.executable, "-c", program], cwd=Path(__file__).parent.parent, env=env,
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    gradient = 32_000 * 4096 * 2  # dw itself, added to w.grad when it is whole
-    assert int(done.stdout) < 2**28 + gradient
+    gradient = 32_000 * 1024 * 2  # dw itself, added to w.grad when it is whole
+    assert int(done.stdout) < 2**27 + gradient
 
 
 @pytest.mark.parametrize("device", ["cpu"])

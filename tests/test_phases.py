@@ -5,12 +5,14 @@ import json
 
 import pytest
 import torch
+from test_model import model
+from test_parallel import pairs
 from test_train import DPO, SFT, place, run  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_dpo
 import train_sft
-from zephyr import losses, optim, phases
+from zephyr import losses, optim, parallel, phases, weights
 from zephyr.guard import Guard
 from zephyr.metrics import Means
 from zephyr.phases import Phases
@@ -104,3 +106,33 @@ def test_the_host_reads_nothing_inside_a_step(place, tmp_path, monkeypatch):  # 
         run(script, place, tmp_path / f"{script.__name__} bf16", *flags, "--precision", "bf16")
     assert {name for _, name in inside} == set(calls)
     assert reads.found == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("masters", ["fp32", "split"])
+@pytest.mark.parametrize("recompute", ["none", "elementwise"])
+def test_on_a_gpu_the_host_waits_for_nothing(recompute, masters):
+    ranks = parallel.start()
+    m = parallel.build(model().config, ranks, "bf16", recompute, masters)
+    with torch.no_grad():
+        for name, p in m.named_parameters():
+            local = p.to_local() if hasattr(p, "to_local") else p
+            weights.fill(p, local, model().get_parameter(name))
+    optimizer, guard = optim.adamw(m, 0.0), Guard("stop", str, ranks)
+    batch = pairs(0).pinned()
+    try:
+        for step in range(3):
+            # the first step compiles, and makes the optimizer's moments
+            torch.cuda.set_sync_debug_mode("error" if step else "default")
+            here = batch.to(ranks.device)
+            reference_2P = torch.zeros(2 * len(batch.pairs), device=ranks.device)
+            found = losses.preference("dpo", m(here), here.response_N, reference_2P, beta=0.1)
+            found["loss"].sum().backward()
+            guard.saw(batch.pairs, found["loss"])
+            norm = optim.step(optimizer, 1e-3, 1.0, guard.broken())
+            guard.seen.clear()
+        torch.cuda.set_sync_debug_mode("default")
+        assert norm.isfinite()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        parallel.finish()
