@@ -77,6 +77,7 @@ def test_compiled_and_sharded(place, tmp_path, wide, traced):  # noqa: F811
     same(run(train_dpo, place, tmp_path / "run", *flags), wide[0], rel=0.02, abs=0.01)
 
 
+@pytest.mark.slow
 def test_compiled_for_this_machine(place, tmp_path, baseline):  # noqa: F811
     """By the default compiler, Inductor, and its C++."""
     torch._dynamo.reset()
