@@ -95,7 +95,7 @@ class Gated(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g: Tensor):
         gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(g * up, gate), F.silu(gate).mul_(g)
+        return torch.ops.aten.silu_backward(g * up, gate), g * F.silu(gate)
 
 
 class MLP(nn.Module):
