@@ -142,11 +142,13 @@ def digest(folder: Path | str) -> str:
 def masters(model: Mistral) -> dict[str, Tensor]:
     """The model's parameters by name, sharded ones as shards.
 
-    A forward without a backward leaves those of FSDP's root gathered and cast; what is then there
-    under their names is not what the optimizer works on, so they are put back first.
+    A forward without a backward leaves FSDP's root gathered and cast, and with `--reshard never` the
+    blocks too; what is then there under their names is not what the optimizer works on, so all are
+    put back first.
     """
-    if isinstance(model, FSDPModule):
-        model.reshard()
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
     return dict(model.named_parameters())
 
 
