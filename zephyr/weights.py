@@ -142,9 +142,9 @@ def digest(folder: Path | str) -> str:
 def masters(model: Mistral) -> dict[str, Tensor]:
     """The model's parameters by name, sharded ones as shards.
 
-    A forward without a backward leaves FSDP's root gathered and cast, and with `--reshard never` the
-    blocks too; what is then there under their names is not what the optimizer works on, so all are
-    put back first.
+    A forward without a backward leaves FSDP's root gathered and cast, and the blocks too with
+    `--reshard never`; what is then there under their names is not what the optimizer works on, so
+    all are put back first.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
