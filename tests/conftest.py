@@ -16,6 +16,8 @@ settings.load_profile("unhurried")
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports a kernel
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run small tensors, and subprocesses beside
+# here too, where torch has read it already: a matmul's last bits may depend on it
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 
