@@ -4,13 +4,14 @@ What is written has the form of transformers 4, which 4 and 5, vLLM and llama.cp
 of the form that 5 writes, 4 silently ignores rope_theta.
 """
 
+import json
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import NoneType
 
-from zephyr import disk
+from zephyr import disk, tokenizer_json
 from zephyr.files import shown
+from zephyr.tokenizer import Tokenizer
 
 CLASSES = {"mistral": "MistralForCausalLM", "llama": "LlamaForCausalLM"}
 ONLY = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
@@ -19,22 +20,18 @@ SIZES = {  # whole numbers, and the largest that is believed
     "num_hidden_layers": 1_000, "num_attention_heads": 1 << 16, "num_key_value_heads": 1 << 16,
     "max_position_embeddings": 1 << 30, "head_dim": 1 << 16, "sliding_window": 1 << 30,
 }  # fmt: skip
-CARRIED = {"bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.02}
 TOKENIZER_CONFIG = "tokenizer_config.json"
-COPIED = ("tokenizer.json", "special_tokens_map.json")
 
-EMPTY_SYSTEM = r"{% if messages[0]['role'] != 'system' %}{{ '<|system|>\n</s>\n' }}{% endif %}"
+# readers fill in bos_token and eos_token from tokenizer_config.json
+EMPTY_SYSTEM = (
+    r"{% if messages[0]['role'] != 'system' %}{{ '<|system|>\n' + eos_token + '\n' }}{% endif %}"
+)
 TURNS = (
     r"{% for message in messages %}"
-    r"{{ '<|' + message['role'] + '|>\n' + message['content'] + '</s>\n' }}"
+    r"{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token + '\n' }}"
     r"{% endfor %}"
     r"{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
-PLAIN = {  # what a base without tokenizer_config.json means
-    "add_eos_token": False, "clean_up_tokenization_spaces": False, "unk_token": "<unk>",
-    "tokenizer_class": "LlamaTokenizer",
-}  # fmt: skip
-PINNED = {"add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>", "legacy": True}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +72,7 @@ def parse(raw: dict, path: Path) -> MistralConfig:
         raise ValueError(f"{path}: tie_word_embeddings is {shown(tied)}; it must be true or false")
     # what saving takes from the base, checked here: the end of a training is too late
     dtype(raw, path)
-    _carried(raw, path)
-    _settings(path.parent)
+    _spread(raw, path)
     values = {"sliding_window": 4096} | raw | {"rope_theta": _rope_theta(raw, path)}
     if kind == "llama":
         values["sliding_window"] = None
@@ -86,28 +82,14 @@ def parse(raw: dict, path: Path) -> MistralConfig:
     )  # fmt: skip
 
 
-def _carried(raw: dict, path: Path) -> dict:
-    """What a saved config takes from its base: the special tokens' ids, the initialiser's range."""
-    carried = {key: raw.get(key, usual) for key, usual in CARRIED.items()}
-    for key, value in carried.items():
-        kinds = (int, float) if key == "initializer_range" else (int, NoneType)
-        several = value if key == "eos_token_id" and isinstance(value, list) else [value]
-        if not all(type(x) in kinds and 0 <= (x or 0) < 1_000_000 for x in several):
-            raise ValueError(f"{path}: {key} is {shown(value)}; a saved model could not be read")
-    return carried
-
-
-def _settings(folder: Path) -> dict:
-    """The base's tokenizer_config.json, {} where it has none.
-
-    Raises ValueError if it is malformed, and for a link out of the folder among the files that a
-    saved folder gets copies of: whoever made the base would choose which of the user's files.
-    """
-    for path in (folder / name for name in (*COPIED, TOKENIZER_CONFIG)):
-        if path.exists() and not disk.inside(path):
-            raise ValueError(f"{path} links out of the folder; hf download --local-dir copies it")
-    path = folder / TOKENIZER_CONFIG
-    return disk.read_json(path, finite=True) if path.exists() else {}
+def _spread(raw: dict, path: Path) -> float:
+    """The initialiser's range, which a saved config takes from its base."""
+    value = raw.get("initializer_range", 0.02)
+    if type(value) not in (int, float) or not 0 <= value < 1_000_000:
+        raise ValueError(
+            f"{path}: initializer_range is {shown(value)}; it must be a number, 0 or more"
+        )
+    return value
 
 
 def _sizes(values: dict, path: Path) -> dict[str, int | None]:
@@ -169,32 +151,41 @@ def dtype(base: dict, path: Path) -> str:
     return name
 
 
-def write_config(folder: Path, c: MistralConfig, dtype: str, base: dict) -> None:
-    """config.json and generation_config.json; ids of special tokens are the base's."""
-    carried = _carried(base, folder / "config.json")
-    tokens = {key: carried[key] for key in ("bos_token_id", "eos_token_id")}
+def write_config(folder: Path, c: MistralConfig, dtype: str, base: dict, bos: int, eos: int):
+    """config.json and generation_config.json, with the ids of the tokenizer that trained."""
+    tokens = {"bos_token_id": bos, "eos_token_id": eos}
     disk.write_json(folder / "config.json", {
         "architectures": [CLASSES[c.model_type]], **asdict(c), **tokens, "hidden_act": "silu",
-        "attention_dropout": 0.0, "initializer_range": carried["initializer_range"],
+        "attention_dropout": 0.0, "initializer_range": _spread(base, folder / "config.json"),
         "torch_dtype": dtype, "use_cache": True,
     })  # fmt: skip
     disk.write_json(folder / "generation_config.json", {"_from_model_config": True, **tokens})
 
 
 def chat_template(empty_system: bool) -> str:
-    """The template, as Jinja, of the text zephyr.tokenizer trains on."""
-    return EMPTY_SYSTEM * empty_system + TURNS
+    """The template, as Jinja, of the text zephyr.tokenizer trains on, BOS first.
+
+    To tokenize the text that it renders, ask for no special tokens: BOS is there already.
+    """
+    return "{{ bos_token }}" + EMPTY_SYSTEM * empty_system + TURNS
 
 
-def write_tokenizer(folder: Path, tokenizer: Path, template: str | None) -> None:
-    """tokenizer.model and what lies beside it, byte for byte; tokenizer_config.json with the chat
-    template, if there is one."""
-    base, value = tokenizer.parent, PLAIN | _settings(tokenizer.parent) | PINNED
-    shutil.copyfile(tokenizer, folder / "tokenizer.model")
-    for name in COPIED:
-        if (base / name).exists():
-            shutil.copyfile(base / name, folder / name)
+def write_tokenizer(folder: Path, tokenizer: Tokenizer, template: str | None) -> None:
+    """tokenizer.model byte for byte, tokenizer.json made of it, and tokenizer_config.json with the
+    chat template, if there is one. Nothing else of the base's tokenizer is taken over.
+
+    Raises ValueError if no tokenizer.json gives this tokenizer's ids; see `tokenizer_json.build`.
+    """
+    text = json.dumps(tokenizer_json.build(tokenizer), ensure_ascii=False)
+    (folder / "tokenizer.json").write_text(text, encoding="utf-8")
+    shutil.copyfile(tokenizer.path, folder / "tokenizer.model")
+    bos, eos = map(tokenizer.sp.id_to_piece, (tokenizer.bos, tokenizer.eos))
+    value = {
+        # of LlamaTokenizer, transformers 5 replaces what tokenizer.json says of spaces
+        "tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": True, "add_eos_token": False,
+        "bos_token": bos, "eos_token": eos, "clean_up_tokenization_spaces": False,
+    }  # fmt: skip
     if template:
-        value |= {"pad_token": "</s>", "chat_template": template}
-        (folder / "chat_template.jinja").write_text(template)
+        value |= {"pad_token": eos, "padding_side": "left", "chat_template": template}
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     disk.write_json(folder / TOKENIZER_CONFIG, value)

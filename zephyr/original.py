@@ -12,6 +12,7 @@ from torch import Tensor
 
 from zephyr import disk, huggingface, weights
 from zephyr.model import Mistral
+from zephyr.tokenizer import Tokenizer
 
 PARAMS = {
     "dim": "hidden_size", "n_layers": "num_hidden_layers", "head_dim": "head_dim",
@@ -55,14 +56,14 @@ def convert(source: Path | str, target: Path | str) -> None:
     with safe_open(first.path, "pt") as file:
         dtype = file.get_slice(first.name)[:0].dtype
     name = huggingface.dtype({"torch_dtype": str(dtype).removeprefix("torch.")}, first.path)
-    tokenizer = _tokenizer(source)
+    tokenizer = Tokenizer(_tokenizer(source))
 
     shapes = {name: tuple(p.shape) for name, p in wanted.items()}
     sizes = {name: p.numel() * dtype.itemsize for name, p in wanted.items()}
     groups = disk.split(sizes, weights.SHARD_BYTES)
     tensors = (_tensor(found[name], config.head_dim).to(dtype) for name in wanted)
     with disk.new_folder(Path(target), sum(sizes.values())) as temp:
-        huggingface.write_config(temp, config, name, {})
+        huggingface.write_config(temp, config, name, {}, tokenizer.bos, tokenizer.eos)
         huggingface.write_tokenizer(temp, tokenizer, template=None)
         disk.write_shards(temp, groups, shapes, dtype, tensors)
 

@@ -27,6 +27,7 @@ from tqdm import tqdm
 import kernels
 from zephyr import disk, files, huggingface
 from zephyr.model import Mistral, MistralConfig, initialise
+from zephyr.tokenizer import Tokenizer
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 SHARD_BYTES = 5_000_000_000
@@ -46,7 +47,7 @@ def config(folder: Path | str) -> MistralConfig:
     return huggingface.parse(disk.read_json(path), path)
 
 
-def check_vocabulary(config: MistralConfig, tokenizer) -> None:
+def check_vocabulary(config: MistralConfig, tokenizer: Tokenizer) -> None:
     """Raises ValueError unless there is one embedding row for each piece of the tokenizer."""
     if config.vocab_size != tokenizer.vocab_size:
         raise ValueError(
@@ -196,12 +197,13 @@ def write(
     path = Path(base) / "config.json"
     raw = disk.read_json(path)
     dtype = dtype or getattr(torch, huggingface.dtype(raw, path))
+    tokenizer = Tokenizer(base)
     sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
     groups = disk.split(sizes, shard_bytes)
     with disk.new_folder(Path(folder), sum(sizes.values())) as temp:
-        huggingface.write_config(temp, config, str(dtype).removeprefix("torch."), raw)
-        template = huggingface.chat_template(empty_system)
-        huggingface.write_tokenizer(temp, Path(base) / "tokenizer.model", template)
+        huggingface.write_config(temp, config, str(dtype).removeprefix("torch."), raw,
+                                 tokenizer.bos, tokenizer.eos)  # fmt: skip
+        huggingface.write_tokenizer(temp, tokenizer, huggingface.chat_template(empty_system))
         disk.write_shards(temp, groups, shapes, dtype, (x.to("cpu", dtype) for x in tensors))
 
 
