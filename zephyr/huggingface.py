@@ -151,7 +151,9 @@ def dtype(base: dict, path: Path) -> str:
     return name
 
 
-def write_config(folder: Path, c: MistralConfig, dtype: str, base: dict, bos: int, eos: int):
+def write_config(
+    folder: Path, c: MistralConfig, dtype: str, base: dict, bos: int = 1, eos: int = 2
+) -> None:
     """config.json and generation_config.json, with the ids of the tokenizer that trained."""
     tokens = {"bos_token_id": bos, "eos_token_id": eos}
     disk.write_json(folder / "config.json", {

@@ -18,9 +18,10 @@ SPACE = "\u2581"  # what sentencepiece writes for a space
 # what distinguishes tokenizers: spaces at the ends and in runs, lines, scripts, bytes, templates
 PROBES = (
     "Hello, world!", " leading and trailing ", "a  b   c      d", "\n", "\n\n\n  x\t\ty\r\n",
-    "<|user|>\nWhat's 1234567890 + 3.14?\n", "\n<|assistant|>\nNa\u00efve caf\u00e9 \u2014 \u201cok\u201d\u2026",
-    "\u4f60\u597d\uff0c\u4e16\u754c\u3002 \u3053\u3093\u306b\u3061\u306f", "\U0001f600\U0001f468\u200d\U0001f469\u200d\U0001f467 \u0301", "\ufb01 \u00bd \uff21 \u2028\u00a0",
-    "def f(x):\n    return x ** 2  # \u2190\n", "aaaaaaaaaaaaaaaa -------- ========", "[INST] hi [/INST]",
+    "<|user|>\nWhat's 1234567890 + 3.14?\n", "\n<|assistant|>\nNa\u00efve caf\u00e9 \u2014 ok\u2026",
+    "\u4f60\u597d\uff0c\u4e16\u754c\u3002 \u3053\u3093\u306b\u3061\u306f", "\U0001f600 \u0301",
+    "\U0001f468\u200d\U0001f469", "\ufb01 \u00bd \uff21 \u2028\u00a0", "[INST] hi [/INST]",
+    "def f(x):\n    return x ** 2  # \u2190\n", "aaaaaaaaaaaaaaaa -------- ========",
 )  # fmt: skip
 
 
