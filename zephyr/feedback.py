@@ -299,6 +299,9 @@ def run(args: argparse.Namespace) -> str:
         for pair in hold_out(binarize(rows, rules, counts, bad), args.test_size, args.seed, test):
             write(pair)
         bad.check()
+        if not bad.rows:
+            others = ", nor in the others" * (len(paths) > 1)
+            raise ValueError(f"{paths[0]}: no row is in it{others}")
         if len(counts.pairs) == len(test):
             why = ", ".join(f"{n} {what}" for what, n in (counts.dropped + counts.noted).items())
             left = f"no pair is left to train on: {len(test)} for the test, {why}"
