@@ -1,5 +1,5 @@
-"""Only the columns that are used are read; the same line gives the same answer in every format; files
-are told apart by what they are and not by how they are spelled."""
+"""Only the columns that are used are read; the same line gives the same answer in every format;
+files are told apart by what they are and not by how they are spelled."""
 
 import gzip
 import json
@@ -10,10 +10,21 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_forms import GOOD, HI, chat, gpt, human, own_cache, save, scored, tokenizer  # noqa: F401
+from test_forms import GOOD, HI, chat, gpt, human, save, scored
 
+from benchmarks import fuzz
 from conftest import Limits
 from zephyr import data, feedback, files, forms
+
+
+@pytest.fixture
+def tokenizer():
+    return fuzz.tokenizer()
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("ZEPHYR_CACHE", str(tmp_path / "cache"))
 
 
 def parquet(path: Path, rows: list[dict], schema=None) -> tuple[str]:
@@ -185,6 +196,8 @@ def test_one_file_under_two_names_is_refused(tmp_path, monkeypatch, link):
         with pytest.raises(ValueError, match=r"^.*[ab].jsonl is given twice, also as a.jsonl; its "
                                              "rows would count double, so name it once$"):
             files.expand(["a.jsonl", again])
+    with pytest.raises(ValueError, match="^a.jsonl is given twice; its rows would count double"):
+        files.expand(["a.jsonl", "copy.jsonl", "a.jsonl"])
     assert len(files.expand(["a.jsonl", "copy.jsonl"])) == 2
     Path("c.jsonl").symlink_to("gone")
     with pytest.raises(ValueError, match="^c.jsonl: cannot read: No such file"):

@@ -2,18 +2,19 @@
 name."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
+from benchmarks import fuzz
 from conftest import Limits, shared
 from zephyr import data, feedback, files, forms
 from zephyr.tokenizer import conversation
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def tokenizer():
-    from benchmarks import fuzz
-
     return fuzz.tokenizer()
 
 
@@ -147,6 +148,24 @@ def test_every_form_of_a_pair(name, tokenizer, tmp_path):
     messages = [{"role": role, "content": content} for role, content in wanted]
     assert pair.prompt.tolist() == tokenizer.prompt(messages)
     assert [tokenizer.decode(ids.tolist()) for ids in pair[1:]] == ["A", "B"]
+
+
+def test_the_page_shows_lines_that_are_read():
+    page = (Path(__file__).parent.parent / "docs" / "data.md").read_text()
+    talks, pairs = (part for part in page.split("\n### ") if part[:4] in ("dSFT", "dDPO"))
+
+    def examples(part):
+        quoted = [text for text in re.findall(r"`({.*?})`", part) if "..." not in text]
+        return [json.loads(text) for text in quoted]
+
+    assert len(examples(talks)) == 3
+    for row in examples(talks):
+        assert row.keys() <= forms.TALK and forms.talk(row)[-1][0] == "assistant"
+    assert len(examples(pairs)) == 5
+    for row in examples(pairs):
+        assert row.keys() <= forms.PAIR and forms.preference(row)[1] in ("Yo", "3", " Yo")
+    named = re.findall(r"`(\w+)`", page)
+    assert {*forms.TALK, *forms.PAIR, *forms.SPEAKERS} <= {*named, *re.findall(r'"(\w+)"', page)}
 
 
 LOST = "would be lost: it is not read; write what it says into the prompt's text or messages"

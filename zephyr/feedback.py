@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from zephyr import forms
 from zephyr.files import BadRow, BadRows, expand, read_rows, shown, write_rows, writing
+from zephyr.tokenizer import conversation
 
 # parts of a prompt that a pair has no place for
 MORE = ("input", "prompt", "question", "conversations", *forms.SYSTEMS, *forms.UNUSABLE)
@@ -97,7 +98,7 @@ def _pair(where: str, row: dict, rules: Rules, counts: Counts, prompts: set) -> 
     _need(isinstance(prompt, str) and prompt.strip(), f"{where}: instruction must be text", prompt)
     try:
         forms.refuse(row, MORE)
-        asked = forms.conversation(forms.turns("instruction", prompt), system=False)
+        asked = conversation(forms.turns("instruction", prompt), system=False)
         forms.no_blanks(asked)
         forms.plain_text(asked)
         if asked[-1][0] != "user":

@@ -77,6 +77,21 @@ def blank(value: object) -> bool:
     return True
 
 
+def _bare(row: dict) -> dict:
+    """The row itself, without the nulls in its objects, and the maps of parquet made objects."""
+    stack: list[dict | list] = [row]
+    while stack:
+        part = stack.pop()
+        for key, x in list(part.items() if isinstance(part, dict) else enumerate(part)):
+            if x is None and isinstance(part, dict):
+                del part[key]
+            elif isinstance(x, list) and x and all(isinstance(pair, tuple) for pair in x):
+                part[key] = x = dict(x)
+            if isinstance(x, dict | list):
+                stack.append(x)
+    return row
+
+
 class BadRow(ValueError):
     """A row the user may choose to skip; the message starts with its place, "pairs.jsonl:17: "."""
 
@@ -150,11 +165,11 @@ def expand(paths: Sequence[str | Path]) -> list[Path]:
                 about = os.stat(name)
             except OSError as error:
                 raise ValueError(f"{name}: cannot read: {error.strerror or error}") from error
-            first = files.setdefault((about.st_dev, about.st_ino), name)
-            if first is not name:
+            if first := files.get(file := (about.st_dev, about.st_ino)):
                 also = "" if first == name else f", also as {first}"
                 raise ValueError(f"{name} is given twice{also}; its rows would count double, so "
                                  "name it once")  # fmt: skip
+            files[file] = name
     return list(map(Path, files.values()))
 
 
@@ -173,10 +188,10 @@ def read_rows(
     """(where, row) of every row; where is "pairs.jsonl:17", the line (.json, .parquet: the row).
 
     Lines and rows count from 1; blank lines are skipped but count. Of `columns` only the values are
-    read, where given: the others are UNREAD, so nothing in them can stop a row or a file. A row
-    that is no JSON object or whose text is malformed is a BadRow, which `bad` may skip; `bad` also
-    counts the rows and notes a file without any, which is else a ValueError. Any other trouble with
-    the file is a ValueError.
+    read, where given, and without nulls: the others are UNREAD, so nothing in them can stop a row
+    or a file. A row that is no JSON object or whose text is malformed is a BadRow, which `bad` may
+    skip; `bad` also counts the rows and notes a file without any, which is else a ValueError. Any
+    other trouble with the file is a ValueError.
     """
     path, told, bad = Path(path), bad is not None, bad or BadRows()
     before = bad.rows
@@ -335,7 +350,7 @@ def _row(where: str, data: bytes, offset: int, columns: Collection[str] | None) 
         text = data.decode().removeprefix("\ufeff").rstrip("\r\n")
         row = json.loads(text, parse_int=_integer, object_pairs_hook=unique)
         if columns is not None and isinstance(row, dict):
-            row = {name: x if name in columns else UNREAD for name, x in row.items()}
+            row = _bare({name: x if name in columns else UNREAD for name, x in row.items()})
         if re.search(r"\\u[dD][89a-fA-F]", text):
             json.dumps(row, ensure_ascii=False, default=lambda unread: None).encode()
     except UnicodeDecodeError as error:
@@ -399,7 +414,7 @@ def _parquet(path: Path, columns: Collection[str] | None) -> Iterator[tuple[str,
             for batch in file.iter_batches(batch_size=256, columns=used):
                 for row in batch.to_pylist() if used else [{}] * batch.num_rows:
                     number += 1
-                    yield f"{path}:{number}", row | unread, 0
+                    yield f"{path}:{number}", row if columns is None else _bare(row | unread), 0
     # a date that Python cannot hold is a ValueError or an OverflowError
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         why = plain(" ".join(str(error).split()), 200)

@@ -119,7 +119,8 @@ def given(row: dict, names: Iterable[str]) -> list[str]:
 
 
 def it_has(row: dict) -> str:
-    return f"; it has {shown(', '.join(sorted(k for k, x in row.items() if x is not None)))}"
+    names = sorted(name for name, value in row.items() if value is not None)
+    return f"; it has {shown(', '.join(names), 200)}"
 
 
 def refuse(row: dict, names: Iterable[str] = UNUSABLE) -> None:
@@ -263,8 +264,6 @@ def _named(column: str, messages: object) -> object:
         return messages
     found = []
     for k, message in enumerate(messages):
-        if isinstance(message, list) and all(isinstance(x, tuple) for x in message):
-            message = dict(message)  # a parquet map
         if isinstance(message, dict):
             message = {key: x for key, x in message.items() if x is not None}
             if "from" in message and "role" not in message:
