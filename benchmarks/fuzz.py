@@ -40,7 +40,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save, save_file
 
-from zephyr import config, data, disk, feedback, files, huggingface, original
+from zephyr import config, data, disk, feedback, files, forms, huggingface, original
 from zephyr.model import Mistral
 from zephyr.tokenizer import Tokenizer
 
@@ -52,7 +52,8 @@ ODD = [  # JSON that a row or a config should not hold
     b"[" * 900 + b"]" * 900, b"[" * 100_000 + b"]" * 100_000, b'{"a":' * 300 + b"1" + b"}" * 300,
     b'"../x"', b'"/etc/passwd"', b'"C:\\\\x.safetensors"', b'"a\\u0000b"', b'"\\u001b[2J"',
     b'"\\ud800"', b'"\\u2028"', '"\u202e\u2028\x85"'.encode(), b'"' + b"x" * 3000 + b'"',
-    b'"mistral"', b'"</s><|assistant|>"', b'"F6_E2M3"', b'"assistant"', b'"system"', b'"N/A"',
+    b'"\\n\\nHuman: a"', b'"[INST] a [/INST]"', b'{"from":"gpt","value":"a"}', b'"mistral"',
+    b'"</s><|assistant|>"', b'"F6_E2M3"', b'"assistant"', b'"system"', b'"N/A"',
     b"[0,9223372036854775808]", b"[1,1,1,1,1,1,1,1,1,1,1,1,1]", b"1e308", b"-1e308",
 ]  # fmt: skip
 TOKENS = [
@@ -146,6 +147,15 @@ ROWS = [
     {"chosen": TURNS, "rejected": [TURNS[0], TURNS[1] | {"content": "No."}], "messages": TURNS},
     {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c",
      "messages": [{"role": "system", "content": "Be kind."}, *TURNS]},
+    {"system": "Be kind.", "question": "Why?", "chosen": "Because.", "rejected": "No.",
+     "messages": TURNS},
+    {"instruction": "Add.", "input": "1 and 2", "output": "3", "chosen": "3", "rejected": "4",
+     "score_chosen": 1, "score_rejected": 2.5, "history": [], "tools": "[]"},
+    {"conversations": [{"from": "human", "value": "a", "weight": None},
+                       {"from": "gpt", "value": "b"}, {"from": "user", "value": "c"}],
+     "chosen": {"from": "gpt", "value": "So."}, "rejected": {"from": "gpt", "value": "No."}},
+    {"prompt": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:", "chosen": " d",
+     "rejected": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: e", "messages": TURNS},
 ]  # fmt: skip
 
 
@@ -297,7 +307,7 @@ def run_feedback(path: Path) -> None:
         raise ValueError(line[:-1])
     ok(not told.getvalue(), f"told {told.getvalue()!r}")
     for _, pair in files.read_rows(out):
-        data.preference(pair)
+        forms.preference(pair)
 
 
 def header_json(seeds: list[bytes], rng: Random) -> bytes:
@@ -361,7 +371,7 @@ def parquet_seeds() -> list[bytes]:
     from pyarrow import parquet
 
     seeds = []
-    for rows in (ROWS[:1], SCORED, [{"when": 0, "n": [1, 2], "x": b"a"}]):
+    for rows in (ROWS[:1], ROWS[3:5], SCORED, [{"when": 0, "n": [1, 2], "x": b"a"}]):
         for compression in ("none", "snappy"):
             out = io.BytesIO()
             parquet.write_table(pyarrow.Table.from_pylist(rows), out, compression=compression)

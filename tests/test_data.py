@@ -99,7 +99,7 @@ FORMS = {
         "prompt": chat("Hi"), "chosen": chat("", "Hello", "Bye", ODD)[1:],
         "rejected": chat("", "Hello", "Bye", "No.")[1:]}),
     "text": (ONE, {"prompt": "Why?", "chosen": ODD, "rejected": "No."}),
-    "text with the assistant's mark": (["<|user|>\n\n\nHuman: Why?"], {
+    "text in a transcript": (ONE, {
         "prompt": "\n\nHuman: Why?", "chosen": ODD, "rejected": "No."}),
     "text to messages": (MORE, {"prompt": chat("Hi", "Hello", "Bye"), "chosen": ODD,
                                 "rejected": "No."}),
@@ -183,7 +183,7 @@ def test_chunks_leave_no_seam(small, tmp_path, monkeypatch, chunk):
 GOOD = {"prompt": "Why?", "chosen": "Because.", "rejected": "No."}
 FIRST = "\n\nHuman: Why?\n\nAssistant: No."
 BAD_PAIRS = [
-    ({"prompt": "a", "chosen": "b"}, "has no field 'rejected'; it has 'prompt, chosen'"),
+    ({"prompt": "a", "chosen": "b"}, "has no field 'rejected'; it has 'chosen, prompt'"),
     ({"prompt": "a", "rejected": "b"}, "has no field 'chosen'; it has 'prompt, rejected'"),
     ({}, "has no field 'chosen'; it has ''"),
     (GOOD | {"prompt": " \n"}, "turn 0, the user's, is empty"),
@@ -203,17 +203,17 @@ BAD_PAIRS = [
      "chosen: message 0 has role 'User'; known roles are"),
     ({"chosen": [], "rejected": []}, "chosen: messages must be a list that is not empty"),
     ({"chosen": chat("a", "b"), "rejected": []}, "rejected: messages must be a list that is not"),
-    (GOOD | {"prompt": []}, "chosen: turn 0 is the assistant's where the user should speak"),
-    (GOOD | {"prompt": 5}, "chosen: prompt must be text or messages, got 5"),
-    (GOOD | {"prompt": {"a": 1}}, "chosen: prompt must be text or messages, got {'a': 1}"),
+    (GOOD | {"prompt": []}, "chosen: text without a prompt must be a transcript"),
+    (GOOD | {"prompt": 5}, "prompt must be text or messages, got 5"),
+    (GOOD | {"prompt": {"a": 1}}, "prompt must be text or messages, got {'a': 1}"),
     (GOOD | {"prompt": [5]}, "chosen: message 0 must have role and content, got 5"),
     (GOOD | {"prompt": ["text"]}, "chosen: message 0 must have role and content, got 'text'"),
     ({"prompt": 5, "chosen": chat("", "b")[1:], "rejected": chat("", "c")[1:]},
-     "chosen: prompt must be text or messages, got 5"),
+     "prompt must be text or messages, got 5"),
     ({"chosen": chat("", "b")[1:], "rejected": chat("", "c")[1:]},
-     "chosen: prompt must be text or messages, got None"),
+     "chosen: it is a response, and there is no prompt to it: none of prompt, question, "),
     ({"chosen": chat("a", "b"), "rejected": chat("a", None)},
-     "rejected: message 1 has content of type NoneType, not text"),
+     "rejected: message 1 must have role and content, got {'role': 'assistant'}"),
     ({"chosen": chat("a", "b"), "rejected": chat("a", ["c"])},
      "rejected: message 1 has content of type list, not text"),
     ({"chosen": ["a", "b"], "rejected": chat("a", "c")},
@@ -221,12 +221,13 @@ BAD_PAIRS = [
     ({"chosen": [{"role": "user"}], "rejected": chat("a", "c")},
      "chosen: message 0 must have role and content"),
     ({"chosen": [m | {"tool": 1} for m in chat("a", "b")], "rejected": chat("a", "c")},
-     "chosen: message 0 must have role and content"),
-    (GOOD | {"chosen": None, "rejected": None}, "chosen: messages must be a list"),
+     "chosen: message 0 has 'tool': 1, which would be lost: only role and content are read"),
+    (GOOD | {"chosen": None, "rejected": None}, "has no field 'chosen'; it has 'prompt'"),
     (GOOD | {"chosen": 1, "rejected": 2}, "chosen: messages must be a list"),
-    (GOOD | {"chosen": {}, "rejected": {}}, "chosen: messages must be a list"),
-    *((GOOD | {"chosen": side}, "chosen and rejected must both be text or both be messages")
-      for side in (chat("a", "b"), None)),
+    (GOOD | {"chosen": {}, "rejected": {}}, "chosen: message 0 must have role and content"),
+    (GOOD | {"chosen": chat("a", "b")},
+     "chosen and rejected must both be text or both be messages"),
+    (GOOD | {"chosen": None}, "has no field 'chosen'; it has 'prompt, rejected'"),
     ({"chosen": "Because.", "rejected": "No."}, "chosen: text without a prompt must be a "
      "transcript that opens with '\\n\\nHuman:', got 'Because.'"),
     ({"chosen": FIRST, "rejected": "Human: Why?"}, "rejected: text without a prompt must be"),
@@ -249,8 +250,9 @@ BAD_PAIRS = [
     ([1], "a row is a JSON object, this is a list"),
 ]  # fmt: skip
 BAD_CONVERSATIONS = [
-    ({"message": chat("a", "b")}, "has no field 'messages'; it has 'message'"),
-    ({"messages": None}, "messages must be a list that is not empty, got None"),
+    ({"message": chat("a", "b")},
+     "has no field 'messages', 'conversations' or 'instruction'; it has 'message'"),
+    ({"messages": None}, "has no field 'messages', 'conversations' or 'instruction'; it has ''"),
     ({"messages": []}, "messages must be a list that is not empty"),
     ({"messages": "a"}, "messages must be a list that is not empty"),
     ({"messages": [1]}, "message 0 must have role and content, got 1"),

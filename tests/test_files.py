@@ -93,10 +93,7 @@ BAD = {
     b'{"a": 1} {"a": 2}': "malformed JSON: Extra data: column 10",
     b'"text"': "a row is a JSON object, this is a str",
     b"null": "a row is a JSON object, this is a NoneType",
-    b'{"a": NaN}': "malformed JSON: NaN is not a JSON number",
-    b'{"a": -Infinity}': "malformed JSON: -Infinity is not a JSON number",
     b'{"a": 1, "b": {"c": 1, "d": 2, "c": 1}}': "malformed JSON: the key 'c' appears twice",
-    b'{"a": 1' + b"0" * 5000 + b"}": "malformed JSON: Exceeds the limit",
     b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}": "malformed JSON: nested too deeply",
     b'{"a": "\\ud83d \\uDe00"}': r"the lone surrogate \\ud83d is not text",
     b'{"\\uDBFF": 1}': r"the lone surrogate \\udbff is not text",
@@ -121,7 +118,7 @@ def test_bad_row_has_its_line_and_can_be_skipped(tmp_path, line):
 
 
 @pytest.mark.parametrize("element", [
-    b'{"a": NaN}', b'{"a": 1, "a": 1}', b"[]", b'{"a": "\\ud800"}', b'{"a": "\xff"}'])
+    b'{"a": 1, "a": 1}', b"[]", b'{"a": "\\ud800"}', b'{"a": "\xff"}'])
 def test_bad_element_of_a_list_can_be_skipped(tmp_path, element):
     path = save(tmp_path / "a.json", "[ {\"ü\": 1},\n".encode() + element + b', {"b": 2}]')
     bad = BadRows("skip")
@@ -133,13 +130,14 @@ def test_bad_element_of_a_list_can_be_skipped(tmp_path, element):
 
 
 @pytest.mark.parametrize("data, why", [
-    (b"[]", "a.json is an empty list"),
+    (b"[]", "a.json is empty"),
+    (b"[] []", "a.json:1: malformed JSON: Expecting value"),
     (b'[{"a": 1}', "a.json:1: malformed JSON: no comma and no end of the list follows"),
     (b'[{"a": 1}]\n[{"a": 2}]', "a.json:1: malformed JSON: no comma and no end"),
     (b'[{"a": 1},\n]', "a.json:2: malformed JSON: Expecting value: line 2 column 1"),
     (b'[{"a": 1},\n{"a": 2,\n', "a.json:2: malformed JSON: Expecting property name"),
     (b"[" * 100_000, "a.json:1: malformed JSON: nested too deeply"),
-    (b"[1" + b"0" * 5000 + b"]", "a.json:1: malformed JSON: Exceeds the limit"),
+    (b"[1" + b"0" * 5000 + b"]", "a.json:1: a row is a JSON object, this is a float"),
 ])
 def test_broken_list(tmp_path, data, why):
     with pytest.raises(ValueError, match=why):

@@ -8,7 +8,6 @@ at once.
 import hashlib
 import json
 import os
-import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -21,14 +20,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from zephyr import files
+from zephyr import files, forms
 from zephyr.files import BadRow, BadRows
-from zephyr.tokenizer import Tokenizer, Turn, conversation
+from zephyr.forms import Spoken
+from zephyr.tokenizer import Tokenizer, Turn
 
-TEMPLATE = "zephyr-2"  # part of the cache's key: change it when the rendering or cutting changes
+TEMPLATE = "zephyr-3"  # part of the cache's key: change it when the rendering or cutting changes
 CHUNK, CHARACTERS = 256, 1 << 22  # rows, or about as much text, tokenized at once
 
-Spoken = list[tuple[str, str]]  # (role, content) of each message
 Encoded = tuple[Sequence[list[int]], list[bool]] | None  # a row's parts and mask; None: dropped
 
 
@@ -84,14 +83,7 @@ class Tokens:
 
 
 def conversations(paths: tuple[str, ...], tokenizer: Tokenizer, c: Any) -> Tokens:
-    """UltraChat-200k rows, `messages`, as whole conversations."""
-
-    def parse(row: dict) -> Spoken:
-        spoken = conversation(_field(row, "messages"), c.empty_system)
-        if not any(role == "assistant" for role, _ in spoken):
-            raise ValueError("no message is the assistant's; there is nothing to learn")
-        _no_blanks(spoken)
-        return spoken
+    """Conversations in any of the forms that `forms.talk` reads, whole."""
 
     def encode(rows: list[Spoken], counts: Counter) -> Iterator[Encoded]:
         flat = iter(tokenizer.turns([(k == 0, *t) for row in rows for k, t in enumerate(row)]))
@@ -100,22 +92,28 @@ def conversations(paths: tuple[str, ...], tokenizer: Tokenizer, c: Any) -> Token
             counts["kept"] += 1
             yield [example.ids], example.mask
 
+    parse = partial(forms.talk, system=c.empty_system)
+    parse.columns = forms.TALK
     return _cached(paths, tokenizer, c, ("sft", c.empty_system), parse, encode)
 
 
 def preferences(paths: tuple[str, ...], tokenizer: Tokenizer, c: Any) -> Tokens:
-    """Preference rows in any of the forms that `preference` reads, truncated as `cut_pair` does.
-
-    A pair with an empty response, and one whose responses are the same once cut, is dropped.
+    """Preference rows in any of the forms that `forms.preference` reads, truncated as `cut_pair`
+    does. A pair with an empty response, and one whose responses are the same once cut, is dropped.
     """
 
-    def encode(rows: list[tuple[Spoken, str, str]], counts: Counter) -> Iterator[Encoded]:
+    def parse(row: dict) -> tuple[Spoken, str, str, bool]:
+        return *forms.preference(row, c.empty_system), forms.below(row)
+
+    parse.columns = forms.PAIR
+
+    def encode(rows: list[tuple[Spoken, str, str, bool]], counts: Counter) -> Iterator[Encoded]:
         flat = []
-        for prompt, *responses in rows:
+        for prompt, *responses, _ in rows:
             flat += [(k == 0, *turn) for k, turn in enumerate(prompt)]
             flat += [(False, "assistant", response) for response in responses]
         turns = iter(tokenizer.turns(flat))
-        for prompt, *responses in rows:
+        for prompt, *responses, below in rows:
             context = list(islice(turns, len(prompt)))
             chosen, rejected = islice(turns, 2)
             if not all(response.strip() for response in responses):
@@ -128,68 +126,12 @@ def preferences(paths: tuple[str, ...], tokenizer: Tokenizer, c: Any) -> Tokens:
                 yield None
                 continue
             counts["kept"] += 1
+            if below:
+                counts["trained as they stand: score_chosen below score_rejected"] += 1
             yield pair, []
 
     key = ("dpo", c.empty_system, c.max_length, c.max_prompt_length)
-    parse = partial(preference, system=c.empty_system)
     return _cached(paths, tokenizer, c, key, parse, encode)
-
-
-def preference(row: dict, system: bool = True) -> tuple[Spoken, str, str]:
-    """The prompt's messages and both responses of one row. Three forms are read:
-
-    messages     chosen, rejected: whole conversations that differ in their last message; or, beside
-                 a `prompt` (text or messages), only the responses
-    text         prompt, chosen, rejected
-    transcripts  chosen, rejected: "\\n\\nHuman: ...\\n\\nAssistant: ..." up to the response
-
-    Raises ValueError if a side is missing or out of form, or the two prompts differ.
-    """
-    sides = {name: _field(row, name) for name in ("chosen", "rejected")}
-    if len({type(side) for side in sides.values()}) > 1:
-        raise ValueError("chosen and rejected must both be text or both be messages")
-    dialogues = []
-    for name, side in sides.items():
-        try:
-            dialogues.append(conversation(_dialogue(row.get("prompt"), side), system))
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-        if dialogues[-1][-1][0] != "assistant":
-            raise ValueError(f"{name} must end with an assistant's message, the response")
-    (*prompt, (_, chosen)), (*other, (_, rejected)) = dialogues
-    if prompt != other:
-        raise ValueError("the prompts of chosen and rejected differ")
-    _no_blanks(prompt)
-    return prompt, chosen, rejected
-
-
-def _dialogue(prompt: object, side: object) -> object:
-    """One side's whole conversation, as the messages they should be."""
-    match prompt, side:
-        case None, str():
-            return transcript(side)
-        case _, str():
-            side = [{"role": "assistant", "content": side}]
-        case _, [{"role": "assistant"}, *_]:
-            pass
-        case _:
-            return side
-    if not isinstance(prompt, str | list):
-        raise ValueError(f"prompt must be text or messages, got {files.shown(prompt)}")
-    return ([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt) + side
-
-
-def transcript(text: str) -> list[dict[str, str]]:
-    """hh-rlhf's flat text as messages: "\\n\\nHuman: Hi\\n\\nAssistant: Yo" -> Hi, Yo."""
-    roles = {"Human": "user", "Assistant": "assistant"}
-    opening, *parts = re.split(r"\n\n(Human|Assistant):", text)
-    if opening or not parts or parts[0] != "Human":
-        raise ValueError(
-            "text without a prompt must be a transcript that opens with '\\n\\nHuman:', "
-            f"got {text[:40]!r}"
-        )
-    said = zip(parts[::2], parts[1::2], strict=True)
-    return [{"role": roles[who], "content": what.strip()} for who, what in said]
 
 
 def cut_pair(
@@ -245,19 +187,6 @@ def _end(turn: Turn, room: int) -> list[int]:
         return turn.ids
     tail = room - turn.header
     return turn.ids[: turn.header] + turn.ids[-tail:] if tail > 1 else []
-
-
-def _field(row: dict, name: str) -> object:
-    if name not in row:
-        raise ValueError(f"has no field {name!r}; it has {files.shown(', '.join(row))}")
-    return row[name]
-
-
-def _no_blanks(spoken: Spoken) -> None:
-    turns = [turn for turn in spoken if turn[0] != "system"]
-    for k, (role, text) in enumerate(turns):
-        if not text.strip():
-            raise ValueError(f"turn {k}, the {role}'s, is empty")
 
 
 def _cached(
@@ -352,7 +281,7 @@ def _parsed(sources: list[Path], parse: Callable, bad: BadRows) -> Iterator:
     """((file, line), row) of every row that parses, the file by its number."""
     for number, source in enumerate(sources):
         with tqdm(desc=f"tokenizing {source.name}", unit=" rows", delay=3, leave=False) as bar:
-            for where, row in files.read_rows(source, bad):
+            for where, row in files.read_rows(source, bad, parse.columns):
                 bar.update()
                 parsed = None
                 with bad.guard():

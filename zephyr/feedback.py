@@ -8,7 +8,8 @@ the first in the row among equals; rejected is one of those with a lower score a
     score 7.0 8.5 8.5 3.0  ->  chosen is the second, rejected the first or the fourth
 
 A random rejected depends on the row and the seed only, so neither the order of the rows nor
-leaving some out changes the pairs. custom_system_prompt is not part of a pair.
+leaving some out changes the pairs. custom_system_prompt is not part of a pair. Of a row the columns
+source, instruction and completions are read; one whose prompt has more to it is a bad row.
 """
 
 import argparse
@@ -25,7 +26,13 @@ from typing import Literal, NamedTuple
 
 from tqdm import tqdm
 
+from zephyr import forms
 from zephyr.files import BadRow, BadRows, expand, read_rows, shown, write_rows, writing
+from zephyr.tokenizer import conversation
+
+# parts of a prompt that a pair has no place for
+MORE = ("input", "prompt", "question", "conversations", *forms.SYSTEMS, *forms.UNUSABLE)
+COLUMNS = {"source", "instruction", "completions", *MORE}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +96,15 @@ def _pair(where: str, row: dict, rules: Rules, counts: Counts, prompts: set) -> 
         return "truthful_qa"
     prompt = row.get("instruction")
     _need(isinstance(prompt, str) and prompt.strip(), f"{where}: instruction must be text", prompt)
+    try:
+        forms.refuse(row, MORE)
+        asked = conversation(forms.turns("instruction", prompt), system=False)
+        forms.no_blanks(asked)
+        forms.plain_text(asked)
+        if asked[-1][0] != "user":
+            raise ValueError(f"instruction must end with what the user says, not {shown(prompt)}")
+    except ValueError as error:
+        raise BadRow(f"{where}: {error}") from None
     digest = sha256(prompt.encode()).digest()
     if digest in prompts:
         return "duplicate prompt"
@@ -101,8 +117,8 @@ def _pair(where: str, row: dict, rules: Rules, counts: Counts, prompts: set) -> 
     if isinstance(choice, str):
         return choice
     counts.add(*choice)
-    chosen, rejected = ([{"role": "user", "content": prompt},
-                         {"role": "assistant", "content": c.text}] for c in choice)
+    talk = [{"role": role, "content": text} for role, text in asked]
+    chosen, rejected = ([*talk, {"role": "assistant", "content": c.text}] for c in choice)
     return {
         "prompt": prompt, "prompt_id": digest.hex(),
         "chosen": chosen, "rejected": rejected, "messages": chosen,
@@ -136,6 +152,8 @@ def _completions(where: str, row: dict, rules: Rules) -> tuple[list[Completion],
         score, note = _score(place, completion, rules)
         if not text.strip():
             score, note = None, "empty response: dropped"
+        elif forms.rendered(text):
+            score, note = None, "a chat template's mark at an end: dropped"
         if score is not None:
             usable.append(Completion(text, score, _name(completion.get("model"))))
         notes.append(note)
@@ -276,12 +294,15 @@ def run(args: argparse.Namespace) -> str:
         raise ValueError(f"{twice[0]} is named twice; an output needs a file of its own")
     rules = Rules(**{f.name: getattr(args, f.name) for f in fields(Rules)})
     counts, bad, test = Counts(), BadRows(args.on_bad_row), []
-    rows = (row for path in paths for row in read_rows(path, bad))
+    rows = (row for path in paths for row in read_rows(path, bad, COLUMNS))
     rows = tqdm(rows, unit=" rows", delay=2, leave=False, disable=None)
     with writing(args.out) as write:
         for pair in hold_out(binarize(rows, rules, counts, bad), args.test_size, args.seed, test):
             write(pair)
         bad.check()
+        if not bad.rows:
+            others = ", nor in the others" * (len(paths) > 1)
+            raise ValueError(f"{paths[0]}: no row is in it{others}")
         if len(counts.pairs) == len(test):
             why = ", ".join(f"{n} {what}" for what, n in (counts.dropped + counts.noted).items())
             left = f"no pair is left to train on: {len(test)} for the test, {why}"

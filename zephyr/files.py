@@ -10,9 +10,9 @@ import reprlib
 import tempfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from glob import glob
+from glob import escape, glob
 from itertools import count
 from pathlib import Path
 from typing import BinaryIO
@@ -21,6 +21,7 @@ from zephyr.exits import Storage
 
 LINE_BYTES = 16 << 20  # longest line, decompressed: bounds the memory a gzip bomb can take
 LIST_BYTES = 1 << 30  # longest .json list, which has to be read whole
+UNREAD = object()  # the value of a column that is there but is not read
 RATIO = 200  # beyond LIST_BYTES, bytes that one of gzip may become: text stays far below, bombs not
 
 # first bytes: what the file is; what to do (JSON text starts with none of them)
@@ -56,6 +57,41 @@ def plain(text: str, limit: int = 80) -> str:
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
+def blank(value: object) -> bool:
+    """Whether a value carries nothing: null, white space, "[]" as text, or a list or an object of
+    such. Arrow fills with nulls what one line has and another lacks, so null is as good as absent.
+    """
+    stack = [value]
+    while stack:
+        match stack.pop():
+            case None:
+                pass
+            case str(text) if text.strip() in ("", "[]", "{}"):
+                pass
+            case list(parts):
+                stack += parts
+            case dict(parts):
+                stack += parts.values()
+            case _:
+                return False
+    return True
+
+
+def _bare(row: dict) -> dict:
+    """The row itself, without the nulls in its objects, and the maps of parquet made objects."""
+    stack: list[dict | list] = [row]
+    while stack:
+        part = stack.pop()
+        for key, x in list(part.items() if isinstance(part, dict) else enumerate(part)):
+            if x is None and isinstance(part, dict):
+                del part[key]
+            elif isinstance(x, list) and x and all(isinstance(pair, tuple) for pair in x):
+                part[key] = x = dict(x)
+            if isinstance(x, dict | list):
+                stack.append(x)
+    return row
+
+
 class BadRow(ValueError):
     """A row the user may choose to skip; the message starts with its place, "pairs.jsonl:17: "."""
 
@@ -72,6 +108,7 @@ class BadRows:
         if policy not in ("stop", "skip"):
             raise ValueError(f"on-bad-row {policy!r} is neither stop nor skip")
         self.policy, self.rows, self.skipped, self.messages = policy, 0, 0, []
+        self.empty: list[str] = []  # files without a row
 
     def seen(self, n: int = 1) -> None:
         """Count n rows. read_rows does so for every row it reads with `bad`: do not count again."""
@@ -96,51 +133,80 @@ class BadRows:
                              f"may be skipped; the first: {self.messages[0]}")
 
     def report(self) -> str:
-        """The count, then one line for each of the first 20; "" when none was skipped."""
-        if not self.skipped:
-            return ""
-        head = f"skipped {self.skipped} bad rows of {self.rows}; the first {len(self.messages)}:"
-        return "\n  ".join([head, *self.messages])
+        """A line for each empty file, the count of skipped rows and a line for each of the first
+        20; "" when there is nothing to tell."""
+        lines = [f"{path} is empty: no row comes from it" for path in self.empty]
+        if self.skipped:
+            lines.append(f"skipped {self.skipped} bad rows of {self.rows}; the first "
+                         f"{len(self.messages)}:")  # fmt: skip
+        return "\n".join([*lines, *(f"  {message}" for message in self.messages)])
 
 
 def expand(paths: Sequence[str | Path]) -> list[Path]:
     """The files that paths and globs name, in the order given, sorted within a glob.
 
-    Raises ValueError for a folder, for what names no file, and for a file named twice.
+    What exists is taken by its name, whatever brackets and stars are in it; likewise the folders
+    that a glob begins with. Raises ValueError for a folder, for what names no file, and for one
+    file named twice, under whatever names.
     """
-    files = []
+    files: dict[tuple[int, int], str] = {}
     for path in (os.path.expanduser(path) for path in paths):
         if os.path.isdir(path):
             raise ValueError(f"{path} is a folder; name its files, as {path.rstrip('/')}/*.jsonl")
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise ValueError(f"{path} is a pipe or a device; data is read twice, so give a file")
         found = [path] if os.path.exists(path) else sorted(
-            p for p in glob(path, recursive=True) if not os.path.isdir(p))
+            p for p in glob(_escaped(path), recursive=True) if not os.path.isdir(p))
         if not found:
             raise ValueError(f"{path}: no such file")
-        files += map(Path, found)
-    for i, path in enumerate(files):
-        if path in files[:i]:
-            raise ValueError(f"{path} is given twice; its rows would count double")
-    return files
+        for name in found:
+            if os.path.exists(name) and not os.path.isfile(name):
+                raise ValueError(f"{name} is a pipe or a device; data is read twice, so give a "
+                                 "file")  # fmt: skip
+            try:
+                about = os.stat(name)
+            except OSError as error:
+                raise ValueError(f"{name}: cannot read: {error.strerror or error}") from error
+            if first := files.get(file := (about.st_dev, about.st_ino)):
+                also = "" if first == name else f", also as {first}"
+                raise ValueError(f"{name} is given twice{also}; its rows would count double, so "
+                                 "name it once")  # fmt: skip
+            files[file] = name
+    return list(map(Path, files.values()))
 
 
-def read_rows(path: Path, bad: BadRows | None = None) -> Iterator[tuple[str, dict]]:
+def _escaped(path: str) -> str:
+    """The glob with the longest part of it that is a folder meant as it is spelled."""
+    parts = path.split("/")
+    for k in range(len(parts) - 1, 0, -1):
+        if os.path.isdir(folder := "/".join(parts[:k])):
+            return "/".join([escape(folder), *parts[k:]])
+    return path
+
+
+def read_rows(
+    path: Path, bad: BadRows | None = None, columns: Collection[str] | None = None
+) -> Iterator[tuple[str, dict]]:
     """(where, row) of every row; where is "pairs.jsonl:17", the line (.json, .parquet: the row).
 
-    Lines and rows count from 1; blank lines are skipped but count. A row that is no JSON object
-    or whose text is malformed is a BadRow, which `bad` may skip; `bad` also counts the rows. Any
+    Lines and rows count from 1; blank lines are skipped but count. Of `columns` only the values are
+    read, where given, and without nulls: the others are UNREAD, so nothing in them can stop a row
+    or a file. A row that is no JSON object or whose text is malformed is a BadRow, which `bad` may
+    skip; `bad` also counts the rows and notes a file without any, which is else a ValueError. Any
     other trouble with the file is a ValueError.
     """
-    path, bad = Path(path), bad or BadRows()
-    rows = _parquet if path.suffix.lower() == ".parquet" else _json
-    for where, data, offset in rows(path):
+    path, told, bad = Path(path), bad is not None, bad or BadRows()
+    before = bad.rows
+    rows = _parquet(path, columns) if path.suffix.lower() == ".parquet" else _json(path)
+    for where, data, offset in rows:
         bad.seen()
         row = None
         with bad.guard():
-            row = data if isinstance(data, dict) else _row(where, data, offset)
+            row = data if isinstance(data, dict) else _row(where, data, offset, columns)
         if row is not None:
             yield where, row
+    if bad.rows == before:
+        if not told:
+            raise ValueError(f"{path} is empty")
+        bad.empty.append(str(path))
 
 
 def write_rows(path: Path | str, rows: Iterable[dict]) -> None:
@@ -191,7 +257,7 @@ def _json(path: Path) -> Iterator[tuple[str, bytes, int]]:
     line, limit = 0, math.inf
     try:
         with open(path, "rb") as stream:
-            if name.endswith(".gz"):
+            if name.endswith(".gz") and stream.peek(1):
                 if not stream.peek(2).startswith(b"\x1f\x8b"):
                     _recognise(path, stream.peek(512))
                     raise ValueError(f"{path} is not gzip-compressed; take .gz off its name")
@@ -212,8 +278,6 @@ def _json(path: Path) -> Iterator[tuple[str, bytes, int]]:
 
 def _recognise(path: Path, head: bytes) -> bytes:
     """The first bytes after BOM and white space; ValueError when they show another kind of file."""
-    if not head:
-        raise ValueError(f"{path} is empty")
     head = head.removeprefix(codecs.BOM_UTF8).lstrip()
     for signature, what in SIGNATURES.items():
         if head.startswith(signature):
@@ -251,10 +315,11 @@ def _elements(path: Path, stream: BinaryIO) -> Iterator[tuple[str, bytes, int]]:
                          "which is read by the line")
     # a byte that is not UTF-8 survives the round trip, for its row to be blamed
     text = data.decode(errors="surrogateescape")
-    find_end, separator = json.JSONDecoder().raw_decode, re.compile(r"\s*(,|\]\s*$)\s*", re.A)
+    find_end = json.JSONDecoder(parse_int=_integer).raw_decode
+    separator = re.compile(r"\s*(,|\]\s*$)\s*", re.A)
     at = re.match(r"\ufeff?\s*\[\s*", text).end()
-    if text.startswith("]", at):
-        raise ValueError(f"{path} is an empty list")
+    if re.fullmatch(r"\]\s*", text[at:]):
+        return
     offset = len(text[:at].encode())
     for row in count(1):
         where = f"{path}:{row}"
@@ -273,15 +338,21 @@ def _elements(path: Path, stream: BinaryIO) -> Iterator[tuple[str, bytes, int]]:
         offset += len(data) + len(mark[0])
 
 
-def _row(where: str, data: bytes, offset: int = 0) -> dict:
-    """The object that a row's bytes spell; BadRow for what JSON or UTF-8 does not allow."""
+def _row(where: str, data: bytes, offset: int, columns: Collection[str] | None) -> dict:
+    """The object that a row's bytes spell; BadRow for what JSON or UTF-8 does not allow.
+
+    NaN and Infinity are numbers, as Python writes them and as they are in parquet: who needs a
+    finite number, or text, asks for it.
+    """
     if len(data) > LINE_BYTES:
         raise BadRow(f"{where}: longer than {LINE_BYTES >> 20} MiB, the limit for one row")
     try:
         text = data.decode().removeprefix("\ufeff").rstrip("\r\n")
-        row = json.loads(text, parse_constant=_no_constant, object_pairs_hook=unique)
+        row = json.loads(text, parse_int=_integer, object_pairs_hook=unique)
+        if columns is not None and isinstance(row, dict):
+            row = _bare({name: x if name in columns else UNREAD for name, x in row.items()})
         if re.search(r"\\u[dD][89a-fA-F]", text):
-            json.dumps(row, ensure_ascii=False).encode()
+            json.dumps(row, ensure_ascii=False, default=lambda unread: None).encode()
     except UnicodeDecodeError as error:
         byte, at = data[error.start], offset + error.start
         raise BadRow(f"{where}: byte 0x{byte:02x} at offset {at} is not UTF-8") from error
@@ -302,8 +373,9 @@ def _malformed(error: Exception) -> str:
     return "malformed JSON: " + str(error).split(";")[0].replace(" line 1 ", " ")
 
 
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON number")
+def _integer(digits: str) -> int | float:
+    """Python makes no integer of more than 4300 digits; that many are infinity, as 1e400 is."""
+    return int(digits) if len(digits) < 4300 else float(digits)
 
 
 def unique(pairs: list[tuple[str, object]]) -> dict:
@@ -315,7 +387,7 @@ def unique(pairs: list[tuple[str, object]]) -> dict:
     return row
 
 
-def _parquet(path: Path) -> Iterator[tuple[str, dict, int]]:
+def _parquet(path: Path, columns: Collection[str] | None) -> Iterator[tuple[str, dict, int]]:
     """(where, row, 0) for parquet, 256 rows in memory at a time."""
     try:
         import pyarrow
@@ -328,16 +400,21 @@ def _parquet(path: Path) -> Iterator[tuple[str, dict, int]]:
             head = stream.peek(512)
     except OSError as error:
         raise ValueError(f"{path}: cannot read: {error.strerror or error}") from error
+    if not head:
+        return
     if not head.startswith(b"PAR1"):
         _recognise(path, head)
         raise ValueError(f"{path} is not a parquet file; name it for what it is")
     try:
         with parquet.ParquetFile(path) as file:
-            unique([(name, None) for name in file.schema_arrow.names])
-            for batch in file.iter_batches(batch_size=256):
-                for row in batch.to_pylist():
+            names = file.schema_arrow.names
+            used = [name for name in names if columns is None or name in columns]
+            unread = dict.fromkeys(set(names).difference(used), UNREAD)
+            unique([(name, None) for name in used])
+            for batch in file.iter_batches(batch_size=256, columns=used):
+                for row in batch.to_pylist() if used else [{}] * batch.num_rows:
                     number += 1
-                    yield f"{path}:{number}", row, 0
+                    yield f"{path}:{number}", row if columns is None else _bare(row | unread), 0
     # a date that Python cannot hold is a ValueError or an OverflowError
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         why = plain(" ".join(str(error).split()), 200)

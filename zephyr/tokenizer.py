@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import sentencepiece
 
-from zephyr.files import plain, shown
+from zephyr.files import blank, plain, shown
 
 ROLES = ("system", "user", "assistant")
 MODEL_BYTES = 64 << 20  # Mistral's tokenizer.model has half a megabyte, a large one five
@@ -39,14 +39,20 @@ def conversation(messages: object, system: bool = True) -> list[tuple[str, str]]
     """(role, content) of each message, an empty system message first if `system` and none is there.
 
     Raises ValueError unless messages are {role, content} strings: at most one system message, at
-    the start, then user and assistant in turn.
+    the start, then user and assistant in turn. Other keys may be there if nothing is in them.
     """
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"messages must be a list that is not empty, got {shown(messages)}")
     turns = []
     for k, message in enumerate(messages):
-        if not isinstance(message, dict) or set(message) != {"role", "content"}:
+        if isinstance(message, dict):  # null is as good as absent
+            message = {key: x for key, x in message.items() if x is not None}
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
             raise ValueError(f"message {k} must have role and content, got {shown(message)}")
+        for key in sorted(key for key, x in message.items() if not blank(x)):
+            if key not in ("role", "content"):
+                raise ValueError(f"message {k} has {shown(key, 40)}: {shown(message[key], 40)}, "
+                                 "which would be lost: only role and content are read; remove it")
         role, content = message["role"], message["content"]
         if role not in ROLES:
             known = ", ".join(ROLES)
