@@ -79,6 +79,8 @@ def prepare(o: argparse.Namespace, place: Path) -> list[int]:
     feedback.run(feedback.parse([str(raw), "--out", str(every)]))
     files.write_rows(place / "pairs.jsonl", [row for _, row in files.read_rows(every)][: o.pairs])
     huggingface.write_config(base, architecture(o.shape), "float32", {})
+    from zephyr.tokenizer import Tokenizer
+
     huggingface.write_tokenizer(base, Tokenizer(o.data_root / "mistral"), None)
     batches = in_order(o, place)
     weights.fresh(base, seed=0)

@@ -164,6 +164,31 @@ def write_config(
     disk.write_json(folder / "generation_config.json", {"_from_model_config": True, **tokens})
 
 
+def empty_system(folder: Path) -> bool | None:
+    """Whether a folder's chat template puts an empty system message where there is none; None
+    unless the template is Zephyr's as `chat_template` writes it, with or without BOS."""
+    own = own_template(folder)
+    plain = own and _plain(own)
+    return {_plain(chat_template(x)): x for x in (True, False)}.get(plain)
+
+
+def own_template(folder: Path) -> str | None:
+    """A folder's chat template: that of chat_template.jinja, else of tokenizer_config.json."""
+    path = folder / "chat_template.jinja"
+    if path.exists():
+        disk.size_of(path, disk.JSON_BYTES)
+        return path.read_text(encoding="utf-8", errors="replace")
+    path = folder / TOKENIZER_CONFIG
+    own = disk.read_json(path).get("chat_template") if path.exists() else None
+    return own if isinstance(own, str) else None
+
+
+def _plain(template: str) -> str:
+    """A template with the special tokens as text, however they are spelt."""
+    text = template.strip().removeprefix("{{ bos_token }}")
+    return text.replace("' + eos_token + '", "</s>").replace("eos_token + '", "'</s>")
+
+
 def chat_template(empty_system: bool) -> str:
     """The template, as Jinja, of the text zephyr.tokenizer trains on, BOS first.
 
