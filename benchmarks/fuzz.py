@@ -394,8 +394,8 @@ TARGETS = {
     "index": Target(disk.INDEX, index_seeds, read_weights, around=two_shards),
     "config": Target("config.json", config_seeds, read_config),
     "settings": Target(
-        "tokenizer_config.json", lambda: [b'{"add_eos_token": false, "extra": {"a": [1.5]}}'],
-        read_settings, around=lambda folder: (folder / "tokenizer.model").write_bytes(b"model"),
+        "tokenizer_config.json", lambda: [b'{"add_eos_token": false, "chat_template": "{{ x }}"}'],
+        read_settings,
     ),
     "params": Target(
         "params.json", lambda: [json.dumps(PARAMS).encode()], read_params, around=beside_params

@@ -1,11 +1,14 @@
 """What every test file shares."""
 
+import functools
 import importlib.metadata
+import io
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -42,6 +45,23 @@ class Limits:
     max_prompt_length: int = 512
     empty_system: bool = True
     on_bad_row: str = "stop"
+
+
+@functools.cache
+def pieces(size: int, text: str = "", **options) -> bytes:
+    """A tokenizer.model of `size` pieces in the manner of Mistral's, trained here."""
+    model = io.BytesIO()
+    letters = " ".join(map(chr, range(0xA1, 0xE8)))
+    lines = [letters, "<|user|> <|system|> <|assistant|>", "the cat sat on the mat", *text.split("|")]
+    settings = {
+        "model_type": "bpe", "remove_extra_whitespaces": False, "character_coverage": 1.0,
+        "normalization_rule_name": "identity", "minloglevel": 2, "num_threads": 1,
+        "byte_fallback": size > 256,
+    }  # fmt: skip
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_writer=model, vocab_size=size, **settings | options
+    )
+    return model.getvalue()
 
 
 def shared(name: str) -> Path:

@@ -96,10 +96,8 @@ def test_accepted(changes, key, value):
         ({"rope_theta": 1, "rope_parameters": {"rope_theta": True}}, "rope_theta is True"),
         ({"model_type": "\x1b[2J"}, r"model_type is '\\x1b\[2J'; known"),
         ({"torch_dtype": "int8"}, "torch_dtype is 'int8'; use float32, bfloat16 or float16"),
-        ({"bos_token_id": "1"}, "bos_token_id is '1'; a saved model could not be read"),
-        ({"eos_token_id": [2, True]}, r"eos_token_id is \[2, True\]; a saved"),
-        ({"bos_token_id": 10**400}, "bos_token_id is 1000"),
-        ({"initializer_range": float("nan")}, "initializer_range is nan; a saved"),
+        ({"initializer_range": float("nan")}, "initializer_range is nan; it must be a number"),
+        ({"initializer_range": "0.02"}, "initializer_range is '0.02'; it must be a number"),
     ],
     ids=str,
 )
@@ -182,7 +180,7 @@ def base(tmp_path):
 def written(base: Path, chat: bool, system: bool = True) -> Path:
     folder = base.parent.parent / "out"
     folder.mkdir(exist_ok=True)
-    huggingface.write_tokenizer(folder, base, huggingface.chat_template(system) if chat else None)
+    huggingface.write_tokenizer(folder, Tokenizer(base), huggingface.chat_template(system) if chat else None)
     return folder
 
 
@@ -191,8 +189,8 @@ def test_chat_template_without_the_empty_system_message(base):
     theirs, ours = transformers.AutoTokenizer.from_pretrained(folder), Tokenizer(folder)
     hi = [{"role": "user", "content": "Hi"}]
     text = theirs.apply_chat_template(hi, tokenize=False, add_generation_prompt=True)
-    assert text == "<|user|>\nHi</s>\n<|assistant|>\n"
-    first, last = text.split("</s>")
+    assert text == "<s><|user|>\nHi</s>\n<|assistant|>\n"
+    first, last = text.removeprefix("<s>").split("</s>")
     assert ours.prompt(hi, system=False) == [1, *ours.encode(first), 2, *ours.encode(last)]
 
 
@@ -206,13 +204,13 @@ def test_chat_template_renders_what_training_sees(base):
         return theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
 
     hi, yo = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}
-    text = "<|system|>\n</s>\n<|user|>\nHi</s>\n"
+    text = "<s><|system|>\n</s>\n<|user|>\nHi</s>\n"
     assert rendered([hi, yo]) == text + "<|assistant|>\nYo</s>\n"
     assert rendered([hi], prompt=True) == text + "<|assistant|>\n"
 
     def spelt(text):
         """What a tokenizer that knows </s> makes of the text."""
-        first, *turns = [ours.encode(turn) for turn in text.split("</s>")]
+        first, *turns = [ours.encode(turn) for turn in text.removeprefix("<s>").split("</s>")]
         return [1, *first, *(i for turn in turns for i in (2, *turn))]
 
     system = {"role": "system", "content": "Be\nkind."}
@@ -222,55 +220,31 @@ def test_chat_template_renders_what_training_sees(base):
             assert spelt(rendered(messages, prompt=True)) == ours.prompt(messages)
 
 
-def test_tokenizer_files_are_the_bases(base):
-    contents = {"tokenizer.json": b'{"a": 1}\n', "special_tokens_map.json": b"{ }"}
-    for name, content in contents.items():
-        (base.parent / name).write_bytes(content)
-    settings = {"legacy": False, "model_max_length": 77, "chat_template": "another"}
-    (base.parent / "tokenizer_config.json").write_text(json.dumps(settings))
-    folder = written(base, chat=True)
-    contents["tokenizer.model"] = base.read_bytes()
-    assert {name: (folder / name).read_bytes() for name in contents} == contents
-    config = disk.read_json(folder / "tokenizer_config.json")
-    assert config["model_max_length"] == 77 and config["legacy"] is True
-    assert config["add_bos_token"] is True and config["pad_token"] == "</s>"
-    assert config["chat_template"] == (folder / "chat_template.jinja").read_text()
-    assert config["chat_template"] != "another"
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ('{"model_max_length": 1e400}', "malformed JSON: '1e400' is not a finite number"),
-        ('{"a": NaN}', "malformed JSON: 'NaN' is not a finite number"),
-        ('{"a": ' + "[" * 400 + "]" * 400 + "}", "malformed JSON: nested too deeply"),
-        ("{", "malformed JSON"),
-    ],
-)
-def test_tokenizer_settings_that_could_not_be_saved_are_refused_at_the_start(
-    base, tmp_path, text, message
-):
-    (tmp_path / "tokenizer_config.json").write_text(text)
-    with pytest.raises(ValueError, match=f"{tmp_path}/tokenizer_config.json: {message}"):
-        huggingface.parse(MISTRAL_7B, tmp_path / "config.json")
-
-
-@pytest.mark.parametrize("name", ["tokenizer.json", "special_tokens_map.json"])
-def test_a_link_does_not_bring_a_users_file_into_the_saved_folder(base, tmp_path, name):
-    (tmp_path / "secret").write_text("of the user")
-    path = base.parent / name
-    path.symlink_to(tmp_path / "secret")
-    for use in (lambda: written(base, chat=True),
-                lambda: huggingface.parse(MISTRAL_7B, base.with_name("config.json"))):
-        with pytest.raises(ValueError, match=f"{path} links out of the folder; hf download"):
-            use()
-    path.unlink()
-    (base.parent / "other").write_text("{}")
-    path.symlink_to("other")
-    assert (written(base, chat=True) / name).read_text() == "{}"
+def test_an_earlier_spelling_of_the_template_is_known(base):
+    """With `</s>` as text and without BOS."""
+    for system in (True, False):
+        folder = written(base, chat=True, system=system)
+        assert huggingface.empty_system(folder) is system
+        theirs = transformers.AutoTokenizer.from_pretrained(folder)
+        hi = [{"role": "user", "content": "Hi"}]
+        text = theirs.apply_chat_template(hi, tokenize=False)
+        earlier = huggingface._plain(huggingface.chat_template(system))
+        assert "bos_token" not in earlier and "eos_token" not in earlier
+        theirs.chat_template = earlier
+        assert "<s>" + theirs.apply_chat_template(hi, tokenize=False) == text
+        (folder / "chat_template.jinja").write_text(earlier)
+        assert huggingface.empty_system(folder) is system
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    assert huggingface.empty_system(folder) is None
+    (folder / "chat_template.jinja").unlink()
+    assert huggingface.empty_system(folder) is False  # as tokenizer_config.json has it
+    (folder / "tokenizer_config.json").unlink()
+    assert huggingface.empty_system(folder) is None
 
 
 def test_a_base_model_gets_no_chat_template(base):
     folder = written(base, chat=False)
-    assert sorted(p.name for p in folder.iterdir()) == ["tokenizer.model", "tokenizer_config.json"]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+    ]  # fmt: skip
     assert "chat_template" not in disk.read_json(folder / "tokenizer_config.json")

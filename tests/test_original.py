@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from conftest import pieces
 from test_model import model, packed, tokens
 
 from zephyr import disk, original, weights
@@ -47,7 +48,7 @@ def published(folder, m: Mistral, dtype=torch.float32, **changes):
     tensors = {name: w.detach().to(dtype).contiguous() for name, w in tensors.items()}
     save_file(tensors, folder / "consolidated.safetensors")
     (folder / "params.json").write_text(json.dumps(PARAMS | changes))
-    (folder / "tokenizer.model.v1").write_bytes(b"sentencepiece")
+    (folder / "tokenizer.model.v1").write_bytes(pieces(101))
     return folder
 
 
@@ -73,7 +74,7 @@ def test_same_logits(tmp_path, capsys, monkeypatch, dtype):
     )
     config = disk.read_json(tmp_path / "target" / "config.json")
     assert config["torch_dtype"] == str(dtype).removeprefix("torch.")
-    assert (tmp_path / "target" / "tokenizer.model").read_bytes() == b"sentencepiece"
+    assert (tmp_path / "target" / "tokenizer.model").read_bytes() == pieces(101)
     assert not (tmp_path / "target" / "params.json").exists()
 
 
@@ -110,10 +111,10 @@ def test_several_files_and_any_tokenizer(tmp_path):
     for i in range(2):
         part = {name: whole[name] for name in sorted(whole)[i::2]}
         save_file(part, source / f"consolidated.{i:02}.safetensors")
-    (source / "tokenizer.model").write_bytes(b"the one")
+    (source / "tokenizer.model").write_bytes(pieces(100))
     original.convert(source, tmp_path / "target")
     assert weights.config(tmp_path / "target").rope_theta == 1e6
-    assert (tmp_path / "target" / "tokenizer.model").read_bytes() == b"the one"
+    assert (tmp_path / "target" / "tokenizer.model").read_bytes() == pieces(100)
     weights.load(tmp_path / "target", Mistral(weights.config(tmp_path / "target")))
 
 

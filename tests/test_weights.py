@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from conftest import pieces
 from test_model import model, packed, tokens
 
 from zephyr import disk, huggingface, weights
@@ -27,7 +28,7 @@ def folder_of(m: Mistral, folder: Path, **changes: torch.Tensor) -> Path:
     """A folder with the model's config and tensors; `changes` of None leave a tensor out."""
     folder.mkdir()
     huggingface.write_config(folder, m.config, "float32", {})
-    (folder / "tokenizer.model").write_bytes(b"sentencepiece")
+    (folder / "tokenizer.model").write_bytes(pieces(101))
     tensors = {name: p.detach() for name, p in m.named_parameters()} | changes
     tensors = {name: x for name, x in tensors.items() if x is not None}
     save_file(tensors, folder / disk.SINGLE, metadata={"format": "pt"})
@@ -60,7 +61,7 @@ def test_round_trip_through_transformers(tmp_path, dtype, changes, style, shards
     theirs = huggingface_type.from_pretrained(base, dtype=getattr(torch, dtype))
     theirs.save_pretrained(tmp_path / "base", max_shard_size=limit)
     base = tmp_path / "base"
-    (base / "tokenizer.model").write_bytes(b"sentencepiece")
+    (base / "tokenizer.model").write_bytes(pieces(101))
     if style == 4:
         config = disk.read_json(base / "config.json")
         config["rope_theta"] = config.pop("rope_parameters")["rope_theta"]
@@ -88,6 +89,7 @@ def test_round_trip_through_transformers(tmp_path, dtype, changes, style, shards
 def test_what_a_saved_folder_holds(tmp_path):
     base = folder_of(model(), tmp_path / "base")
     (base / "tokenizer.json").write_text("{}")
+    (base / "special_tokens_map.json").write_text('{"eos_token": "<|im_end|>"}')
     config = disk.read_json(base / "config.json") | {"eos_token_id": 7, "auto_map": {}}
     disk.write_json(base / "config.json", config)
     weights.save(model(), tmp_path / "out", base, torch.bfloat16)
@@ -97,7 +99,7 @@ def test_what_a_saved_folder_holds(tmp_path):
     ]  # fmt: skip
     assert {oct(p.stat().st_mode & 0o777) for p in (tmp_path / "out").iterdir()} == {"0o644"}
     config = disk.read_json(tmp_path / "out" / "config.json")
-    assert config["torch_dtype"] == "bfloat16" and config["eos_token_id"] == 7
+    assert config["torch_dtype"] == "bfloat16" and config["eos_token_id"] == 2
     assert "auto_map" not in config
     with pytest.raises(ValueError, match="out exists already; choose another name"):
         weights.save(model(), tmp_path / "out", base)
@@ -116,11 +118,11 @@ def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="out: cannot write: .*No space left on device"):
         weights.save(model(), tmp_path / "out", base, shard_bytes=20_000)
     (base / "tokenizer.model").unlink()
-    with pytest.raises(ValueError, match="out: cannot write: .*No such file.*tokenizer.model"):
+    with pytest.raises(ValueError, match="tokenizer.model: no such file; a model folder needs"):
         weights.save(model(), tmp_path / "out", base)
     broken = model()
     broken.model.norm.weight.data[3] = torch.nan
-    (base / "tokenizer.model").touch()
+    (base / "tokenizer.model").write_bytes(pieces(101))
     with pytest.raises(ValueError, match="NaN or infinity in model.norm.weight; the weights are"):
         weights.save(broken, tmp_path / "out", base)
     assert [p.name for p in tmp_path.iterdir()] == ["base"]
