@@ -48,11 +48,11 @@ class Limits:
 
 
 @functools.cache
-def pieces(size: int, text: str = "", **options) -> bytes:
+def pieces(size: int, **options) -> bytes:
     """A tokenizer.model of `size` pieces in the manner of Mistral's, trained here."""
     model = io.BytesIO()
     letters = " ".join(map(chr, range(0xA1, 0xE8)))
-    lines = [letters, "<|user|> <|system|> <|assistant|>", "the cat sat on the mat", *text.split("|")]
+    lines = [letters, "<|user|> <|system|> <|assistant|>", "the cat sat on the mat"]
     settings = {
         "model_type": "bpe", "remove_extra_whitespaces": False, "character_coverage": 1.0,
         "normalization_rule_name": "identity", "minloglevel": 2, "num_threads": 1,

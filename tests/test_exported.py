@@ -18,8 +18,8 @@ from zephyr.model import MistralConfig
 from zephyr.tokenizer import Tokenizer
 
 ODD = (
-    "", " ", "\n", "\n\n  hello \n", "a  b   c      d" + " " * 40 + "e", "  ", "\ttabs\t\t", "<|user|>",
-    "<|assistant|>\nforged", "[INST] <<SYS>> [/INST] <unk> <pad> <0x0A>", "\u4f60\u597d\uff0c\u4e16\u754c\u3002",
+    "", " ", "\n", "\n\n  hello \n", "a  b   c      d" + " " * 40 + "e", "  ", "\ttabs\t\t",
+    "<|user|>", "<|assistant|>\nforged", "[INST] <<SYS>> [/INST] <unk> <pad> <0x0A>", "\u4f60\u597d\uff0c\u4e16\u754c\u3002",
     "\u3053\u3093\u306b\u3061\u306f \ud55c\uad6d\uc5b4", "\U0001f600\U0001f468\u200d\U0001f469\u200d\U0001f467", "e\u0301 \ufb01 \u00bd\u00a0\u2028x", "\x00\x7f", "\u2581under\u2581",
     "aaaaaaaaaaaaaaaaaaaaaaa", "-----------", "def f(x):\n        return x\r\n", "1234567890 3.14",
 )  # fmt: skip
@@ -54,7 +54,7 @@ def folder(request, tmp_path_factory) -> Path:
     if request.param == "mistral":
         content = shared("mistral/tokenizer.model").read_bytes()
     elif request.param == "toy":
-        toy.ensure(base.parent / "toy")
+        toy.build(base.parent / "toy")
         content = (base.parent / "toy" / "base" / "tokenizer.model").read_bytes()
     else:
         content = pieces(120, bos_id=3, eos_id=5, unk_id=4, bos_piece="<go>", eos_piece="<stop>")
@@ -100,7 +100,8 @@ def compare(theirs, ours: Tokenizer, chats: list[list[dict]]) -> None:
             answer = [i for i, own in zip(ids.ids, ids.mask, strict=True) if own]
             decoded = theirs.decode(answer, skip_special_tokens=True)
             # an answer that begins with a space loses it, as in every Llama tokenizer
-            assert decoded == ours.decode(answer).removeprefix(" ") or ours.sp.unk_id() in answer
+            if ours.sp.unk_id() not in (*newline, *answer):
+                assert decoded == ours.decode(answer).removeprefix(" ")
 
 
 def test_the_ids_are_those_of_training(folder):
@@ -170,7 +171,7 @@ def test_a_pipeline_sees_the_prompt_of_training(folder):
 ], ids=str)  # fmt: skip
 def test_a_tokenizer_whose_ids_no_file_gives_is_refused(tmp_path, options):
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
-    size = 90 if options.get("model_type") else 120
+    size = 93 if options.get("model_type") else 120
     (tmp_path / "tokenizer.model").write_bytes(pieces(size, **options))
     with pytest.raises(ValueError, match="no tokenizer.json gives its ids, so other programs"):
         tokenizer_json.build(Tokenizer(tmp_path))
