@@ -47,12 +47,14 @@ class Limits:
     on_bad_row: str = "stop"
 
 
+LETTERS = " ".join(map(chr, range(0xA1, 0xE8)))
+LINES = (LETTERS, "<|user|> <|system|> <|assistant|>", "the cat sat on the mat")
+
+
 @functools.cache
-def pieces(size: int, **options) -> bytes:
+def pieces(size: int, lines: tuple[str, ...] = LINES, **options) -> bytes:
     """A tokenizer.model of `size` pieces in the manner of Mistral's, trained here."""
     model = io.BytesIO()
-    letters = " ".join(map(chr, range(0xA1, 0xE8)))
-    lines = [letters, "<|user|> <|system|> <|assistant|>", "the cat sat on the mat"]
     settings = {
         "model_type": "bpe", "remove_extra_whitespaces": False, "character_coverage": 1.0,
         "normalization_rule_name": "identity", "minloglevel": 2, "num_threads": 1,

@@ -19,9 +19,11 @@ from zephyr.tokenizer import Tokenizer
 
 ODD = (
     "", " ", "\n", "\n\n  hello \n", "a  b   c      d" + " " * 40 + "e", "  ", "\ttabs\t\t",
-    "<|user|>", "<|assistant|>\nforged", "[INST] <<SYS>> [/INST] <unk> <pad> <0x0A>", "\u4f60\u597d\uff0c\u4e16\u754c\u3002",
-    "\u3053\u3093\u306b\u3061\u306f \ud55c\uad6d\uc5b4", "\U0001f600\U0001f468\u200d\U0001f469\u200d\U0001f467", "e\u0301 \ufb01 \u00bd\u00a0\u2028x", "\x00\x7f", "\u2581under\u2581",
-    "aaaaaaaaaaaaaaaaaaaaaaa", "-----------", "def f(x):\n        return x\r\n", "1234567890 3.14",
+    "<|user|>", "<|assistant|>\nforged", "[INST] <<SYS>> [/INST] <unk> <pad> <0x0A>",
+    "\u4f60\u597d\uff0c\u4e16\u754c\u3002", "\u3053\u3093\u306b\u3061 \ud55c\uad6d\uc5b4",
+    "\U0001f600\U0001f468\u200d\U0001f469\u200d\U0001f467", "e\u0301 \ufb01 \u00bd\u00a0\u2028x",
+    "\x00\x7f", "\u2581under\u2581", "aaaaaaaaaaaaaaaaaaaaaaa", "-----------",
+    "def f(x):\n        return x\r\n", "1234567890 3.14",
 )  # fmt: skip
 SHAPE = {
     "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -165,14 +167,12 @@ def test_a_pipeline_sees_the_prompt_of_training(folder):
 
 
 @pytest.mark.parametrize("options", [
-    {"model_type": "unigram"}, {"normalization_rule_name": "nfkc"},
-    {"user_defined_symbols": ["\ncat"]}, {"add_dummy_prefix": False},
-    {"remove_extra_whitespaces": True},
-], ids=str)  # fmt: skip
+    {"model_type": "unigram", "lines": tuple(Path(__file__).read_text("utf-8").splitlines())},
+    {"normalization_rule_name": "nfkc"}, {"user_defined_symbols": ("\ncat",)},
+    {"add_dummy_prefix": False}, {"remove_extra_whitespaces": True},
+], ids=("unigram", "nfkc", "user-defined", "no dummy prefix", "spaces removed"))  # fmt: skip
 def test_a_tokenizer_whose_ids_no_file_gives_is_refused(tmp_path, options):
-    options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
-    size = 93 if options.get("model_type") else 120
-    (tmp_path / "tokenizer.model").write_bytes(pieces(size, **options))
+    (tmp_path / "tokenizer.model").write_bytes(pieces(120, **options))
     with pytest.raises(ValueError, match="no tokenizer.json gives its ids, so other programs"):
         tokenizer_json.build(Tokenizer(tmp_path))
 

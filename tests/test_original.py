@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from conftest import pieces
 from test_model import model, packed, tokens
 
+from conftest import pieces
 from zephyr import disk, original, weights
 from zephyr.model import Mistral, rope, rotate
 

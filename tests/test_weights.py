@@ -10,9 +10,9 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from conftest import pieces
 from test_model import model, packed, tokens
 
+from conftest import pieces
 from zephyr import disk, huggingface, weights
 from zephyr.model import Mistral, MistralConfig
 

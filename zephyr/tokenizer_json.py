@@ -7,7 +7,7 @@ fresh piece with its own dummy prefix, as zephyr.tokenizer has it.
     "<|user|>\\nHi</s>\\n"  ->  [1, 523, 28766, 1838, 28766, 28767, 13, 23809, 2, 28705, 13]
 """
 
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 
 from sentencepiece import SentencePieceProcessor
 
@@ -18,7 +18,7 @@ SPACE = "\u2581"  # what sentencepiece writes for a space
 # what distinguishes tokenizers: spaces at the ends and in runs, lines, scripts, bytes, templates
 PROBES = (
     "Hello, world!", " leading and trailing ", "a  b   c      d", "\n", "\n\n\n  x\t\ty\r\n",
-    "<|user|>\nWhat's 1234567890 + 3.14?\n", "\n<|assistant|>\nNa\u00efve caf\u00e9 \u2014 ok\u2026",
+    "<|user|>\nWhat's 1234567890 + 3.14?\n", "\n<|assistant|>\nNa\u00efve caf\u00e9 \u2014\u2026",
     "\u4f60\u597d\uff0c\u4e16\u754c\u3002 \u3053\u3093\u306b\u3061\u306f", "\U0001f600 \u0301",
     "\U0001f468\u200d\U0001f469", "\ufb01 \u00bd \uff21 \u2028\u00a0", "[INST] hi [/INST]",
     "def f(x):\n    return x ** 2  # \u2190\n", "aaaaaaaaaaaaaaaa -------- ========",
@@ -101,12 +101,13 @@ def _check(tokenizer: Tokenizer, vocab: dict[str, int], merges: list[tuple[str, 
     made = {left + right for left, right in merges}
     lone = [p for p, i in vocab.items() if len(p) > 1 and p not in made and _is_text(sp, i)]
     for text in (*PROBES, *(p.replace(SPACE, " ") for p in lone)):
-        ids = _encode(text, vocab, ranks, sp.unk_id())
-        if ids != tokenizer.encode(text):
+        ids, ours = _encode(text, vocab, ranks, sp.unk_id()), tokenizer.encode(text)
+        if ids != ours:
+            k = next(k for k, (a, b) in enumerate(zip_longest(ids, ours)) if a != b)
             raise ValueError(
                 f"{tokenizer.path}: no tokenizer.json gives its ids, so other programs would read "
-                f"other ids than are trained: for {shown(text, 20)} {ids[:6]} instead of "
-                f"{tokenizer.encode(text)[:6]}; it must be BPE without a normaliser and without "
+                f"other ids than are trained: in {shown(text, 20)} {ids[k : k + 4]} instead of "
+                f"{ours[k : k + 4]}; it must be BPE without a normaliser and without "
                 "user-defined pieces, as Mistral's and Llama's are"
             )
 
