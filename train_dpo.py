@@ -11,13 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zephyr import anchor, config, data, losses, metrics, optim, parallel, toy, weights
+from zephyr import anchor, base, config, data, losses, metrics, optim, parallel, toy, weights
 from zephyr.config import DPOConfig
 from zephyr.exits import call
 from zephyr.guard import Guard
 from zephyr.packing import Batch, PairPlan, ahead
 from zephyr.run import Run
-from zephyr.tokenizer import Tokenizer
 
 
 def main() -> None:
@@ -28,9 +27,9 @@ def main() -> None:
     if recipe == "tiny":
         parallel.once_per_node(ranks, toy.ensure_pairs)
 
-    shape = parallel.together(lambda: weights.config(c.model))
-    tokenizer = parallel.together(lambda: Tokenizer(c.model))
-    parallel.together(lambda: weights.check_vocabulary(shape, tokenizer))
+    c, shape, tokenizer, notes = parallel.together(lambda: base.look(c))
+    for note in notes:
+        ranks.say(note)
 
     def read(paths: tuple[str, ...]) -> data.Tokens:
         pairs = parallel.once_per_node(ranks, lambda: data.preferences(paths, tokenizer, c))

@@ -9,13 +9,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from zephyr import config, data, losses, metrics, optim, parallel, toy, weights
+from zephyr import base, config, data, losses, metrics, optim, parallel, toy, weights
 from zephyr.config import SFTConfig
 from zephyr.exits import call
 from zephyr.guard import Guard
 from zephyr.packing import DocumentPlan, ahead
 from zephyr.run import Run
-from zephyr.tokenizer import Tokenizer
 
 
 def main() -> None:
@@ -24,9 +23,9 @@ def main() -> None:
     if recipe == "tiny":
         parallel.once_per_node(ranks, newborn)
 
-    shape = parallel.together(lambda: weights.config(c.model))
-    tokenizer = parallel.together(lambda: Tokenizer(c.model))
-    parallel.together(lambda: weights.check_vocabulary(shape, tokenizer))
+    c, shape, tokenizer, notes = parallel.together(lambda: base.look(c))
+    for note in notes:
+        ranks.say(note)
 
     c = parallel.fitted(c, shape, ranks, np.array([c.max_length]))
 
@@ -100,9 +99,9 @@ def main() -> None:
 
 def newborn() -> None:
     """The tiny recipe starts from random weights."""
-    base = toy.ensure() / "base"
-    if not (base / "model.safetensors").exists():
-        weights.fresh(base, seed=0)
+    folder = toy.ensure() / "base"
+    if not (folder / "model.safetensors").exists():
+        weights.fresh(folder, seed=0)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save, save_file
 
-from zephyr import config, data, disk, feedback, files, forms, huggingface, original
+from zephyr import config, data, disk, feedback, files, folders, forms, huggingface, original
 from zephyr.model import Mistral
 from zephyr.tokenizer import Tokenizer
 
@@ -199,7 +199,7 @@ def ok(holds: bool, what: str) -> None:
 
 
 def read_weights(path: Path) -> None:
-    found = disk.stored(*disk.weight_files(path.parent))
+    found = disk.stored(*folders.weight_files(path.parent))
     for name, tensor in found.items():
         ok(disk.inside(tensor.path), "a tensor from another folder")
         with safe_open(tensor.path, "pt") as file:

@@ -13,7 +13,7 @@ WORDS = "the cat sat on a mat and the dog ran to it while rain fell over every h
 # rows reach beyond the window, and the vocabulary of 301 divides by no small number of ranks
 SHAPE = dict(
     hidden_size=32, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=8, sliding_window=24, max_position_embeddings=512,
+    num_key_value_heads=2, head_dim=8, sliding_window=24, max_position_embeddings=2048,
     rms_norm_eps=1e-5, rope_theta=1e4,
 )  # fmt: skip
 # train_dpo.py's flags for it: the losses move, 64 pairs are 8 steps of about 60 ms on a CPU

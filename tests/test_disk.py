@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from zephyr import disk
+from zephyr import disk, folders
 
 A, B = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
@@ -30,7 +30,7 @@ def entry(*offsets: int, shape=(2,), dtype="F32") -> dict:
 
 
 def read(folder: Path) -> dict[str, disk.Stored]:
-    return disk.stored(*disk.weight_files(folder))
+    return disk.stored(*folders.weight_files(folder))
 
 
 def sharded(folder: Path, **changes: str) -> None:
@@ -58,7 +58,8 @@ def test_headers_say_what_is_where(tmp_path):
     ("write", "message"),
     [
         (lambda p: p.write_bytes(b""), "0 bytes, its first 8 announce a header of 0: tru"),
-        (lambda p: p.write_bytes(b"version https://git-lfs.github.com/spec/v1\n"), "43 bytes, its"),
+        (lambda p: p.write_bytes(b"version https://git-lfs.github.com/spec/v1\n"),
+         "is a Git LFS pointer, not the data; run git lfs pull"),
         (lambda p: raw(p, {}, length=1 << 63), "announce a header of 9223372036854775808"),
         (lambda p: raw(p, {"a": entry(0, 8)}, b"1234567"), r"\d+ bytes where its header says \d+;"),
         (lambda p: raw(p, {"a": entry(0, 8)}, b"123456789"), "where its header says"),
@@ -175,7 +176,7 @@ def test_no_weights_or_two_kinds(tmp_path):
         read(tmp_path)
     (tmp_path / "pytorch_model.bin").touch()
     (tmp_path / "consolidated.00.pth").touch()
-    pickles = "only consolidated.00.pth, pytorch_model.bin: reading a pickle can run code"
+    pickles = "only consolidated.00.pth, pytorch_model.bin, and reading a pickle can run code"
     with pytest.raises(ValueError, match=pickles):
         read(tmp_path)
     sharded(tmp_path)
@@ -261,7 +262,7 @@ def test_a_folder_is_written_with_two_tensors_in_memory_at_most(tmp_path):
     names = [f"x{k}" for k in range(9)]
     groups = [names[:6], names[6:]]
     disk.write_shards(tmp_path, groups, dict.fromkeys(names, (5,)), torch.float32, tensors())
-    assert len(made) == 9 and len(disk.stored(*disk.weight_files(tmp_path))) == 9
+    assert len(made) == 9 and len(disk.stored(*folders.weight_files(tmp_path))) == 9
 
 
 @pytest.mark.parametrize(

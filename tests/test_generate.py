@@ -237,7 +237,7 @@ def test_a_conversation_keeps_its_history(folder, monkeypatch, capsys, script):
     assert len(asked[0][0]) < 50 < len(asked[2][0])
     for prompt, new, sampling in asked:
         assert new == min(100, 150 - len(prompt))
-        assert sampling == {"temperature": 0.5, "top_p": 0.9, "seed": 3}
+        assert sampling == {"temperature": 0.5, "top_p": 0.9, "seed": 3, "pieces": 300}
 
 
 def test_half_a_character_waits_for_the_rest(folder, monkeypatch, script):

@@ -155,13 +155,6 @@ def test_config_of_a_folder(tmp_path):
     assert weights.config(str(tmp_path)) == parsed({})
 
 
-def test_a_tokenizer_of_another_size(tmp_path):
-    tokenizer = Tokenizer(shared("mistral/tokenizer.model"))
-    weights.check_vocabulary(parsed({}), tokenizer)
-    with pytest.raises(ValueError, match=r"tokenizer.model has 32000 pieces, the model 32002 emb"):
-        weights.check_vocabulary(parsed({"vocab_size": 32002}), tokenizer)
-
-
 CHAT = [
     {"role": "user", "content": " Hi\n\nthere "},
     {"role": "assistant", "content": "Yo {{ 'x' }} <b>"},

@@ -69,7 +69,8 @@ def test_data(fails, place):  # noqa: F811
     line = fails(train_dpo, *DPO, data=lines([good[0], odd]))
     assert "data.jsonl:2: " in line and "message 0 has role 'robot'; known roles are" in line
     assert "UTF-8" in fails(train_dpo, *DPO, data=lines(good[:1]) + b'{"prompt": "\xff"}\n')
-    line = fails(train_sft, *SFT, data=b'{"messages": [{"role": "wizard", "content": "x"}]}\n')
+    odd = b'{"messages": [{"role": "wizard", "content": "x"}]}\n'
+    line = fails(train_sft, *SFT, data=odd)
     assert "data.jsonl:1: message 0 has role 'wizard'" in line
     same = json.loads(json.dumps(good[0])) | {"rejected": good[0]["chosen"]}
     assert "no row is left" in fails(train_dpo, *DPO, data=lines([same]))
@@ -83,9 +84,9 @@ def test_model(fails, place, tmp_path):  # noqa: F811
     assert "needs its tokenizer.model" in fails(train_dpo, *DPO, model=broken)
     shutil.copy(place / "base" / "tokenizer.model", broken)
     about = json.loads((broken / "config.json").read_text())
-    (broken / "config.json").write_text(json.dumps(about | {"vocab_size": 999}))
+    (broken / "config.json").write_text(json.dumps(about | {"vocab_size": 299}))
     line = fails(train_dpo, *DPO, model=broken)
-    assert "999 embedding rows" in line and "tokenizer.model" in line
+    assert "only 299 embedding rows" in line and "tokenizer.model" in line
 
 
 def test_weights(fails, place, tmp_path, monkeypatch):  # noqa: F811

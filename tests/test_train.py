@@ -30,7 +30,7 @@ from zephyr.tokenizer import Tokenizer
 ROOT = Path(__file__).parent.parent
 SHAPE = dict(
     hidden_size=32, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=8, sliding_window=24, max_position_embeddings=512,
+    num_key_value_heads=2, head_dim=8, sliding_window=24, max_position_embeddings=2048,
     rms_norm_eps=1e-5, tie_word_embeddings=False, attn_implementation="eager",
 )  # fmt: skip
 DPO = (

@@ -48,7 +48,7 @@ class Training:
     adam_state: Literal["fp32", "bf16"] = "fp32"  # of AdamW's moments; bf16 saves 4 bytes a weight
     reshard: Literal["auto", "always", "never"] = "auto"  # gather weights anew for the backward
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile each block; auto: on a GPU
-    empty_system: bool = True  # insert an empty system message where a conversation has none
+    empty_system: bool | None = None  # insert one where there is none; left out: as --model does
     seed: int = 42  # order of the data
     log_every: int = 1  # steps between lines of metrics.jsonl
     eval_every: int = 100  # steps between evaluations, besides the one at the end; 0: none
@@ -168,7 +168,7 @@ def parse(cls: type, argv: list[str] | None = None, doc: str = "") -> tuple[Any,
             options["choices"] = get_args(kind)
         elif words(kind):
             options |= {"type": partial(_number_or, words(kind)), "metavar": "INT|auto"}
-        elif kind is bool:
+        elif scalar(kind) is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
             options |= {"nargs": "+"} if get_origin(kind) is tuple else {}

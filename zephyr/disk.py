@@ -5,7 +5,6 @@ from __future__ import annotations  # so that reading a config.json need not imp
 import json
 import math
 import os
-import re
 import shutil
 import stat
 import tempfile
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
+from zephyr import files
 from zephyr.exits import Storage
 from zephyr.files import plain, shown, unique
 
@@ -70,6 +70,7 @@ def read_json(path: Path, text: bytes | None = None, finite: bool = False) -> di
                            parse_float=number)  # fmt: skip
         _check_depth(value)
     except (ValueError, RecursionError) as error:
+        recognise(path, text)
         why = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise ValueError(f"{path}: malformed JSON: {plain(why, 200)}") from error
     if not isinstance(value, dict):
@@ -81,6 +82,16 @@ def _finite(text: str) -> float:
     if not math.isfinite(value := float(text)):
         raise ValueError(f"{shown(text)} is not a finite number")
     return value
+
+
+def recognise(path: Path, head: bytes) -> None:
+    """Raises ValueError if the first bytes of a file that could not be read show what it is."""
+    if head.startswith((b"PK\x03\x04", b"\x80\x02")):
+        raise ValueError(f"{path} is a pickle of torch.save, which can run code as it is "
+                         "read; save it as safetensors")  # fmt: skip
+    if head.startswith(b"GGUF"):
+        raise ValueError(f"{path} is a GGUF file, for llama.cpp; take what it was made from")
+    files.recognise(path, head)
 
 
 def _check_depth(value: object) -> None:
@@ -97,9 +108,12 @@ def write_json(path: Path, value: dict) -> None:
 
 
 def inside(path: Path) -> bool:
-    """Whether a file lies in its folder, as one that a link leads to elsewhere does not."""
+    """Whether a file lies in its folder, as one that a link leads to elsewhere does not; a link to
+    the blobs of a model in Hugging Face's cache counts, as its snapshots are made of those."""
     # of a loop of links, realpath makes no error as Path.resolve does
-    return os.path.dirname(os.path.realpath(path)) == os.path.realpath(path.parent)
+    real = Path(os.path.realpath(path))
+    blob = real.parent.name == "blobs" and real.parent.parent.name.startswith("models--")
+    return blob or str(real.parent) == os.path.realpath(path.parent)
 
 
 def some(names: Iterable[str]) -> str:
@@ -107,38 +121,6 @@ def some(names: Iterable[str]) -> str:
     names = sorted(names)
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(map(plain, names[:3])) + more
-
-
-def weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
-    """The folder's safetensors files, and its index {tensor: file name} if it has one.
-
-    A file that the index names must lie in the folder itself: no path and no link leads elsewhere.
-    """
-    single, index = folder / SINGLE, folder / INDEX
-    if single.exists() and index.exists():
-        raise ValueError(f"{folder} has both {SINGLE} and {INDEX}; remove the one not meant")
-    if single.exists():
-        size_of(single)
-        return [single], None
-    if not index.exists():
-        pickles = [p.name for end in ("bin", "pth", "pt") for p in folder.glob(f"*.{end}")]
-        why = f", only {some(pickles)}: reading a pickle can run code" if pickles else ""
-        raise ValueError(f"{folder} has no {SINGLE} and no {INDEX}{why}")
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
-        raise ValueError(f"{index}: weight_map must be an object of tensor: file name")
-    names = sorted(set(weight_map.values()))
-    if len(names) > FILES:
-        raise ValueError(f"{index} lists {len(names)} files; {FILES} is the limit")
-    for name in names:
-        if not re.fullmatch(r"[\w.-]{1,200}\.safetensors", name, re.A):
-            raise ValueError(f"{index}: {shown(name)} is not the plain name of a safetensors file")
-        path = folder / name
-        if not inside(path):
-            raise ValueError(f"{path} links out of the folder; hf download --local-dir copies it")
-        if not path.is_file():
-            raise ValueError(f"{index}: {name} is missing from the folder; fetch it")
-    return [folder / name for name in names], weight_map
 
 
 def stored(paths: list[Path], weight_map: dict[str, str] | None = None) -> dict[str, Stored]:
@@ -174,8 +156,9 @@ def _check_header(path: Path) -> None:
     that maps it, or if a key comes twice, which safetensors accepts."""
     size = size_of(path)
     with open(path, "rb") as file:
-        start = 8 + int.from_bytes(file.read(8), "little")
+        start = 8 + int.from_bytes(head := file.read(8), "little")
         if not 8 < start <= min(size, JSON_BYTES):
+            recognise(path, head + file.read(500))
             raise ValueError(f"{path}: {size} bytes, its first 8 announce a header of {start - 8}: "
                              "truncated, or not a safetensors file")  # fmt: skip
         header = read_json(path, file.read(start - 8))

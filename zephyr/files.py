@@ -259,11 +259,11 @@ def _json(path: Path) -> Iterator[tuple[str, bytes, int]]:
         with open(path, "rb") as stream:
             if name.endswith(".gz") and stream.peek(1):
                 if not stream.peek(2).startswith(b"\x1f\x8b"):
-                    _recognise(path, stream.peek(512))
+                    recognise(path, stream.peek(512))
                     raise ValueError(f"{path} is not gzip-compressed; take .gz off its name")
                 limit = max(LIST_BYTES, RATIO * os.fstat(stream.fileno()).st_size)
                 stream = gzip.GzipFile(fileobj=stream)
-            if not _recognise(path, stream.peek(512)).startswith(b"["):
+            if not recognise(path, stream.peek(512)).startswith(b"["):
                 for line, data, offset in _lines(stream, limit):
                     yield f"{path}:{line}", data, offset
             elif ".jsonl" in name:
@@ -276,7 +276,7 @@ def _json(path: Path) -> Iterator[tuple[str, bytes, int]]:
         raise ValueError(f"{path}: cannot read: {error.strerror or error}") from error
 
 
-def _recognise(path: Path, head: bytes) -> bytes:
+def recognise(path: Path, head: bytes) -> bytes:
     """The first bytes after BOM and white space; ValueError when they show another kind of file."""
     head = head.removeprefix(codecs.BOM_UTF8).lstrip()
     for signature, what in SIGNATURES.items():
@@ -403,7 +403,7 @@ def _parquet(path: Path, columns: Collection[str] | None) -> Iterator[tuple[str,
     if not head:
         return
     if not head.startswith(b"PAR1"):
-        _recognise(path, head)
+        recognise(path, head)
         raise ValueError(f"{path} is not a parquet file; name it for what it is")
     try:
         with parquet.ParquetFile(path) as file:

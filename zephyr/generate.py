@@ -10,12 +10,13 @@ import argparse
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from zephyr import exits, parallel, weights
+from zephyr import base, exits, huggingface, parallel, weights
 from zephyr.attention import Layout, visible
 from zephyr.model import Mistral, MistralConfig
 from zephyr.tokenizer import Tokenizer
@@ -92,19 +93,20 @@ def prefill(model: Mistral, prompts: list[list[int]], new: int) -> tuple[Cache, 
 @torch.inference_mode()
 def stream(
     model: Mistral, prompts: list[list[int]], new: int, temperature: float = 0.7,
-    top_p: float = 1.0, seed: int = 0,
+    top_p: float = 1.0, seed: int = 0, pieces: int | None = None,
 ) -> Iterator[Tensor]:
     """Yields the next token of every prompt [B], up to `new` times.
 
     Greedy at temperature 0; else sampled from the smallest set of tokens whose probability reaches
-    `top_p`. The same seed and prompts give the same tokens.
+    `top_p`; only of the first `pieces`, as rows above a tokenizer's pieces are no text. The same
+    seed and prompts give the same tokens.
     """
     generator = torch.Generator(model.lm_head.weight.device).manual_seed(seed)
     cache, logits_BV = prefill(model, prompts, new)
     owner_B = torch.arange(len(prompts), device=logits_BV.device)
     position_B = torch.tensor([len(prompt) for prompt in prompts], device=logits_BV.device)
     for k in range(new):
-        token_B = choose(logits_BV.float(), temperature, top_p, generator)
+        token_B = choose(logits_BV[:, :pieces].float(), temperature, top_p, generator)
         yield token_B
         if k + 1 < new:
             cache.place(position_B + k, owner_B)
@@ -138,10 +140,11 @@ def generate(
 
 
 def load(folder: str) -> tuple[Mistral, Tokenizer]:
-    """A model to sample from: bf16 on a GPU, fp32 on a CPU."""
+    """A model to sample from: bf16 on a GPU, fp32 on a CPU. What is odd about it is said."""
     parallel.keep_buffers()
-    shape, tokenizer = weights.config(folder), Tokenizer(folder)
-    weights.check_vocabulary(shape, tokenizer)
+    shape, tokenizer, _, notes = base.open_folder(folder)
+    for note in notes:
+        print(note, file=sys.stderr)
     cuda = torch.cuda.is_available()
     with torch.device("meta"):
         model = Mistral(shape).to(torch.bfloat16 if cuda else torch.float32)
@@ -161,6 +164,7 @@ def answer(model: Mistral, tokenizer: Tokenizer, messages: list, new: int, **sam
         raise ValueError(f"the conversation has {len(prompt)} tokens, the model {limit} positions")
     ids: list[int] = []
     shown = ""
+    sampling["pieces"] = tokenizer.vocab_size
     for token_B in stream(model, [prompt], min(new, limit - len(prompt)), **sampling):
         if (token := int(token_B)) == tokenizer.eos:
             break
@@ -180,7 +184,8 @@ def main() -> None:
     parser.add_argument("model", help="a Hugging Face folder, as a run's model/")
     parser.add_argument("--prompt", help="answer this and end; without it, chat")
     parser.add_argument("--system", default="", help="the system message [empty]")
-    parser.add_argument("--no-empty-system", action="store_true", help="as the model was trained")
+    parser.add_argument("--empty-system", action=argparse.BooleanOptionalAction,
+                        help="where --system says nothing [as the model's template has it]")
     parser.add_argument("--max-new", type=int, default=1024, help="longest answer, tokens [1024]")
     parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy [0.7]")
     parser.add_argument("--top-p", type=float, default=1.0, help="nucleus to sample from [1.0]")
@@ -202,8 +207,10 @@ def main() -> None:
             error(f"{flag} {value} is out of range")
     model, tokenizer = load(args.model)
     sampling = {"temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
-    bare = args.no_empty_system and not args.system
-    messages = [] if bare else [{"role": "system", "content": args.system}]
+    if args.empty_system is None:
+        args.empty_system = huggingface.empty_system(Path(args.model)) is not False
+    opens = args.system or args.empty_system
+    messages = [{"role": "system", "content": args.system}] if opens else []
     while asked := args.prompt or ask():
         messages.append({"role": "user", "content": asked})
         said = answer(model, tokenizer, messages, args.max_new, **sampling)

@@ -64,6 +64,11 @@ def parse(raw: dict, path: Path) -> MistralConfig:
     kind = raw.get("model_type")
     if kind not in list(CLASSES):
         raise ValueError(f"{path}: model_type is {shown(kind)}; known are {' and '.join(CLASSES)}")
+    for key in ("quantization_config", "quantization", "compression_config"):
+        if raw.get(key):
+            how = raw[key].get("quant_method", raw[key]) if isinstance(raw[key], dict) else raw[key]
+            raise ValueError(f"{path}: {key} says {shown(how, 40)}: quantized weights cannot be "
+                             "trained; take the model that they were made from")  # fmt: skip
     for key, only in ONLY.items():
         if raw.get(key, only) != only:
             raise ValueError(f"{path}: {key} is {shown(raw[key])}; only {only!r} is implemented")

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from zephyr import disk, huggingface, weights
+from zephyr import disk, huggingface, tokenizer_json, weights
 from zephyr.model import Mistral
 from zephyr.tokenizer import Tokenizer
 
@@ -57,6 +57,7 @@ def convert(source: Path | str, target: Path | str) -> None:
         dtype = file.get_slice(first.name)[:0].dtype
     name = huggingface.dtype({"torch_dtype": str(dtype).removeprefix("torch.")}, first.path)
     tokenizer = Tokenizer(_tokenizer(source))
+    tokenizer_json.build(tokenizer)  # refused here, before gigabytes are written
 
     shapes = {name: tuple(p.shape) for name, p in wanted.items()}
     sizes = {name: p.numel() * dtype.itemsize for name, p in wanted.items()}

@@ -11,11 +11,13 @@ can become a control id.
 
 import hashlib
 import math
+import re
 from pathlib import Path
 from typing import NamedTuple
 
 import sentencepiece
 
+from zephyr import disk, folders
 from zephyr.files import blank, plain, shown
 
 ROLES = ("system", "user", "assistant")
@@ -80,10 +82,7 @@ class Tokenizer:
     """
 
     def __init__(self, path: str | Path):
-        path = Path(path)
-        self.path = path / "tokenizer.model" if path.is_dir() else path
-        if not self.path.is_file():
-            raise ValueError(f"{self.path}: no such file; a model folder needs its tokenizer.model")
+        self.path = folders.tokenizer_file(Path(path))
         if (size := self.path.stat().st_size) > MODEL_BYTES:
             raise ValueError(f"{self.path}: {size:,} bytes, so not a sentencepiece model")
         data = self.path.read_bytes()
@@ -92,6 +91,10 @@ class Tokenizer:
         try:
             self.sp.load_from_serialized_proto(data)
         except (RuntimeError, UnicodeDecodeError) as error:  # it may quote a damaged piece
+            disk.recognise(self.path, data[:500])
+            if re.match(rb"[\w+/=]+ \d+\n", data):
+                raise ValueError(f"{self.path} is a tiktoken file, as Llama 3's; sentencepiece "
+                                 "alone is implemented") from None  # fmt: skip
             why = plain(" ".join(str(error).split()), 200)
             raise ValueError(f"{self.path}: not a sentencepiece model ({why})") from None
         self.vocab_size = self.sp.vocab_size()

@@ -8,7 +8,6 @@ transformers fills in what a folder lacks and loads what is broken; here both ar
 import argparse
 import hashlib
 import math
-import re
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,35 +24,23 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from tqdm import tqdm
 
 import kernels
-from zephyr import disk, files, huggingface
+from zephyr import disk, files, folders, huggingface
 from zephyr.model import Mistral, MistralConfig, initialise
 from zephyr.tokenizer import Tokenizer
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 SHARD_BYTES = 5_000_000_000
+HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
+QUANTIZED = (  # how the names end that GPTQ, AWQ, bitsandbytes, fp8 and compressed-tensors add
+    ".qweight", ".qzeros", ".g_idx", ".scales", ".biases", ".SCB", ".absmax", ".quant_map",
+    ".weight_scale", ".weight_scale_inv", ".input_scale", ".weight_packed", ".weight_zero_point",
+)  # fmt: skip
 
 
 def config(folder: Path | str) -> MistralConfig:
-    """The architecture in a folder's config.json; see `huggingface.parse`."""
-    folder = Path(folder)
-    path = folder / "config.json"
-    if not folder.is_dir():
-        hub = re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(folder))
-        fetch = f"; from the Hub: hf download {folder} --local-dir {folder}" if hub else ""
-        raise ValueError(f"{folder}: no such folder{fetch}")
-    if not path.exists():
-        ours = f", but params.json: convert it with python -m zephyr.weights {folder} TARGET"
-        raise ValueError(f"{folder} has no config.json{ours * (folder / 'params.json').exists()}")
+    """The architecture in a folder's config.json; see `folders` and `huggingface.parse`."""
+    path = folders.config_file(Path(folder))
     return huggingface.parse(disk.read_json(path), path)
-
-
-def check_vocabulary(config: MistralConfig, tokenizer: Tokenizer) -> None:
-    """Raises ValueError unless there is one embedding row for each piece of the tokenizer."""
-    if config.vocab_size != tokenizer.vocab_size:
-        raise ValueError(
-            f"{tokenizer.path} has {tokenizer.vocab_size} pieces, the model {config.vocab_size} "
-            "embedding rows; use the tokenizer.model that came with the model"
-        )
 
 
 @torch.no_grad()
@@ -67,9 +54,9 @@ def load(folder: Path | str, model: Mistral) -> None:
     if model.config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     parameters = dict(model.named_parameters())
-    found = disk.stored(*disk.weight_files(Path(folder)))
+    found = disk.stored(*folders.weight_files(Path(folder)))
     if model.config.tie_word_embeddings:
-        found.pop("lm_head.weight", None)
+        check_tied(folder, found)
     check(folder, found, parameters)
     broken = []
     hidden = True if dist.is_initialized() and dist.get_rank() else None  # on a terminal only
@@ -115,8 +102,29 @@ def _share(parameter: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
     return parameter.to_local(), part
 
 
+def check_tied(folder: Path | str, found: dict[str, disk.Stored]) -> None:
+    """Take a tied model's head, which may be stored too, out of what was found. Raises ValueError
+    if it is another than the embeddings, as one of the two would be lost."""
+    head, embeddings = found.pop(HEAD, None), found.get(EMBEDDINGS)
+    if head is None or embeddings is None:
+        return
+    with safe_open(head.path, "pt") as first, safe_open(embeddings.path, "pt") as second:
+        a, b = first.get_tensor(HEAD), second.get_tensor(EMBEDDINGS)
+        if a.shape != b.shape or not (a == b).all():
+            raise ValueError(
+                f"{folder}: its config says tie_word_embeddings, yet {HEAD} is another than "
+                f"{EMBEDDINGS}; write tie_word_embeddings false, or leave {HEAD} out of the file"
+            )
+
+
 def check(folder: Path | str, found: dict[str, disk.Stored], wanted: dict[str, Tensor]) -> None:
     """Raises ValueError unless the tensors found are those wanted: names, shapes, floats."""
+    if odd := [name for name in found if name.endswith(QUANTIZED)]:
+        raise ValueError(f"{folder} has {disk.some(odd)}: quantized weights cannot be trained; "
+                         "take the model that they were made from")  # fmt: skip
+    if odd := [name for name in found if ".lora_" in name or ".base_layer." in name]:
+        raise ValueError(f"{folder} has {disk.some(odd)}: a LoRA adapter beside the weights; merge "
+                         "them with peft's merge_and_unload, and save that")  # fmt: skip
     if missing := wanted.keys() - found.keys():
         raise ValueError(f"{folder} lacks {disk.some(missing)}, which its config asks for")
     if surplus := found.keys() - wanted.keys():
@@ -130,7 +138,7 @@ def check(folder: Path | str, found: dict[str, disk.Stored], wanted: dict[str, T
 
 def digest(folder: Path | str) -> str:
     """sha256 over config.json and the weights: names and bytes, at about the disk's speed."""
-    paths = [Path(folder) / "config.json", *disk.weight_files(Path(folder))[0]]
+    paths = [Path(folder) / "config.json", *folders.weight_files(Path(folder))[0]]
 
     def line(path: Path) -> str:
         with open(path, "rb") as file:
