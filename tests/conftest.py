@@ -1,7 +1,6 @@
 """What every test file shares."""
 
 import functools
-import importlib.metadata
 import io
 import os
 from dataclasses import dataclass
@@ -11,6 +10,8 @@ import pytest
 import sentencepiece
 import torch
 from hypothesis import HealthCheck, settings
+
+from zephyr import exits
 
 # a shared machine may pause anywhere, so no property is held to a time
 settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -26,9 +27,8 @@ SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 
 
 def pytest_configure() -> None:
-    """The distribution `kernels` shadows this project's package of that name."""
-    if any(d.name == "kernels" for d in importlib.metadata.distributions()):
-        pytest.exit("the PyPI distribution `kernels` shadows ./kernels: pip uninstall kernels", 2)
+    if hidden := exits.hidden_kernels():
+        pytest.exit(hidden, 2)
 
 
 @pytest.fixture(autouse=True)

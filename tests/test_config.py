@@ -1,9 +1,12 @@
 """Which value wins, the published recipes' numbers, and one line for every mistake."""
 
 import dataclasses
+import os
 import re
+import subprocess
 import sys
 import tomllib
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -350,17 +353,28 @@ def test_run_lets_other_errors_through(capsys):
     assert end.value.code == 130
 
 
-def test_run_refuses_the_other_kernels_package(tmp_path, capsys, monkeypatch):
-    info = tmp_path / "kernels-0.1.dist-info"
-    info.mkdir()
+def test_the_other_kernels_package_is_refused_where_it_hides_ours(tmp_path):
+    ours, theirs = Path(__file__).parent.parent, tmp_path / "theirs"
+    info = theirs / "kernels-0.1.dist-info"
+    for folder in (info, theirs / "kernels"):
+        folder.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.1\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delenv("RANK", raising=False)
-    with pytest.raises(SystemExit) as end:
-        exits.call(lambda: print("ran"))
-    out, err = capsys.readouterr()
-    assert (end.value.code, out) == (2, "")
-    assert err.endswith(
-        ": the distribution `kernels` from PyPI hides this project's package of that name: "
-        "pip uninstall kernels\n"
+    (theirs / "kernels" / "__init__.py").touch()
+    code = "from zephyr import exits; exits.call(lambda: print('ran'))"
+
+    def run(*path: Path) -> tuple[int, str, str]:
+        env = {k: x for k, x in os.environ.items() if k != "RANK"}
+        env["PYTHONPATH"] = os.pathsep.join(map(str, path))
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env,
+                              capture_output=True, text=True)  # fmt: skip
+        return done.returncode, done.stdout, done.stderr
+
+    assert run(ours, theirs) == (0, "ran\n", "")
+    code_, out, err = run(theirs, ours)
+    assert (code_, out) == (2, "") and err == (
+        f"-c: {theirs}/kernels/__init__.py, of the distribution `kernels` from PyPI, hides this "
+        "project's package of that name: pip uninstall kernels\n"
     )
+    (theirs / "kernels" / "__init__.py").unlink()  # of a half removed one nothing hides anything
+    (theirs / "kernels").rmdir()
+    assert run(theirs, ours)[:2] == (0, "ran\n")

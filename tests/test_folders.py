@@ -126,7 +126,7 @@ def test_a_run_and_its_checkpoints(tmp_path):
         weights.config(run)
     with pytest.raises(ValueError, match=f"is a run's checkpoint; .* zephyr.weights {newest} NEW$"):
         weights.config(newest)
-    with pytest.raises(ValueError, match="checkpoints has no config.json; did you mean step-10, step-100"):
+    with pytest.raises(ValueError, match="has no config.json; did you mean step-10, step-100"):
         weights.config(run / "checkpoints")
     put(run, **{"model/config__json": MISTRAL_7B})
     with pytest.raises(ValueError, match=f"run is a run; its model is {run}/model$"):

@@ -15,6 +15,7 @@ torchrun exits with 1 whatever its ranks' codes were; its last lines show theirs
 import contextlib
 import errno
 import importlib.metadata
+import importlib.util
 import os
 import sys
 from collections.abc import Callable
@@ -60,9 +61,8 @@ def shared(error: E) -> E:
 def call(main: Callable[[], None]) -> None:
     """Call `main`; what a user can cause or must know of becomes one line and an exit code."""
     try:
-        if any(importlib.metadata.distributions(name="kernels")):
-            raise ValueError("the distribution `kernels` from PyPI hides this project's package of "
-                             "that name: pip uninstall kernels")  # fmt: skip
+        if hidden := hidden_kernels():
+            raise ValueError(hidden)
         main()
     except (ValueError, OSError, Preempted) as error:
         import torch.distributed as dist  # here, so that a process without torch can raise these
@@ -78,6 +78,18 @@ def call(main: Callable[[], None]) -> None:
         os._exit(LOST_RANK)  # a save in the background would wait for the lost rank
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def hidden_kernels() -> str | None:
+    """What to do if `import kernels` gives the package of that name from PyPI, not this project's;
+    where both are installed, that depends on the order of the folders that are searched."""
+    found = importlib.util.find_spec("kernels")
+    place = found and found.origin and Path(found.origin).resolve()
+    for other in importlib.metadata.distributions(name="kernels"):
+        if place == Path(other.locate_file("kernels/__init__.py")).resolve():
+            return f"{place}, of the distribution `kernels` from PyPI, hides this project's " \
+                   "package of that name: pip uninstall kernels"  # fmt: skip
+    return None
 
 
 def _say(text: str, everywhere: bool) -> None:
