@@ -14,6 +14,7 @@ import transformers
 from safetensors.torch import load_file
 from test_huggingface import MISTRAL_7B
 from test_model import model
+from test_original import published
 from test_weights import folder_of
 
 from conftest import pieces
@@ -388,6 +389,8 @@ def test_a_tokenizer_that_cannot_be_saved_is_refused_at_the_start(good, tmp_path
     put(good, tokenizer__model=pieces(101, add_dummy_prefix=False))
     with pytest.raises(ValueError, match="no tokenizer.json gives its ids"):
         base.look(settings(good))
-    source = put(tmp_path / "raw", tokenizer__model=pieces(101, add_dummy_prefix=False))
-    with pytest.raises(ValueError, match="params.json: cannot read"):
+    source = published(tmp_path / "raw", model())
+    put(source, tokenizer__model__v1=pieces(101, add_dummy_prefix=False))
+    with pytest.raises(ValueError, match="no tokenizer.json gives its ids"):
         original.convert(source, tmp_path / "target")
+    assert not (tmp_path / "target").exists()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_model import model, packed, tokens
+from test_weights import folder_of
 
 from conftest import pieces
 from zephyr import disk, original, weights
@@ -153,7 +154,7 @@ def test_what_the_saved_folder_could_not_hold(tmp_path):
 def test_what_is_missing(tmp_path, capsys):
     source = published(tmp_path / "source", model())
     (source / "tokenizer.model.v1").unlink()
-    with pytest.raises(ValueError, match=r"source has no tokenizer\.model"):
+    with pytest.raises(ValueError, match="source/tokenizer.model: no such file; a model folder"):
         original.convert(source, tmp_path / "target")
     (source / "consolidated.safetensors").rename(source / "consolidated.00.pth")
     with pytest.raises(ValueError, match=r"has no consolidated\*\.safetensors; of a \.pth, a pick"):
@@ -161,5 +162,11 @@ def test_what_is_missing(tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         weights.main([str(tmp_path / "none"), str(tmp_path / "target")])
     assert ended.value.code == 2
-    assert "weights: " in (told := capsys.readouterr().err) and "cannot read" in told
-    assert [p.name for p in tmp_path.iterdir()] == ["source"]
+    assert "weights: " in (told := capsys.readouterr().err) and "none: no such folder" in told
+    weights.save(model(), tmp_path / "whole", folder_of(model(), tmp_path / "good"))
+    with pytest.raises(ValueError, match="whole is a Hugging Face folder already: it has a conf"):
+        original.convert(tmp_path / "whole", tmp_path / "target")
+    (tmp_path / "whole" / "config.json").rename(tmp_path / "whole" / "adapter_config.json")
+    with pytest.raises(ValueError, match="whole is a LoRA adapter"):
+        original.convert(tmp_path / "whole", tmp_path / "target")
+    assert not (tmp_path / "target").exists()

@@ -145,7 +145,7 @@ def test_a_model_of_ones_own(capsys, tmp_path):
     ("zephyr-7b-dpo --efficiency 1.5", "--efficiency 1.5 is a share of the peak, at most 1"),
     ("zephyr-7b-dpo --efficiency nan", "--efficiency nan must be above 0"),
     ("zephyr-7b-dpo --model nowhere", "--model nowhere: no such folder or file; known are mistral"),
-    ("zephyr-7b-dpo --model .", "--model .: no such folder or file"),
+    ("zephyr-7b-dpo --model .", ". has no config.json"),
     ("zephyr-7b-dpo --gpus 8 --nodes 64", "--batch 128 is less than the 512 GPUs"),
     ("zephyr-7b-dpo --gpus 8 --replicas 3", "--replicas 3 does not divide the 8 GPUs"),
     ("zephyr-7b-dpo --gpus 8 --masters split", "--masters split is for one GPU, not 8"),

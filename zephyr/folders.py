@@ -136,7 +136,7 @@ def _other(folder: Path) -> str | None:
         return f"has no config.json; did you mean {some(p.name for p in inner)} in it?"
     if gguf := next(folder.glob("*.gguf"), None):
         return f"has no config.json, but {gguf.name}, for llama.cpp; take what it was made from"
-    return "has no config.json"
+    return "has no config.json, and no params.json, which Mistral's own layout has"
 
 
 def _cached(folder: Path) -> Path | None:

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from zephyr import disk, huggingface, tokenizer_json, weights
+from zephyr import disk, folders, huggingface, tokenizer_json, weights
 from zephyr.model import Mistral
 from zephyr.tokenizer import Tokenizer
 
@@ -38,6 +38,9 @@ def convert(source: Path | str, target: Path | str) -> None:
     are exactly theirs.
     """
     source, path = Path(source), Path(source) / "params.json"
+    if not path.exists():
+        folders.config_file(source)  # which says what the folder is instead
+        raise ValueError(f"{source} is a Hugging Face folder already: it has a config.json")
     params = disk.read_json(path)
     if unknown := params.keys() - PARAMS.keys():
         raise ValueError(f"{path}: {disk.some(unknown)}: only a dense Mistral can be converted")
@@ -89,7 +92,7 @@ def _tokenizer(source: Path) -> Path:
             if not disk.inside(path):
                 raise ValueError(f"{path} links out of the folder; put a copy in its place")
             return path
-    raise ValueError(f"{source} has no tokenizer.model")
+    return folders.tokenizer_file(source)
 
 
 def _tensor(stored: disk.Stored, head_dim: int) -> Tensor:

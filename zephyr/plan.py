@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 
-from zephyr import config, costs, disk, huggingface
+from zephyr import config, costs, disk, folders, huggingface
 from zephyr.config import DPOConfig, SFTConfig, Training
 from zephyr.costs import CARDS, Card, Load
 from zephyr.huggingface import MistralConfig
@@ -388,7 +388,7 @@ def architecture(name: str) -> MistralConfig:
     if name in MODELS:
         return MODELS[name]
     path = Path(name)
-    path = path / "config.json" if path.is_dir() else path
+    path = folders.config_file(path) if path.is_dir() else path
     if not path.exists():
         raise ValueError(f"--model {name}: no such folder or file; known are {', '.join(MODELS)}")
     return huggingface.parse(disk.read_json(path), path)
