@@ -17,7 +17,7 @@ from test_model import model
 from test_original import published
 from test_weights import folder_of
 
-from conftest import pieces
+from conftest import pieces, shared
 from zephyr import base, config, disk, folders, huggingface, original, tokenizer_json, weights
 from zephyr.config import DPOConfig, SFTConfig
 from zephyr.tokenizer import Tokenizer
@@ -383,6 +383,23 @@ def test_the_bases_own_tokenizer_json(good):
     put(good, tokenizer__json=ours | {"model": ours["model"] | {"vocab": vocab | {first: 3}}})
     with pytest.raises(ValueError, match="json gives .* the id 3, tokenizer.model 9: one of them"):
         base.look(settings(good))
+
+
+def test_mistrals_tokenizer_json_as_converters_write_it(tmp_path):
+    """Of its runs of spaces, which all have one score, the longest come first."""
+    put(tmp_path, tokenizer__model=shared("mistral/tokenizer.model").read_bytes())
+    tokenizer = Tokenizer(tmp_path)
+    theirs = tokenizer_json.build(tokenizer)
+    merges = [pair.split(" ") for pair in theirs["model"]["merges"]]
+    runs = [pair for pair in merges if set("".join(pair)) == {tokenizer_json.SPACE}]
+    merges = [pair for pair in merges if pair not in runs] + runs[::-1]
+    assert len(runs) > 20 and merges != [x.split(" ") for x in theirs["model"]["merges"]]
+    theirs["model"]["merges"] = merges
+    put(tmp_path, tokenizer__json=theirs, config__json=MISTRAL_7B)
+    assert base.look(settings(tmp_path))[3] == []
+    merges[5], merges[6] = merges[6], merges[5]
+    put(tmp_path, tokenizer__json=theirs)
+    assert "differs from tokenizer.model in merges, so" in base.look(settings(tmp_path))[3][0]
 
 
 def test_a_tokenizer_that_cannot_be_saved_is_refused_at_the_start(good, tmp_path):
