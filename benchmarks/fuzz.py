@@ -29,6 +29,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -40,7 +41,19 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save, save_file
 
-from zephyr import config, data, disk, feedback, files, folders, forms, huggingface, original
+from zephyr import (
+    base,
+    config,
+    data,
+    disk,
+    feedback,
+    files,
+    folders,
+    forms,
+    huggingface,
+    original,
+    tokenizer_json,
+)  # fmt: skip
 from zephyr.model import Mistral
 from zephyr.tokenizer import Tokenizer
 
@@ -222,6 +235,11 @@ def read_settings(path: Path) -> None:
     huggingface.empty_system(path.parent)
 
 
+def read_base(path: Path) -> None:
+    notes = base.look(replace(SETTINGS, model=str(path.parent)))[3]
+    ok(all(note.isprintable() for note in notes), "not text")
+
+
 def read_params(path: Path) -> None:
     with contextlib.redirect_stdout(io.StringIO()):
         original.convert(path.parent, path.parent / "saved")
@@ -385,6 +403,19 @@ def gzip_seeds() -> list[bytes]:
     return [gzip.compress(seed, 1, mtime=0) for seed in row_seeds()]
 
 
+def tokenizer_json_seeds() -> list[bytes]:
+    value = tokenizer_json.build(tokenizer())
+    pairs = [pair.split(" ") for pair in value["model"]["merges"]]
+    newer = value | {"model": value["model"] | {"merges": pairs}}
+    return [json.dumps(value).encode(), json.dumps(newer, ensure_ascii=False).encode()]
+
+
+def a_base(folder: Path) -> None:
+    (folder / "tokenizer.model").write_bytes(pieces())
+    changes = {"vocab_size": 302, "max_position_embeddings": 160}
+    disk.write_json(folder / "config.json", CONFIG | changes)
+
+
 def list_seeds() -> list[bytes]:
     return [json.dumps(ROWS).encode(), json.dumps(SCORED, indent=1).encode()]
 
@@ -396,6 +427,14 @@ TARGETS = {
     "settings": Target(
         "tokenizer_config.json", lambda: [b'{"add_eos_token": false, "chat_template": "{{ x }}"}'],
         read_settings,
+    ),
+    "tokenizer.json": Target("tokenizer.json", tokenizer_json_seeds, read_base, around=a_base),
+    "added": Target(
+        "added_tokens.json", lambda: [b'{"<|im_start|>": 300, "<pad>": 301}'], read_base,
+        around=a_base,
+    ),
+    "adapter": Target(
+        "adapter_config.json", lambda: [b'{"base_model_name_or_path": "a/b", "r": 8}'], read_base
     ),
     "params": Target(
         "params.json", lambda: [json.dumps(PARAMS).encode()], read_params, around=beside_params
