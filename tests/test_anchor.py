@@ -177,7 +177,7 @@ def test_what_the_file_says_is_returned(ranks):
     path, = data.cache_folder().iterdir()
     poisoned = table()
     poisoned[3] = -1, -2
-    np.save(path, poisoned)
+    anchor._write(path, torch.from_numpy(poisoned))
     reference = cached(never, p, ranks)
     batch, = plan(p.data, budget=10_000, batch=PAIRS).microbatches(0)
     values_P2 = reference(batch).view(-1, 2)
@@ -190,11 +190,12 @@ WHOLE = np.zeros((PAIRS, 2), np.float32)
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"\x93NUMPY", b"PK\x03\x04" + bytes(99), bytes(999), WHOLE[:-1], WHOLE[:1], WHOLE[:, :1],
-     WHOLE.T, WHOLE.astype(np.float64), WHOLE.view(np.int32), np.array(None), 0.5, 0.99, "header"],
-    ids=range(14),
+    [b"", b"\x93NUMPY", b"PK\x03\x04" + bytes(99), bytes(999), WHOLE[:-1], WHOLE[:1],
+     WHOLE[:, :1], WHOLE.T, WHOLE.astype(np.float64), WHOLE.view(np.int32), np.array(None),
+     0.5, 0.99, "header", "a bit"],
+    ids=range(15),
 )  # fmt: skip
-def test_a_damaged_file_is_computed_anew(ranks, content):
+def test_a_damaged_file_is_computed_anew(ranks, content, capsys):
     """Fractions cut the file short; an array that would broadcast is no table either."""
     m, p = model(), plan(pairs())
     first = cached(m, p, ranks)
@@ -204,10 +205,14 @@ def test_a_damaged_file_is_computed_anew(ranks, content):
         np.save(path, content)
     elif isinstance(content, float):
         path.write_bytes(raw[: int(content * len(raw))])
+    elif content == "a bit":
+        path.write_bytes(raw[:150] + bytes([raw[150] ^ 1]) + raw[151:])
     else:
         path.write_bytes(raw.replace(b"{", b"(") if content == "header" else content)
+    capsys.readouterr()
     again = cached(m, p, ranks)
-    assert path.read_bytes() == raw
+    said = f"{path} is damaged: it is not as it was written; it is made anew\n"
+    assert path.read_bytes() == raw and capsys.readouterr().err == said
     for batch in p.epoch():
         assert torch.equal(first(batch), again(batch))
 

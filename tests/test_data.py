@@ -638,8 +638,8 @@ print(data.preferences(c.data, Tokenizer(model), c).ids.sum())
 """
 
 
-def test_two_processes_that_build_at_once_both_succeed(small, tmp_path):
-    (path,) = save(tmp_path / "a.jsonl", *[GOOD] * 5)
+def both_at_once(small, path, tmp_path) -> list[tuple[str, str]]:
+    """What two processes print that build the same arrays, each done before either may go on."""
     both = [
         subprocess.Popen([sys.executable, "-c", TOGETHER, small.path, path, tmp_path, name],
                          cwd=Path(data.__file__).parent.parent, text=True,
@@ -648,6 +648,12 @@ def test_two_processes_that_build_at_once_both_succeed(small, tmp_path):
     ]  # fmt: skip
     outputs = [process.communicate(timeout=60) for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
+    return outputs
+
+
+def test_two_processes_that_build_at_once_both_succeed(small, tmp_path):
+    (path,) = save(tmp_path / "a.jsonl", *[GOOD] * 5)
+    outputs = both_at_once(small, path, tmp_path)
     tokens = data.preferences((path,), small, Limits())
     assert [int(out) for out, _ in outputs] == [tokens.ids.sum()] * 2
     (folder,) = data.cache_folder().iterdir()

@@ -11,7 +11,7 @@ from test_train import DPO, SFT, launch, place, run, weights_of  # noqa: F401
 
 import train_dpo
 import train_sft
-from zephyr import checkpoint, exits, parallel
+from zephyr import anchor, checkpoint, exits, parallel
 from zephyr.guard import Guard
 
 FLAGS = (*DPO, "--batch", "4", "--epochs", "2")
@@ -91,7 +91,7 @@ def poison(place, tmp_path, monkeypatch):  # noqa: F811
 
     def poison(count: int) -> list[int]:
         table[second[:count], 0] = np.inf
-        np.save(path, table)
+        anchor._write(path, torch.from_numpy(table))
         return sorted(int(k) + 1 for k in second[:count])
 
     return poison

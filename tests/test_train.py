@@ -23,7 +23,7 @@ from transformers.optimization import get_cosine_schedule_with_warmup
 import train_dpo
 import train_sft
 from benchmarks import tiny
-from zephyr import checkpoint
+from zephyr import anchor, checkpoint
 from zephyr.files import write_rows
 from zephyr.tokenizer import Tokenizer
 
@@ -335,8 +335,7 @@ def test_a_poisoned_reference_stops_the_run(place, tmp_path, monkeypatch):
     monkeypatch.setenv("ZEPHYR_CACHE", str(tmp_path / "cache"))
     run(train_dpo, place, tmp_path / "one", *DPO)
     (path,) = (tmp_path / "cache").glob("reference-*.npy")
-    table = np.load(path)
-    np.save(path, table + np.array([1.0, 0.0], np.float32))
+    anchor._write(path, torch.from_numpy(np.load(path)) + torch.tensor([1.0, 0.0]))
     with pytest.raises(ValueError, match="before the first update policy and reference must agree"):
         run(train_dpo, place, tmp_path / "two", *DPO)
 
@@ -346,7 +345,7 @@ def test_the_cached_reference_is_what_the_loss_sees(place, tmp_path, monkeypatch
     monkeypatch.setenv("ZEPHYR_CACHE", str(tmp_path / "cache"))
     clean = run(train_dpo, place, tmp_path / "one", *DPO)
     (path,) = (tmp_path / "cache").glob("reference-*.npy")
-    np.save(path, np.load(path) - np.array([2e-4, 0.0], np.float32))
+    anchor._write(path, torch.from_numpy(np.load(path)) - torch.tensor([2e-4, 0.0]))
     rows = run(train_dpo, place, tmp_path / "two", *DPO)
     assert clean[0]["rewards/margins"] == 0
     assert rows[0]["rewards/margins"] == pytest.approx(2e-5, rel=0.1)

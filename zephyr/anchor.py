@@ -7,9 +7,12 @@ covers the weights' content, the data (with tokenizer and lengths), and how and 
 P pairs
 """
 
-import hashlib
+import contextlib
+import io
 import json
+import sys
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +29,7 @@ from zephyr.model import Mistral
 from zephyr.packing import Batch, PairPlan
 from zephyr.parallel import Ranks
 
+SUM = 32  # bytes: the SHA-256 behind a table
 SAVE_EVERY = 16  # steps whose log-probs a killed run can lose
 
 Reference = Callable[[Batch], Tensor]  # a batch's summed log-probs [2P]
@@ -53,7 +57,7 @@ def cached(
     device = ranks.device
     computed_by = [bits, device.type, kernels.implementation(device)]
     key = [weights, plan.data.digest, *computed_by]
-    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]
+    name = sha256(json.dumps(key).encode()).hexdigest()[:20]
     path = cache_folder() / f"reference-{name}.npy"
     # one rank's file decides, so that all agree on what is missing
     table_P2 = parallel.on_first(lambda: _read(path, len(plan.data))).to(device)
@@ -76,19 +80,27 @@ def cached(
 
 
 def _read(path: Path, pairs: int) -> Tensor:
-    """The table on disk [P, 2], NaN where a pair is missing; all NaN if absent or damaged."""
+    """The table on disk [P, 2], NaN where a pair is missing; all NaN if it is absent or damaged,
+    which is said."""
+    table_P2 = torch.full((pairs, 2), torch.nan)
     try:
-        with path.open("rb") as file:
-            table_P2 = np.load(file)
-        whole = (table_P2.shape, table_P2.dtype) == ((pairs, 2), np.float32)
-    except Exception:  # for a damaged file numpy raises any of half a dozen kinds
-        whole = False
-    return torch.from_numpy(table_P2) if whole else torch.full((pairs, 2), torch.nan)
+        content = path.read_bytes()
+        if sha256(content[:-SUM]).digest() == content[-SUM:]:
+            return torch.from_numpy(np.load(io.BytesIO(content)))
+        why = "it is not as it was written"
+    except FileNotFoundError:
+        return table_P2
+    except OSError as error:
+        why = error.strerror
+    with contextlib.suppress(OSError):  # nobody may be reading
+        print(f"{path} is damaged: {why}; it is made anew", file=sys.stderr)
+    return table_P2
 
 
 def _write(path: Path, table_P2: Tensor) -> None:
+    np.save(content := io.BytesIO(), table_P2.cpu().numpy())
     with files.atomic(path) as file:
-        np.save(file, table_P2.cpu().numpy())
+        file.write(content.getvalue() + sha256(content.getvalue()).digest())
 
 
 def _fill(

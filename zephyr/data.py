@@ -1,14 +1,18 @@
 """Files to token arrays: rows are read, rendered, tokenized and truncated once, then memory-mapped.
 
 The arrays live in $ZEPHYR_CACHE (default ~/.cache/zephyr) under a key that covers the files'
-content, the tokenizer, the template and the lengths; a run that asks for the same ones opens them
-at once.
+content, the tokenizer, the template and the lengths; a run that asks for the same ones opens them,
+once their sums are checked, at a gigabyte or more a second. What is damaged is made anew.
 """
 
+import contextlib
 import hashlib
 import json
 import os
+import shutil
+import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,6 +31,8 @@ from zephyr.tokenizer import Tokenizer, Turn
 
 TEMPLATE = "zephyr-3"  # part of the cache's key: change it when the rendering or cutting changes
 CHUNK, CHARACTERS = 256, 1 << 22  # rows, or about as much text, tokenized at once
+ARRAYS, SUMS = ("about.json", "ends.npy", "ids", "mask", "places.npy"), "SHA256SUMS"
+DAY = 24 * 3600  # seconds without a write, after which what is being made has no maker
 
 Encoded = tuple[Sequence[list[int]], list[bool]] | None  # a row's parts and mask; None: dropped
 
@@ -92,9 +98,10 @@ def conversations(paths: tuple[str, ...], tokenizer: Tokenizer, c: Any) -> Token
             counts["kept"] += 1
             yield [example.ids], example.mask
 
-    parse = partial(forms.talk, system=c.empty_system)
+    system = c.empty_system is not False  # None: nobody has decided, so as Zephyr does
+    parse = partial(forms.talk, system=system)
     parse.columns = forms.TALK
-    return _cached(paths, tokenizer, c, ("sft", c.empty_system), parse, encode)
+    return _cached(paths, tokenizer, c, ("sft", system), parse, encode)
 
 
 def preferences(paths: tuple[str, ...], tokenizer: Tokenizer, c: Any) -> Tokens:
@@ -102,8 +109,10 @@ def preferences(paths: tuple[str, ...], tokenizer: Tokenizer, c: Any) -> Tokens:
     does. A pair with an empty response, and one whose responses are the same once cut, is dropped.
     """
 
+    system = c.empty_system is not False  # None: nobody has decided, so as Zephyr does
+
     def parse(row: dict) -> tuple[Spoken, str, str, bool]:
-        return *forms.preference(row, c.empty_system), forms.below(row)
+        return *forms.preference(row, system), forms.below(row)
 
     parse.columns = forms.PAIR
 
@@ -130,7 +139,7 @@ def preferences(paths: tuple[str, ...], tokenizer: Tokenizer, c: Any) -> Tokens:
                 counts["trained as they stand: score_chosen below score_rejected"] += 1
             yield pair, []
 
-    key = ("dpo", c.empty_system, c.max_length, c.max_prompt_length)
+    key = ("dpo", system, c.max_length, c.max_prompt_length)
     return _cached(paths, tokenizer, c, key, parse, encode)
 
 
@@ -199,8 +208,13 @@ def _cached(
     whole = [TEMPLATE, tokenizer.digest, *key, c.on_bad_row, *sums]
     digest = hashlib.sha256(json.dumps(whole).encode()).hexdigest()
     folder = cache_folder() / f"{key[0]}-{digest[:20]}"
-    if not folder.is_dir():
+    damage = _damage(folder) if os.path.lexists(folder) else None
+    if damage:
+        with contextlib.suppress(OSError):  # nobody may be reading
+            print(f"{folder} is damaged: {damage}; it is made anew", file=sys.stderr)
+    if damage or not folder.exists():
         cache_folder().mkdir(parents=True, exist_ok=True)
+        _sweep()
         with tempfile.TemporaryDirectory(prefix="part-", dir=cache_folder()) as temp:
             part = Path(temp) / folder.name
             part.mkdir()
@@ -212,9 +226,14 @@ def _cached(
                 if _sha256(path) != before:
                     raise ValueError(f"{path} changed while it was read; start again once it is "
                                      "complete")  # fmt: skip
+            lines = [f"{_sha256(part / name)}  {name}\n" for name in ARRAYS]
+            (part / SUMS).write_text("".join(lines))
             for file in part.iterdir():
                 with file.open("rb") as written:
                     os.fsync(written.fileno())
+            if damage:
+                with contextlib.suppress(FileNotFoundError):  # another process was first
+                    folder.rename(Path(temp) / "damaged")
             try:
                 part.rename(folder)
             except OSError:
@@ -226,6 +245,29 @@ def _cached(
     ends, places = (np.load(folder / f"{name}.npy") for name in ("ends", "places"))
     names = tuple(map(str, sources))
     return Tokens(ids, mask, ends, digest, about["counts"], about["skipped"], places, names)
+
+
+def _damage(folder: Path) -> str | None:
+    """What of an entry's files is not as it was written; None if all are."""
+    try:
+        lines = (folder / SUMS).read_bytes().decode("ascii").splitlines()
+        sums = dict(line.split("  ", 1)[::-1] for line in lines)
+        for name in ARRAYS:
+            if sums.get(name) != _sha256(folder / name):
+                return f"{name} is not what {SUMS} says"
+    except OSError as error:
+        return f"{Path(error.filename or folder).name}: {error.strerror}"
+    except ValueError:
+        return f"{SUMS} is malformed"
+    return None
+
+
+def _sweep() -> None:
+    """Remove what makers that were killed have left in the cache."""
+    for part in (*cache_folder().glob("part-*"), *cache_folder().glob(".reference-*")):
+        with contextlib.suppress(OSError):  # its maker lives, and has just renamed it
+            if time.time() - max(p.lstat().st_mtime for p in (part, *part.rglob("*"))) > DAY:
+                shutil.rmtree(part) if part.is_dir() else part.unlink()
 
 
 def _write(
