@@ -41,59 +41,61 @@ def main() -> None:
     held_out = plan(c.eval_data, shuffle=False) if c.eval_data else None
     steps = c.steps or c.epochs * train.steps_per_epoch
 
-    run = Run(c, {"data": train.data.digest}, ranks)
-    if run.finished:
-        return parallel.finish()
-    model = parallel.build(shape, ranks, c.precision, c.recompute, c.masters, c.compile, c.reshard)
-    parallel.together(lambda: weights.load(c.model, model))
-    optimizer = optim.adamw(model, c.weight_decay, c.adam_state)
-    start, kept = run.load(model, optimizer)
-    log = metrics.Log(c.out, steps, ["loss"], start_step=start, every=c.log_every,
-                      rank=ranks.rank, world=ranks.size, device=ranks.device,
-                      bar=["loss", "tokens_per_second"], kept=kept.get("log", ()),
-                      profile=c.profile)  # fmt: skip
-    guard = Guard(c.on_nonfinite, train.data.where, ranks, kept.get("guard", ()))
-    parallel.tighten(c.timeout)
+    with Run(c, {"data": train.data.digest}, ranks) as run:
+        if run.finished:
+            return parallel.finish()
+        model = parallel.build(shape, ranks, c.precision, c.recompute, c.masters, c.compile,
+                               c.reshard)  # fmt: skip
+        parallel.together(lambda: weights.load(c.model, model))
+        optimizer = optim.adamw(model, c.weight_decay, c.adam_state)
+        start, kept = run.load(model, optimizer)
+        log = metrics.Log(c.out, steps, ["loss"], start_step=start, every=c.log_every,
+                          rank=ranks.rank, world=ranks.size, device=ranks.device,
+                          bar=["loss", "tokens_per_second"], kept=kept.get("log", ()),
+                          profile=c.profile)  # fmt: skip
+        guard = Guard(c.on_nonfinite, train.data.where, ranks, kept.get("guard", ()))
+        parallel.tighten(c.timeout)
 
-    def evaluate(step: int) -> None:
-        means = metrics.Means(["loss"], ranks.device)
-        with log.paused(), torch.no_grad():
-            for batch in held_out.epoch():
-                loss = losses.sft(model(batch.to(ranks.device)))
-                means.add(len(batch.targets_N), {"loss": loss})
-            log.evaluation(step, means.reduce())
-
-    with run, log:
-        coming = range(start, steps)
-        for step, batches in ahead(train.microbatches, coming, ranks.device, log.phase):
-            log.begin(step + 1)
-            lr = c.lr * optim.schedule(c.schedule, step, steps, c.warmup)
-            trained = parallel.total(sum(len(batch.targets_N) for batch in batches))
-            for batch in batches:
-                with log.phase("forward"):
+        def evaluate(step: int) -> None:
+            means = metrics.Means(["loss"], ranks.device)
+            with log.paused(), torch.no_grad():
+                for batch in held_out.epoch():
                     loss = losses.sft(model(batch.to(ranks.device)))
-                with log.phase("backward"):
-                    # a mean over all the step's tokens; FSDP averages over ranks, which this undoes
-                    (loss * ranks.size / max(trained, 1)).backward()
-                guard.saw(batch.documents, loss)
-                log.add(len(batch.targets_N), {"loss": loss}, **metrics.work(shape, batch))
-            done = step + 1
-            with log.phase("communication"):
-                broken = guard.broken()
-            with log.phase("optimizer"):
-                norm = optim.step(optimizer, lr, c.clip, broken)
-            guard.allows(done, norm, broken)
-            epoch = done / train.steps_per_epoch
-            log.step(done, grad_norm=norm, learning_rate=lr, epoch=epoch)
-            if held_out and (done == steps or (c.eval_every and done % c.eval_every == 0)):
-                evaluate(done)
-            run.after(done, done == steps, model, optimizer, log=log, guard=guard)
+                    means.add(len(batch.targets_N), {"loss": loss})
+                log.evaluation(step, means.reduce())
 
-    parallel.tighten(parallel.PATIENCE)  # while the first rank writes, the others wait
-    parallel.together(lambda: weights.save(
-        model, Path(c.out) / "model", base=c.model, empty_system=c.empty_system
-    ))  # fmt: skip
-    ranks.say(log.summary())
+        with log:
+            coming = range(start, steps)
+            for step, batches in ahead(train.microbatches, coming, ranks.device, log.phase):
+                log.begin(step + 1)
+                lr = c.lr * optim.schedule(c.schedule, step, steps, c.warmup)
+                trained = parallel.total(sum(len(batch.targets_N) for batch in batches))
+                for batch in batches:
+                    with log.phase("forward"):
+                        loss = losses.sft(model(batch.to(ranks.device)))
+                    with log.phase("backward"):
+                        # a mean over the step's tokens; FSDP averages over ranks, which this undoes
+                        (loss * ranks.size / max(trained, 1)).backward()
+                    guard.saw(batch.documents, loss)
+                    log.add(len(batch.targets_N), {"loss": loss}, **metrics.work(shape, batch))
+                done = step + 1
+                with log.phase("communication"):
+                    broken = guard.broken()
+                with log.phase("optimizer"):
+                    norm = optim.step(optimizer, lr, c.clip, broken)
+                guard.allows(done, norm, broken)
+                epoch = done / train.steps_per_epoch
+                log.step(done, grad_norm=norm, learning_rate=lr, epoch=epoch)
+                if held_out and (done == steps or (c.eval_every and done % c.eval_every == 0)):
+                    evaluate(done)
+                run.after(done, done == steps, model, optimizer, log=log, guard=guard)
+
+        run.wait()
+        parallel.tighten(parallel.PATIENCE)  # while the first rank writes, the others wait
+        parallel.together(lambda: weights.save(
+            model, Path(c.out) / "model", base=c.model, empty_system=c.empty_system
+        ))  # fmt: skip
+        ranks.say(log.summary())
     parallel.finish()
 
 

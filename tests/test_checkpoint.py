@@ -287,6 +287,89 @@ def test_the_newest_stay_and_latest_follows(ranks, base, c, keep, left):
     assert sorted(p.name for p in folder.iterdir()) == ["latest", *(f"step-{s:06d}" for s in left)]
 
 
+def never(*_, **__) -> None:
+    raise OSError(95, "Operation not supported")
+
+
+def a_folder(place: Path) -> None:
+    place.mkdir()
+    (place / "x").touch()
+
+
+@pytest.mark.parametrize("where", ["no links", "latest", ".latest"])
+def test_a_link_that_cannot_be_made_is_left_out(ranks, base, c, monkeypatch, capsys, where):
+    """As on a disk without links, and after a copy that made folders of them."""
+    run, first = Run(replace(c, keep=1), DIGESTS, ranks), start(ranks, base)
+    folder = run.out / "checkpoints"
+    if where == "no links":
+        monkeypatch.setattr(Path, "symlink_to", never)
+    else:
+        folder.mkdir()
+        a_folder(folder / where)
+    for step in (1, 2):
+        run.save(step, *first)
+        run.wait()
+        assert [p.name for p in checkpoint.complete(run.out)] == [f"step-{step:06d}"]
+    kept = set() if where == "no links" else {where}
+    assert {p.name for p in folder.iterdir()} == {"step-000002"} | kept
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and f"{folder}/latest does not link to the newest checkpoint, " in said[1]
+    assert "step-000002: " in said[1]
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_stays(ranks, base, c, monkeypatch, capsys):
+    run, first = Run(replace(c, keep=1), DIGESTS, ranks), start(ranks, base)
+    rename = Path.rename
+
+    def refuse(path, target):
+        return never() if ".trash" in str(target) else rename(path, target)
+
+    for step in (1, 2):
+        monkeypatch.setattr(Path, "rename", refuse if step == 2 else rename)
+        run.save(step, *first)
+        run.wait()
+    assert [p.name for p in checkpoint.complete(run.out)] == ["step-000001", "step-000002"]
+    line = f"{run.out}/checkpoints/step-000001 stays, as it cannot be removed: Operation not supp"
+    assert line in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [
+    ".DS_Store", ".nfs000000000123", "._shard-00001-model-00001-of-00001.safetensors", "Thumbs.db",
+    "notes.txt", ".x.safetensors",
+])  # fmt: skip
+def test_what_no_sum_names_is_no_damage(ranks, base, c, tmp_path, name):
+    run, first = Run(c, DIGESTS, ranks), start(ranks, base)
+    run.save(2, *first)
+    run.wait()
+    saved = run.out / "checkpoints" / "step-000002"
+    (saved / name).write_bytes(b"\0\5\x16\7" * 9)
+    (saved / "a folder").mkdir()
+    (saved / "a link").symlink_to("nothing")
+    del run
+    again = Run(c, DIGESTS, ranks)
+    assert again.load(*start(ranks, base))[0] == 2
+    checkpoint.export(saved, tmp_path / "exported", base)
+    (saved / "shard-00007-model-00001-of-00001.safetensors").touch()
+    with pytest.raises(BadCheckpoint, match="SHA256SUMS does not name shard-00007-model-00001"):
+        checkpoint.verified(saved)
+
+
+@pytest.mark.parametrize("keep", ["no shard", "no state", "a path"])
+def test_sums_that_are_not_whole_are_damage(ranks, base, c, keep):
+    run, first = Run(c, DIGESTS, ranks), start(ranks, base)
+    run.save(2, *first)
+    run.wait()
+    sums = run.out / "checkpoints" / "step-000002" / "SHA256SUMS"
+    lines = sums.read_text().splitlines(keepends=True)
+    if keep == "a path":
+        sums.write_text("".join([*lines, lines[0].replace("  ", "  ../")]))
+    else:
+        word = "state.json" if keep == "no shard" else "shard-"
+        sums.write_text("".join(line for line in lines if word in line))
+    with pytest.raises(BadCheckpoint, match="step-000002 is damaged: SHA256SUMS "):
+        checkpoint.verified(sums.parent)
+
+
 def test_what_is_due_is_saved_and_the_last_step_too(ranks, base, c, tmp_path):
     first, run = start(ranks, base), Run(replace(c, save_every=2), DIGESTS, ranks)
     never = Run(replace(c, out=str(tmp_path / "never")), DIGESTS, ranks)

@@ -9,10 +9,13 @@ unpickled, and nothing is believed before its sum is checked.
 The order of the data is a function of (seed, step), so the step's number is the position in it.
 """
 
+import contextlib
+import functools
 import hashlib
 import json
 import re
 import shutil
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,16 +64,40 @@ class Writer(dcp.HuggingFaceStorageWriter):
         folder = self.part.with_suffix("")
         self.part.rename(folder)
         disk.settle(folder.parent)
+        # the checkpoint is complete: what comes after it is a convenience, and ends no run
         link = folder.with_name(".latest")
-        link.unlink(missing_ok=True)
-        link.symlink_to(folder.name)
-        link.replace(folder.with_name("latest"))
-        if self.keep:
-            for old in complete(folder.parent.parent)[: -self.keep]:
-                trash = old.with_name(".trash")  # first out of sight, as deleting takes a while
-                shutil.rmtree(trash, ignore_errors=True)
+        try:
+            link.unlink(missing_ok=True)
+            link.symlink_to(folder.name)
+            link.replace(folder.with_name("latest"))
+        except OSError as error:  # links cannot be made here, or a copy made a folder of it
+            _mention(f"{folder.with_name('latest')} does not link to the newest checkpoint, "
+                     f"{folder.name}: {error.strerror}")  # fmt: skip
+            with contextlib.suppress(OSError):
+                link.unlink()
+        for old in complete(folder.parent.parent)[: -self.keep] if self.keep else ():
+            trash = old.with_name(f".trash-{old.name}")  # out of sight: deleting takes a while
+            try:
                 old.rename(trash)
-                shutil.rmtree(trash, ignore_errors=True)
+            except OSError as error:
+                _mention(f"{old} stays, as it cannot be removed: {error.strerror}")
+            shutil.rmtree(trash, ignore_errors=True)
+
+
+@functools.cache
+def _mention(text: str) -> None:
+    """Print a line, once."""
+    with contextlib.suppress(OSError):  # nobody may be reading
+        print(text, file=sys.stderr)
+
+
+class Reader(dcp.HuggingFaceStorageReader):
+    """DCP's reader, of the files that the sums name; it would read all that are there."""
+
+    def __init__(self, folder: Path):
+        super().__init__(str(folder))
+        names = [str(folder / name) for name in sorted(_sums(folder))]
+        self.fs.ls = lambda path: names
 
 
 def complete(out: Path) -> list[Path]:
@@ -82,15 +109,19 @@ def complete(out: Path) -> list[Path]:
 
 def verified(folder: Path, shards: slice = slice(None)) -> dict:
     """A checkpoint's state.json, once its files are what their sums say: state.json, and of the
-    ranks' shards those in the slice. Raises BadCheckpoint."""
+    ranks' shards those in the slice. Raises BadCheckpoint.
+
+    What no sum names, as a file manager's .DS_Store, is never read, so it is no damage; a shard
+    that none names is, as then the sums are not whole.
+    """
     try:
-        lines = (folder / SUMS).read_bytes().decode("ascii").splitlines()
-        sums = dict(line.split("  ", 1)[::-1] for line in lines)
-        if odd := [p.name for p in folder.iterdir() if p.is_symlink() or not p.is_file()]:
-            raise ValueError(f"{disk.some(odd)} is not a plain file")
-        there = {p.name for p in folder.iterdir()} - {SUMS}
-        if odd := sorted(there ^ sums.keys()):
-            raise ValueError(f"{SUMS} and the files differ in {disk.some(odd)}")
+        sums = _sums(folder)
+        if odd := {p.name for p in folder.glob("[!.]*.safetensors")} - sums.keys():
+            raise ValueError(f"{SUMS} does not name {disk.some(odd)}")
+        if odd := [name for name in sums if not _is_plain(folder / name)]:
+            raise ValueError(f"{disk.some(odd)} is missing, or not a plain file")
+        if STATE not in sums:
+            raise ValueError(f"{SUMS} does not name {STATE}")
         parts = {name: name.split("-model-")[0] for name in sums if name != STATE}
         wanted = {STATE, *sorted(set(parts.values()))[shards]}
         for name in sorted(sums):
@@ -113,7 +144,7 @@ def export(folder: Path | str, target: Path | str, base: Path | str | None = Non
     state = verified(folder := Path(folder))
     try:
         settings = state["run"]["settings"]
-        base, empty_system = base or settings["model"], settings["empty_system"]
+        base, empty_system = base or settings["model"], settings["empty_system"] is not False
     except (KeyError, TypeError):
         raise BadCheckpoint(f"{folder}/{STATE} does not say whose run this is") from None
     if not Path(base).is_dir():
@@ -136,7 +167,7 @@ def export(folder: Path | str, target: Path | str, base: Path | str | None = Non
 
 def read(folder: Path, tensors: dict[str, Tensor], alone: bool = False) -> None:
     """Fill tensors from a checkpoint's files: each rank its own slices, or this process alone."""
-    reader = dcp.HuggingFaceStorageReader(str(folder))
+    reader = Reader(folder)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
@@ -148,6 +179,19 @@ def read(folder: Path, tensors: dict[str, Tensor], alone: bool = False) -> None:
     found = reader.read_metadata().state_dict_metadata
     if odd := [name for name, x in tensors.items() if found[name].properties.dtype != x.dtype]:
         raise shared(BadCheckpoint(f"{folder} does not fit: the dtype of {disk.some(odd)}"))
+
+
+def _sums(folder: Path) -> dict[str, str]:
+    """The files that a checkpoint has, and their sums."""
+    lines = (folder / SUMS).read_bytes().decode("ascii").splitlines()
+    sums = dict(line.split("  ", 1)[::-1] for line in lines)
+    if odd := [name for name in sums if name in ("", "..") or "/" in name]:
+        raise ValueError(f"{SUMS} names {disk.some(odd)}, which is no file of the folder")
+    return sums
+
+
+def _is_plain(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()
 
 
 def _sum(path: Path) -> str:

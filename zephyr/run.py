@@ -19,6 +19,7 @@ from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from itertools import count
 from pathlib import Path
 from typing import Protocol, TextIO
 
@@ -52,7 +53,8 @@ class Part(Protocol):
 
 
 class Run:
-    """A run folder, held by this process; opens, fills and writes its checkpoints."""
+    """A run folder, held by this process until its `with` ends; opens, fills and writes its
+    checkpoints."""
 
     def __init__(self, c: Training, digests: dict[str, str], ranks: Ranks):
         """Make the folder, or find the checkpoint to continue from; every rank calls it.
@@ -64,33 +66,27 @@ class Run:
         self.c, self.ranks, self.out = c, ranks, Path(c.out)
         fixed = {name: value for name, value in asdict(c).items() if name not in FREE}
         self.identity = json.loads(json.dumps({"script": c.table, "settings": fixed, **digests}))
-        self.held = ExitStack()
-        weakref.finalize(self, self.held.close)
-        try:
-            self.folder, self.finished = parallel.on_first(self._open)
-        except ValueError:
-            self.held.close()
-            raise
-        if self.finished:
-            ranks.say(f"{self.out} is finished; --resume fresh starts anew and keeps it")
-        parallel.shared_folder(self.out)
-        self.group = dist.new_group(backend="gloo")  # a background save's own
-        pinned = ranks.device.type == "cuda"
-        self.stager = DefaultStager(StagingOptions(pinned, False, False, False))
         self.under_way: Future | None = None
+        with ExitStack() as self.held:  # the lock is let go if anything here fails
+            self.folder, self.finished = parallel.on_first(self._open)
+            if self.finished:
+                ranks.say(f"{self.out} is finished; --resume fresh starts anew and keeps it")
+            parallel.shared_folder(self.out)
+            self.group = dist.new_group(backend="gloo")  # a background save's own
+            pinned = ranks.device.type == "cuda"
+            self.stager = DefaultStager(StagingOptions(pinned, False, False, False))
+            self.held = self.held.pop_all()
+        weakref.finalize(self, self.held.close)  # of one that nobody enters
 
     def _open(self) -> tuple[Path | None, bool]:
         c, out = self.c, self.out
         self.held.enter_context(_hold(out))
         used = any(p.name != ".lock" for p in out.iterdir())
         if c.resume == "fresh" and used and not _restarted():
-            k = 1
-            while (aside := out.with_name(f"{out.name}.{k}")).exists():
-                k += 1
-            out.rename(aside)
+            out.rename(_unused(out, 1))
             self.held.enter_context(_hold(out))
         left = [path for pattern in (*LEFTOVERS, ".seen-*") for path in out.glob(pattern)]
-        left += [*out.glob("checkpoints/.trash"), *out.glob("checkpoints/step-*.part")]
+        left += [*out.glob("checkpoints/.trash*"), *out.glob("checkpoints/step-*.part")]
         for path in left:
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
         if (out / "model").exists():
@@ -103,7 +99,7 @@ class Run:
                 break
             except BadCheckpoint:
                 damaged = saved.pop()
-                damaged.rename(damaged.with_name(f"damaged-{damaged.name}"))
+                damaged.rename(_unused(damaged.with_name(f"damaged-{damaged.name}")))
                 if not saved:
                     raise BadCheckpoint(f"{out} has no intact checkpoint; --resume fresh starts "
                                         "anew and keeps what is there") from None  # fmt: skip
@@ -247,15 +243,22 @@ class Run:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
-        """Waits for the checkpoint under way, unless this rank fails alone."""
-        if error is None or hasattr(error, "shared"):
-            self.wait()
+        """Waits for the checkpoint under way, unless this rank fails alone; lets go of the lock."""
+        with self.held:
+            if error is None or hasattr(error, "shared"):
+                self.wait()
 
 
 def _restarted() -> bool:
     """Did torchrun or Slurm start this command again? Then what there is, is what it began."""
     names = "TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"
     return any(int(os.environ.get(name) or 0) for name in names)
+
+
+def _unused(path: Path, first: int = 0) -> Path:
+    """The first of path, path.1, path.2, ... that is not there yet, from number `first` on."""
+    names = (path.with_name(f"{path.name}.{k}") if k else path for k in count(first))
+    return next(name for name in names if not os.path.lexists(name))
 
 
 def _hold(out: Path) -> TextIO:
