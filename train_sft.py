@@ -41,7 +41,8 @@ def main() -> None:
     held_out = plan(c.eval_data, shuffle=False) if c.eval_data else None
     steps = c.steps or c.epochs * train.steps_per_epoch
 
-    with Run(c, {"data": train.data.digest}, ranks) as run:
+    origin = parallel.on_first(lambda: weights.digest(c.model))
+    with Run(c, {"data": train.data.digest, "model": origin}, ranks) as run:
         if run.finished:
             return parallel.finish()
         model = parallel.build(shape, ranks, c.precision, c.recompute, c.masters, c.compile,

@@ -1,10 +1,12 @@
 """Runs that stop and go on, on other numbers of ranks too, and what a run folder accepts."""
 
 import json
+import os
 import shutil
 import subprocess
 import threading
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -484,8 +486,8 @@ def test_changed_settings_are_listed(ranks, c):
     before = tree(Path(c.out))
     changed = replace(c, beta=0.2, steps=None, data=("a.jsonl", "b.jsonl"), save_every=7)
     message = (
-        rf"^{c.out} holds another run: --beta was 0.01, is 0.2; --data was \['ä \"b\"'\], is "
-        r"\['a.jsonl', 'b.jsonl'\]; --steps was 9, is None; the content of --data "
+        rf"^{c.out} holds another run: --beta was 0.01, is 0.2; "
+        r"--steps was 9, is None; the content of --data "
         "changed. Continue it as it was, "
         "or --resume fresh starts anew and keeps it$"
     )
@@ -505,7 +507,7 @@ def test_settings_that_leave_the_trajectory_alone_may_change(ranks, c, monkeypat
     free = replace(
         c, out="run", log_every=7, eval_every=8, save_every=9, microbatch_tokens=999, keep=5,
         recompute="full", save_async=False, timeout=7, replicas=2, on_nonfinite="skip",
-        compile="off", reshard="never", profile=1,
+        compile="off", reshard="never", profile=1, eval_data=("x.jsonl",),
     )  # fmt: skip
     changed = {k for k, v in vars(c).items() if v != getattr(free, k)}
     assert changed == FREE - {"resume"}
@@ -523,6 +525,45 @@ def test_checkpoints_of_nobody_are_refused(ranks, c, state, message):
     Run(c, DIGESTS, ranks)
     fake(c, 3, state=state)
     with pytest.raises(BadCheckpoint, match=message):
+        Run(c, DIGESTS, ranks)
+
+
+def test_what_has_a_digest_is_compared_by_it_alone(ranks, c):
+    Run(c, DIGESTS, ranks)
+    state = disk.read_json(fake(c, 3) / "state.json")
+    moved = replace(c, model="moved/base", data=("a.jsonl", "b.jsonl"), eval_data=("new.jsonl",))
+    assert Run(moved, DIGESTS, ranks).folder.name == "step-000003"
+    assert Run(c, DIGESTS, ranks).identity["settings"]["model"] == c.model  # for an export
+    del state["run"]["model"]  # as a run of dSFT once recorded it: there the path has to do
+    fake(c, 4, state=json.dumps(state | {"step": 4}).encode())
+    assert Run(c, DIGESTS, ranks).folder.name == "step-000004"
+    with pytest.raises(ValueError, match="holds another run: --model was .*, is 'moved/base'. C"):
+        Run(moved, DIGESTS, ranks)
+
+
+@pytest.mark.parametrize("links", [["runs/it"], ["far/away/it"], ["second", "far/it"]])
+def test_fresh_moves_what_a_link_leads_to(ranks, c, tmp_path, links):
+    """From one link to the next, relative each, to a folder that is not there yet."""
+    out = Path(c.out)
+    places = [out, *(tmp_path / link for link in links)]
+    for place in places:
+        place.parent.mkdir(parents=True, exist_ok=True)
+    for place, target in pairwise(places):
+        place.symlink_to(os.path.relpath(target, place.parent))
+    Run(c, DIGESTS, ranks)
+    fake(c, 3)
+    Run(replace(c, resume="fresh"), DIGESTS, ranks)
+    real = places[-1]
+    assert out.is_symlink() and out.resolve() == real
+    assert (real.with_name(f"{real.name}.1") / "checkpoints" / "step-000003").is_dir()
+    assert not (real / "checkpoints").exists() and (out / "config.toml").is_file()
+    assert not out.with_name(f"{out.name}.1").exists()
+
+
+def test_a_loop_of_links_is_told(ranks, c):
+    out = Path(c.out)
+    out.symlink_to(out.name)
+    with pytest.raises(ValueError, match="cannot write: .*; change --out"):
         Run(c, DIGESTS, ranks)
 
 

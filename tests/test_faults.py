@@ -605,14 +605,19 @@ def test_what_changes_the_trajectory_is_listed_and_what_does_not_may_change(
     shutil.copytree(place, other, ignore=shutil.ignore_patterns("straight"))
     rows = (other / "pairs.jsonl").read_text().splitlines(keepends=True)
     (other / "pairs.jsonl").write_text("".join(rows[::-1]))
-    with pytest.raises(ValueError, match="run holds another run: --data was .*; the cont"):
+    with pytest.raises(ValueError, match="holds another run: the content of --data changed. Con"):
         run(train_dpo, other, killed, *FLAGS, "--model", str(place / "base"))
     config = (other / "base" / "config.json").read_text()
     (other / "base" / "config.json").write_text(config + "\n")
-    with pytest.raises(ValueError, match="another run: --model was .*; the content of --mo"):
+    with pytest.raises(ValueError, match="another run: the content of --model changed. Con"):
         run(train_dpo, place, killed, *FLAGS, "--model", str(other / "base"))
     assert tree(killed) == before
+    (other / "base" / "config.json").write_text(config)
+    path = other / "pairs.jsonl"
+    path.write_text("".join(rows))
+    glob = f"{other}/../{other.name}/pairs.json[l]"
+    spelt = "--data", glob, "--model", os.path.relpath(other / "base")
     free = "--keep 1 --no-save-async --recompute full --timeout 60 --microbatch-tokens 300"
-    run(train_dpo, place, killed, *FLAGS, *free.split())
+    run(train_dpo, place, killed, *FLAGS, *free.split(), *spelt)
     assert [r["step"] for r in metrics.read(killed)] == [r["step"] for r in metrics.read(straight)]
     assert [p.name for p in checkpoint.complete(killed)] == ["step-000010"]

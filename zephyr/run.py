@@ -39,8 +39,9 @@ from zephyr.parallel import Ranks
 
 # settings that may change between a run and its continuation: they leave the trajectory as it is
 FREE = {
-    "out", "log_every", "eval_every", "save_every", "keep", "save_async", "resume", "timeout",
-    "replicas", "microbatch_tokens", "recompute", "on_nonfinite", "compile", "reshard", "profile",
+    "out", "eval_data", "log_every", "eval_every", "save_every", "keep", "save_async", "resume",
+    "timeout", "replicas", "microbatch_tokens", "recompute", "on_nonfinite", "compile", "reshard",
+    "profile",
 }  # fmt: skip
 # what a kill in the middle of writing leaves in the run folder
 LEFTOVERS = [f".{name}.????????" for name in ("config.toml", "run.json", "metrics.jsonl", "model")]
@@ -83,7 +84,8 @@ class Run:
         self.held.enter_context(_hold(out))
         used = any(p.name != ".lock" for p in out.iterdir())
         if c.resume == "fresh" and used and not _restarted():
-            out.rename(_unused(out, 1))
+            whole = _real(out)  # of a link what it leads to is moved, and not the link
+            whole.rename(_unused(whole, 1))
             self.held.enter_context(_hold(out))
         left = [path for pattern in (*LEFTOVERS, ".seen-*") for path in out.glob(pattern)]
         left += [*out.glob("checkpoints/.trash*"), *out.glob("checkpoints/step-*.part")]
@@ -120,15 +122,17 @@ class Run:
             before = disk.read_json(record)["run"]
             old, new = before.pop("settings"), dict(self.identity)
             settings = new.pop("settings")
+            # of what has a digest the content counts, wherever it lies and however it is spelt
+            settled = FREE | (before.keys() & new.keys())
             changed = [
                 f"{config.flag(name)} was {old.get(name)!r}, is {settings.get(name)!r}"
-                for name in sorted(old.keys() | settings.keys())
+                for name in sorted((old.keys() | settings.keys()) - settled)
                 if old.get(name) != settings.get(name)
             ]
             changed += [
                 f"the content of --{name} changed" if name != "script" else "the script changed"
-                for name in sorted(before.keys() | new.keys())
-                if before.get(name) != new.get(name)
+                for name in sorted(before.keys() & new.keys())
+                if before[name] != new[name]
             ]
         except (ValueError, KeyError, TypeError, AttributeError):
             raise BadCheckpoint(f"{record} does not say whose run this is; --resume previous goes "
@@ -255,6 +259,11 @@ def _restarted() -> bool:
     return any(int(os.environ.get(name) or 0) for name in names)
 
 
+def _real(path: Path) -> Path:
+    """Where a path leads by all its links; of a loop, which Path.resolve raises at, anywhere."""
+    return Path(os.path.realpath(path))
+
+
 def _unused(path: Path, first: int = 0) -> Path:
     """The first of path, path.1, path.2, ... that is not there yet, from number `first` on."""
     names = (path.with_name(f"{path.name}.{k}") if k else path for k in count(first))
@@ -264,7 +273,7 @@ def _unused(path: Path, first: int = 0) -> Path:
 def _hold(out: Path) -> TextIO:
     """Lock the run folder until the file or the process is gone; ValueError if it is in use."""
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        _real(out).mkdir(parents=True, exist_ok=True)  # also where a link leads to nothing yet
         lock = open(out / ".lock", "a+")
     except OSError as error:
         raise Storage(f"{out}: cannot write: {error.strerror}; change --out") from None
