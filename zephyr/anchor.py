@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 import kernels
 from zephyr import files, parallel, signals
-from zephyr.data import cache_folder
-from zephyr.exits import Preempted, shared
+from zephyr.data import CHOOSE, cache_folder
+from zephyr.exits import Preempted, Storage, shared
 from zephyr.model import Mistral
 from zephyr.packing import Batch, PairPlan
 from zephyr.parallel import Ranks
@@ -99,8 +99,11 @@ def _read(path: Path, pairs: int) -> Tensor:
 
 def _write(path: Path, table_P2: Tensor) -> None:
     np.save(content := io.BytesIO(), table_P2.cpu().numpy())
-    with files.atomic(path) as file:
-        file.write(content.getvalue() + sha256(content.getvalue()).digest())
+    try:
+        with files.atomic(path) as file:
+            file.write(content.getvalue() + sha256(content.getvalue()).digest())
+    except Storage as error:
+        raise Storage(f"{error}; {CHOOSE}, with room for it") from None
 
 
 def _fill(

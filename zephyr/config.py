@@ -17,10 +17,11 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
-from zephyr.files import plain, shown
+from zephyr.files import home, plain, shown
 
 RECIPES = Path(__file__).parent / "recipes"
 RECIPE_CHARACTERS = 1 << 14  # tomllib's time grows with the square of a dotted key's length
+PATHS = {"model", "data", "eval_data", "out"}
 KNOBS = (
     "epochs", "microbatch_tokens", "clip", "log_every", "batch", "lr", "max_length", "timeout",
     "replicas",
@@ -186,6 +187,9 @@ def parse(cls: type, argv: list[str] | None = None, doc: str = "") -> tuple[Any,
     for name, field in fields.items():
         if field.default is dataclasses.MISSING and not values.get(name):
             raise ValueError(f"{flag(name)} is required: {helps[name]}")
+    for name in PATHS & values.keys():
+        value = values[name]
+        values[name] = [home(v) for v in value] if isinstance(value, list) else home(value)
     config = cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
     return config, recipe
 
@@ -213,7 +217,7 @@ def scalar(kind: Any) -> type:
 
 def read_recipe(recipe: str, table: str, hints: dict[str, Any]) -> dict[str, Any]:
     """The recipe's [sft] or [dpo] table, each value of its field's type."""
-    path = Path(recipe) if recipe.endswith(".toml") else RECIPES / f"{recipe}.toml"
+    path = Path(home(recipe)) if recipe.endswith(".toml") else RECIPES / f"{recipe}.toml"
     if not path.is_file():
         names = ", ".join(sorted(p.stem for p in RECIPES.glob("*.toml")))
         raise ValueError(f"no recipe {recipe}; there are {names}, or give the path of a .toml")

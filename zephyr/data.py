@@ -25,6 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from zephyr import files, forms
+from zephyr.exits import Storage
 from zephyr.files import BadRow, BadRows
 from zephyr.forms import Spoken
 from zephyr.tokenizer import Tokenizer, Turn
@@ -32,6 +33,7 @@ from zephyr.tokenizer import Tokenizer, Turn
 TEMPLATE = "zephyr-3"  # part of the cache's key: change it when the rendering or cutting changes
 CHUNK, CHARACTERS = 256, 1 << 22  # rows, or about as much text, tokenized at once
 ARRAYS, SUMS = ("about.json", "ends.npy", "ids", "mask", "places.npy"), "SHA256SUMS"
+CHOOSE = "set ZEPHYR_CACHE to a folder that can be written"
 DAY = 24 * 3600  # seconds without a write, after which what is being made has no maker
 
 Encoded = tuple[Sequence[list[int]], list[bool]] | None  # a row's parts and mask; None: dropped
@@ -213,9 +215,7 @@ def _cached(
         with contextlib.suppress(OSError):  # nobody may be reading
             print(f"{folder} is damaged: {damage}; it is made anew", file=sys.stderr)
     if damage or not folder.exists():
-        cache_folder().mkdir(parents=True, exist_ok=True)
-        _sweep()
-        with tempfile.TemporaryDirectory(prefix="part-", dir=cache_folder()) as temp:
+        with _scratch() as temp:
             part = Path(temp) / folder.name
             part.mkdir()
             try:
@@ -260,6 +260,17 @@ def _damage(folder: Path) -> str | None:
     except ValueError:
         return f"{SUMS} is malformed"
     return None
+
+
+def _scratch() -> tempfile.TemporaryDirectory:
+    """A folder in the cache to make an entry in, after what killed makers left is swept out."""
+    cache = cache_folder()
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        _sweep()
+        return tempfile.TemporaryDirectory(prefix="part-", dir=cache)
+    except OSError as error:
+        raise Storage(f"{cache}: cannot write: {error.strerror}; {CHOOSE}") from None
 
 
 def _sweep() -> None:
@@ -336,7 +347,12 @@ def _parsed(sources: list[Path], parse: Callable, bad: BadRows) -> Iterator:
 
 
 def cache_folder() -> Path:
-    return Path(os.environ.get("ZEPHYR_CACHE") or Path.home() / ".cache" / "zephyr")
+    """$ZEPHYR_CACHE, or else ~/.cache/zephyr. Raises ValueError if there is no home folder."""
+    given = os.environ.get("ZEPHYR_CACHE")
+    try:
+        return Path(files.home(given or "~/.cache/zephyr"))
+    except ValueError as error:
+        raise error if given else ValueError(f"there is no home folder; {CHOOSE}") from None
 
 
 def _sha256(path: Path) -> str:

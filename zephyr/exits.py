@@ -7,6 +7,7 @@
     5    the storage refused: full, read-only, gone; the last checkpoint is intact
     6    another rank died or did not answer in time
     130  Ctrl-C
+    141  whoever read the output went away, as `| head -1` does
     143  preempted: SIGTERM or SIGUSR1 came, and the state was saved
 
 torchrun exits with 1 whatever its ranks' codes were; its last lines show theirs.
@@ -40,6 +41,7 @@ class Preempted(RuntimeError):
 
 
 LOST_RANK = 6
+NOBODY_READS = 141
 REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG}
 E = TypeVar("E", bound=Exception)
 
@@ -60,14 +62,18 @@ def shared(error: E) -> E:
 
 def call(main: Callable[[], None]) -> None:
     """Call `main`; what a user can cause or must know of becomes one line and an exit code."""
+    _streams()
     try:
         if hidden := hidden_kernels():
             raise ValueError(hidden)
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        sys.exit(NOBODY_READS)
     except (ValueError, OSError, Preempted) as error:
-        import torch.distributed as dist  # here, so that a process without torch can raise these
-
-        _say(str(error), everywhere=dist.is_initialized() and not hasattr(error, "shared"))
+        dist = sys.modules.get("torch.distributed")  # a process without torch can raise these too
+        many = dist is not None and dist.is_initialized()
+        _say(str(error), everywhere=many and not hasattr(error, "shared"))
         sys.exit(getattr(kind(error), "code", 2))
     except RuntimeError as error:
         from zephyr import parallel  # which imports this file
@@ -78,6 +84,28 @@ def call(main: Callable[[], None]) -> None:
         os._exit(LOST_RANK)  # a save in the background would wait for the lost rank
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        _flush()
+
+
+def _streams() -> None:
+    """Let no stream end a command: a closed one is nobody's, what stdout cannot encode is escaped,
+    and bytes on stdin that are no text come as surrogates, for who reads them to refuse."""
+    # in this order, so that each takes its own number, and no file that is opened later does
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, mode))
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="surrogateescape" if mode == "r" else "backslashreplace")
+
+
+def _flush() -> None:
+    """Write what stdout still holds; if nobody reads it, let the end of the process not try."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def hidden_kernels() -> str | None:

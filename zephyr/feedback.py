@@ -26,8 +26,8 @@ from typing import Literal, NamedTuple
 
 from tqdm import tqdm
 
-from zephyr import forms
-from zephyr.files import BadRow, BadRows, expand, read_rows, shown, write_rows, writing
+from zephyr import exits, forms
+from zephyr.files import BadRow, BadRows, expand, home, read_rows, shown, write_rows, writing
 from zephyr.tokenizer import conversation
 
 # parts of a prompt that a pair has no place for
@@ -280,6 +280,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
     parser.error = error
     args = parser.parse_args(argv)
+    args.out, args.test_out = home(args.out), args.test_out and home(args.test_out)
     if args.test_size < 0 or bool(args.test_size) != bool(args.test_out):
         raise ValueError("--test-out and --test-size, 1 or more, go together; give both or neither")
     return args
@@ -322,4 +323,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exits.call(main)

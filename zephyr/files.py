@@ -142,6 +142,26 @@ class BadRows:
         return "\n".join([*lines, *(f"  {message}" for message in self.messages)])
 
 
+def home(path: str | Path) -> str:
+    """A path as it is meant: `~` and `~user` at its start are home folders.
+
+    Raises ValueError if nobody knows where that is, and for a path that is no text, which no recipe
+    and no log could name.
+    """
+    path = str(path)
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{shown(path)}: its bytes are not the text of this locale; rename it, or "
+                         "set PYTHONUTF8=1 if it is UTF-8") from None  # fmt: skip
+    whole = os.path.expanduser(path)
+    if whole.startswith("~"):
+        user = whole.split("/")[0]
+        raise ValueError(f"{path}: nobody knows the home folder {user}; write it out, or ./{path} "
+                         f"for what is called {user} here")  # fmt: skip
+    return whole
+
+
 def expand(paths: Sequence[str | Path]) -> list[Path]:
     """The files that paths and globs name, in the order given, sorted within a glob.
 
@@ -150,7 +170,7 @@ def expand(paths: Sequence[str | Path]) -> list[Path]:
     file named twice, under whatever names.
     """
     files: dict[tuple[int, int], str] = {}
-    for path in (os.path.expanduser(path) for path in paths):
+    for path in map(home, paths):
         if os.path.isdir(path):
             raise ValueError(f"{path} is a folder; name its files, as {path.rstrip('/')}/*.jsonl")
         found = [path] if os.path.exists(path) else sorted(

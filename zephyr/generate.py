@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from zephyr import base, exits, huggingface, parallel, weights
+from zephyr import base, exits, files, huggingface, parallel, weights
 from zephyr.attention import Layout, visible
 from zephyr.model import Mistral, MistralConfig
 from zephyr.tokenizer import Tokenizer
@@ -117,7 +117,9 @@ def choose(logits_BV: Tensor, temperature: float, top_p: float, generator: torch
     """A token for each row [B]."""
     if temperature == 0:
         return logits_BV.argmax(-1)
-    probability, order = (logits_BV / temperature).softmax(-1).sort(-1, descending=True)
+    # below the largest, in double: no temperature above 0, however small, makes infinity of 0
+    scaled_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)).double() / temperature
+    probability, order = scaled_BV.softmax(-1).sort(-1, descending=True)
     before = probability.cumsum(-1) - probability  # the mass of what is likelier: 0 for the first
     probability[before >= top_p] = 0
     return order.gather(1, torch.multinomial(probability, 1, generator=generator)).squeeze(1)
@@ -205,6 +207,8 @@ def main() -> None:
     ):
         if not fits:
             error(f"{flag} {value} is out of range")
+    args.model, args.system = files.home(args.model), text(args.system, "--system")
+    args.prompt = args.prompt and text(args.prompt, "--prompt")
     model, tokenizer = load(args.model)
     sampling = {"temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
     if args.empty_system is None:
@@ -220,14 +224,30 @@ def main() -> None:
 
 
 def ask() -> str:
-    """The user's next line that is not blank; "" at the end of the input."""
-    try:
-        while not (line := input("\n> " if sys.stdin.isatty() else "").strip()):
-            pass
-    except EOFError:
-        print()
-        return ""
+    """The user's next line that is not blank; "" at the end of the input. Raises ValueError for one
+    that is no text; at a terminal, which may have cut a character, it is asked for again."""
+    terminal, line = sys.stdin.isatty(), ""
+    while not line:
+        try:
+            line = text(input("\n> " if terminal else "").strip(), "a line of the input")
+        except EOFError:
+            print()
+            return ""
+        except ValueError as error:
+            if not terminal:
+                raise
+            print(error, file=sys.stderr)
     return line
+
+
+def text(given: str, what: str) -> str:
+    """A command line's or an input's text, read as UTF-8 whatever the locale. Raises ValueError if
+    it is none, as half a character is not."""
+    try:
+        return given.encode("utf-8", "surrogateescape").decode()
+    except UnicodeDecodeError:
+        raise ValueError(f"{what} {files.shown(given)} is not UTF-8: a character is cut, or it is "
+                         "in another encoding; give it again") from None  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -20,8 +20,9 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from zephyr import exits
 from zephyr.costs import CARDS, model_flops
-from zephyr.files import atomic
+from zephyr.files import atomic, home
 from zephyr.phases import Phases, Trace
 
 FILE = "metrics.jsonl"
@@ -357,14 +358,15 @@ def draw(runs: Mapping[str, list[dict]], out: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m zephyr.metrics", description="draw runs")
-    parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="a run's folder")
-    parser.add_argument("--out", type=Path, metavar="PNG", help="default: RUN/metrics.png")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder")
+    parser.add_argument("--out", metavar="PNG", help="default: RUN/metrics.png")
     args = parser.parse_args(argv)
-    names = [run.resolve().name for run in args.runs]
-    labels = names if len(set(names)) == len(names) else map(str, args.runs)
-    out = args.out or args.runs[0] / "metrics.png"
     try:
-        draw(dict(zip(labels, map(read, args.runs), strict=True)), out)
+        runs = [Path(home(run)) for run in args.runs]
+        out = Path(home(args.out)) if args.out else runs[0] / "metrics.png"
+        names = [run.resolve().name for run in runs]
+        labels = names if len(set(names)) == len(names) else map(str, runs)
+        draw(dict(zip(labels, map(read, runs), strict=True)), out)
     except ValueError as error:
         print(f"metrics: {error}", file=sys.stderr)
         sys.exit(getattr(error, "code", 2))
@@ -372,4 +374,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exits.call(main)

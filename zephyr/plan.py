@@ -17,9 +17,10 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 
-from zephyr import config, costs, disk, folders, huggingface
+from zephyr import config, costs, disk, exits, folders, huggingface
 from zephyr.config import DPOConfig, SFTConfig, Training
 from zephyr.costs import CARDS, Card, Load
+from zephyr.files import home
 from zephyr.huggingface import MistralConfig
 
 GIB = 2**30
@@ -387,7 +388,7 @@ def architecture(name: str) -> MistralConfig:
     """Of a name in MODELS, a folder with a config.json, or the path of one."""
     if name in MODELS:
         return MODELS[name]
-    path = Path(name)
+    path = Path(home(name))
     path = folders.config_file(path) if path.is_dir() else path
     if not path.exists():
         raise ValueError(f"--model {name}: no such folder or file; known are {', '.join(MODELS)}")
@@ -462,4 +463,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exits.call(main)

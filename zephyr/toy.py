@@ -23,7 +23,7 @@ from statistics import mean
 
 import sentencepiece
 
-from zephyr import feedback, files
+from zephyr import exits, feedback, files
 from zephyr.larkmere import (
     CHATTER,
     CLOSINGS,
@@ -236,16 +236,17 @@ def summary(folder: Path) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="zephyr.toy", description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
     try:
-        build(options.folder, options.seed)
+        folder = Path(files.home(options.folder))
+        build(folder, options.seed)
     except ValueError as error:
         print(f"zephyr.toy: {error}", file=sys.stderr)
         sys.exit(getattr(error, "code", 2))
-    print(summary(options.folder))
+    print(summary(folder))
 
 
 if __name__ == "__main__":
-    main()
+    exits.call(main)

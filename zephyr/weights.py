@@ -24,7 +24,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from tqdm import tqdm
 
 import kernels
-from zephyr import disk, files, folders, huggingface
+from zephyr import disk, exits, files, folders, huggingface
 from zephyr.model import Mistral, MistralConfig, initialise
 from zephyr.tokenizer import Tokenizer
 
@@ -246,14 +246,15 @@ def main(arguments: list[str] | None = None) -> None:
                         "is no longer where it was")  # fmt: skip
     options = parser.parse_args(arguments)
     try:
-        if (Path(options.source) / checkpoint.SUMS).exists():
-            checkpoint.export(options.source, options.target, options.base)
+        source, target = Path(files.home(options.source)), files.home(options.target)
+        if (source / checkpoint.SUMS).exists():
+            checkpoint.export(source, target, options.base and files.home(options.base))
         else:
-            original.convert(options.source, options.target)
+            original.convert(source, target)
     except ValueError as error:
         print(f"weights: {error}", file=sys.stderr)
         sys.exit(getattr(error, "code", 2))
 
 
 if __name__ == "__main__":
-    main()
+    exits.call(main)
