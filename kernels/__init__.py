@@ -81,9 +81,11 @@ def dpo_loss(
         logprob_2P    -3   -3   -1     -4       log-ratio   1  0  0 -1
 
     so both log-ratios' differences h are 1, and with β = 1 both losses are -log σ(1) = 0.3133.
+    For `ipo` h is the difference of the means over the tokens, 1/2 - 0 and 0 + 1/2, and both losses
+    are 0. Rewards are β × the log-ratios, and margins their differences, for either: 1 and 1.
 
     `dpo`:  -(1-ε) log σ(βh) - ε log σ(-βh), ε = `smoothing`   (arXiv:2305.18290, Eq. 7, and cDPO)
-    `ipo`:  (h - 1/(2β))², with log-ratios averaged over a response's tokens   (arXiv:2310.12036)
+    `ipo`:  (h - 1/(2β))²                                (arXiv:2310.12036, Eq. 17, on the means)
     Raises ValueError if shapes do not match, or for an objective that is neither.
     """
     if objective not in ("dpo", "ipo"):

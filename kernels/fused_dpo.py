@@ -89,23 +89,21 @@ def dpo_kernel(
     rejected = response_sum(logprob_ptr, response_ptr, 2 * k + 1, middle, end, N, R, BLOCK)
     chosen_ratio = chosen - tl.load(reference_ptr + 2 * k)
     rejected_ratio = rejected - tl.load(reference_ptr + 2 * k + 1)
+    z = beta * (chosen_ratio - rejected_ratio)
     chosen_share, rejected_share = 1.0, 1.0
     if IPO:
         chosen_share = 1.0 / (middle - start).to(tl.float32)
         rejected_share = 1.0 / (end - middle).to(tl.float32)
-        chosen_ratio, rejected_ratio = chosen_ratio * chosen_share, rejected_ratio * rejected_share
-    h = chosen_ratio - rejected_ratio
-    if IPO:
-        loss, slope = (h - 0.5 / beta) * (h - 0.5 / beta), 2.0 * (h - 0.5 / beta)
+        off = chosen_ratio * chosen_share - rejected_ratio * rejected_share - 0.5 / beta
+        loss, slope = off * off, 2.0 * off
     else:
-        z = beta * h
         loss = (1.0 - smoothing) * minus_log_sigmoid(z) + smoothing * minus_log_sigmoid(-z)
         sigmoid = 1.0 / (1.0 + tl.exp(-tl.abs(z)))  # of |z|, so that nothing overflows
         small = tl.exp(-tl.abs(z)) * sigmoid
         right, wrong = tl.where(z > 0, sigmoid, small), tl.where(z > 0, small, sigmoid)
         slope = beta * (smoothing * right - (1.0 - smoothing) * wrong)
     tl.store(loss_ptr + k, loss)
-    tl.store(margin_ptr + k, beta * h)
+    tl.store(margin_ptr + k, z)
     tl.store(sum_ptr + 2 * k, chosen)
     tl.store(sum_ptr + 2 * k + 1, rejected)
     tl.store(reward_ptr + 2 * k, beta * chosen_ratio)

@@ -18,8 +18,8 @@ class Preference(NamedTuple):
 
     loss_P: Tensor
     logprob_2P: Tensor  # nats, summed over the response
-    reward_2P: Tensor  # beta x log-ratio (ipo: x its mean over the tokens)
-    margin_P: Tensor  # reward of chosen less reward of rejected: beta h
+    reward_2P: Tensor  # β × (logprob_2P - reference_2P), summed whatever the objective
+    margin_P: Tensor  # reward of chosen less reward of rejected
 
 
 def linear_logprob(h_ND: Tensor, w_VD: Tensor, targets_N: Tensor) -> Tensor:
@@ -52,25 +52,23 @@ def dpo_loss(
 ) -> Preference:  # fmt: skip
     """Per-pair loss and rewards from token log-probs, as `kernels.dpo_loss` has it.
 
-    h = ratio_chosen - ratio_rejected, ratio_r = s_r - reference_r, and for ipo ratio_r / tokens_r
+    ratio_r = s_r - reference_r, and h = ratio_chosen - ratio_rejected; for ipo, h is the difference
+    of their means ratio_r / tokens_r
     dpo:  ℓ = -(1-ε) log σ(βh) - ε log σ(-βh)    ∂ℓ/∂h = β (ε σ(βh) - (1-ε) σ(-βh))
     ipo:  ℓ = (h - 1/(2β))²                      ∂ℓ/∂h = 2 (h - 1/(2β))
     A chosen token's gradient is ∂ℓ/∂h, a rejected token's -∂ℓ/∂h, divided by tokens_r for ipo:
-    the same number for every token of a response.
+    the same number for every token of a response. A reward is β ratio_r, a margin the difference of
+    two, for ipo too, where the loss sees means: so TRL logs them.
     """
     logprob_2P = response_sums(logprob_N, response_N, len(reference_2P))
     ratio_2P = logprob_2P - reference_2P
+    z_P = beta * (ratio_2P[0::2] - ratio_2P[1::2])
     if objective == "ipo":
-        ratio_2P = ratio_2P / torch.bincount(response_N, minlength=len(ratio_2P))
-    h_P = ratio_2P[0::2] - ratio_2P[1::2]
-    if objective == "ipo":
-        loss_P = (h_P - 1 / (2 * beta)).square()
+        mean_2P = ratio_2P / torch.bincount(response_N, minlength=len(ratio_2P))
+        loss_P = (mean_2P[0::2] - mean_2P[1::2] - 1 / (2 * beta)).square()
     else:
-        z_P = beta * h_P
         loss_P = -(1 - smoothing) * F.logsigmoid(z_P) - smoothing * F.logsigmoid(-z_P)
-    return Preference(
-        loss_P, logprob_2P.detach(), beta * ratio_2P.detach(), beta * h_P.detach()
-    )
+    return Preference(loss_P, logprob_2P.detach(), beta * ratio_2P.detach(), z_P.detach())
 
 
 def nearest_bf16(x: Tensor) -> Tensor:

@@ -45,13 +45,13 @@ def truth(logprob, response, reference, c, beta, smoothing, objective):
     response = response.cpu().numpy()
     losses, sums, rewards, margins, grad = [], [], [], [], np.zeros(len(logprob))
     for k in range(len(reference) // 2):
-        ratios, shares = [], []
+        totals, shares = [], []
         for r in (2 * k, 2 * k + 1):
             own = logprob[response == r]
             sums.append(math.fsum(own))
             shares.append(1 / len(own) if objective == "ipo" else 1.0)
-            ratios.append((sums[-1] - reference[r]) * shares[-1])
-        h = ratios[0] - ratios[1]
+            totals.append(sums[-1] - reference[r])
+        h = totals[0] * shares[0] - totals[1] * shares[1]
         z = beta * h
         if objective == "ipo":
             losses.append((h - 0.5 / beta) ** 2)
@@ -64,8 +64,8 @@ def truth(logprob, response, reference, c, beta, smoothing, objective):
             p = 1 / (1 + math.exp(-z)) if z > 0 else math.exp(z) / (1 + math.exp(z))
             wrong = math.exp(-z) * p if z > 0 else 1 - p
             slope = beta * (smoothing * p - (1 - smoothing) * wrong)
-        rewards += [beta * ratio for ratio in ratios]
-        margins.append(z)
+        rewards += [beta * total for total in totals]
+        margins.append(beta * (totals[0] - totals[1]))
         grad[response == 2 * k] = float(c[k]) * slope * shares[0]
         grad[response == 2 * k + 1] = -float(c[k]) * slope * shares[1]
     return losses, sums, rewards, margins, grad
@@ -82,7 +82,7 @@ def plain(logprob, response, reference, c, beta, smoothing, objective):
     """The textbook in fp32: masked sums of each response, then autograd."""
     logprob = logprob.detach().requires_grad_()
     sums = torch.stack([logprob[response == r].sum() for r in range(len(reference))])
-    ratio = sums - reference
+    ratio = total = sums - reference
     if objective == "ipo":
         ratio = ratio / response.bincount()
     h = ratio[0::2] - ratio[1::2]
@@ -91,7 +91,7 @@ def plain(logprob, response, reference, c, beta, smoothing, objective):
     else:
         z = torch.nn.functional.logsigmoid(beta * h), torch.nn.functional.logsigmoid(-beta * h)
         loss = -(1 - smoothing) * z[0] - smoothing * z[1]
-    values = loss, sums, beta * ratio, beta * h
+    values = loss, sums, beta * total, beta * (total[0::2] - total[1::2])
     return *values, torch.autograd.grad(loss, logprob, c)[0]
 
 
@@ -183,6 +183,9 @@ def test_the_example_of_the_docstring(device, implementation):
     assert got.reward_2P.tolist() == [1, 0, 0, -1]
     assert got.margin_P.tolist() == [1, 1]
     assert got.loss_P.tolist() == pytest.approx([0.313262] * 2, abs=1e-6)
+    ipo = kernels.dpo_loss(logprob, response, reference, beta=1.0, objective="ipo")
+    assert ipo.loss_P.tolist() == [0, 0]
+    assert torch.equal(ipo.reward_2P, got.reward_2P) and ipo.margin_P.tolist() == [1, 1]
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])

@@ -133,12 +133,81 @@ def test_the_loss_and_its_gradient_are_those_of_the_objective(name, smoothing):
             assert slope[response == r].tolist() == pytest.approx([expected] * int(tokens[r]))
 
 
-def test_ipo_divides_by_the_tokens_of_each_response_and_dpo_does_not():
+def test_the_loss_of_ipo_divides_by_the_tokens_of_each_response_and_no_reward_does():
     policy, tokens = torch.tensor([-8.0, -30.0]), torch.tensor([4.0, 10.0])
     ipo = preference("ipo", policy, torch.zeros(2), tokens, 0.5)
     assert float(ipo["loss"]) == pytest.approx((-2.0 + 3.0 - 1.0) ** 2)
     dpo = preference("dpo", policy, torch.zeros(2), tokens, 0.5)
-    assert float(dpo["rewards/margins"]) == pytest.approx(0.5 * 22)
+    for got in (ipo, dpo):
+        assert float(got["rewards/chosen"]) == pytest.approx(-4)
+        assert float(got["rewards/rejected"]) == pytest.approx(-15)
+        assert float(got["rewards/margins"]) == pytest.approx(11)
+
+
+def in_trl(name, logprob_PT, mask_PT, reference_PT, beta, smoothing) -> dict[str, np.ndarray]:
+    """What TRL's DPOTrainer logs of each pair, in float64: of padded rows, the first half chosen,
+    the other rejected. Its rewards are β × the summed log-ratio whatever the loss."""
+    summed = (logprob_PT * mask_PT).sum(1)
+    chosen, rejected = np.split(summed - (reference_PT * mask_PT).sum(1), 2)
+    chosen_tokens, rejected_tokens = np.split(mask_PT.sum(1), 2)
+    delta = chosen - rejected
+    if name == "ipo":
+        delta = chosen / chosen_tokens - rejected / rejected_tokens
+    return {
+        "loss": np.array([truth(name, d, beta, smoothing)[0] for d in delta]),
+        "rewards/chosen": beta * chosen,
+        "rewards/rejected": beta * rejected,
+        "rewards/accuracies": (beta * chosen > beta * rejected).astype(float),
+        "rewards/margins": beta * chosen - beta * rejected,
+        "logps/chosen": np.split(summed, 2)[0],
+        "logps/rejected": np.split(summed, 2)[1],
+    }
+
+
+@pytest.mark.parametrize("implementation", ["triton", "torch", "reference"])
+@pytest.mark.parametrize("name, smoothing", [
+    ("dpo", 0.0), ("dpo", 0.2), ("robust", 0.2), ("ipo", 0.0), ("hinge", 0.0),
+])  # fmt: skip
+def test_every_logged_quantity_is_trls(name, smoothing, implementation, monkeypatch):
+    """A pair that is right by its sums and wrong by its means, and the other way, among them; the
+    gradient is that of random upstream gradients through the same loss."""
+    monkeypatch.setenv("ZEPHYR_KERNELS", implementation)
+    rng, pairs, longest = np.random.default_rng(0), 7, 9
+    mask = np.arange(longest) < rng.integers(1, longest + 1, (2 * pairs, 1))
+    logprob, reference = -3 * rng.random((2, 2 * pairs, longest))
+    mask[0], mask[pairs] = np.arange(longest) < 9, np.arange(longest) < 1
+    logprob[0] = reference[0] + 0.1
+    logprob[pairs] = reference[pairs] + 0.5  # sums 0.9 and 0.5, means 0.1 and 0.5
+    expected = in_trl(name, logprob, mask, reference, 0.3, smoothing)
+    assert expected["rewards/margins"][0] > 0 > logprob[0, 0] - reference[0, 0] - 0.5
+
+    rows = np.arange(2 * pairs).reshape(2, pairs).T.ravel()  # pair k's chosen, then its rejected
+    dtype = torch.float32 if implementation == "triton" else torch.float64
+    tokens = torch.tensor(mask[rows].sum(1))
+    response = torch.arange(2 * pairs).repeat_interleave(tokens)
+    logprob_N = torch.tensor(logprob[rows][mask[rows]], dtype=dtype, requires_grad=True)
+    sums = torch.tensor((reference * mask)[rows].sum(1), dtype=dtype)
+    got = losses.preference(name, logprob_N, response, sums, 0.3, smoothing)
+    assert set(got) == set(expected) == set(losses.METRICS)
+    for key, value in expected.items():
+        rtol, atol = (2e-5, 2e-5) if dtype == torch.float32 else (1e-6, 1e-9)
+        np.testing.assert_allclose(got[key].detach(), value, rtol, atol, err_msg=key)
+
+    upstream = rng.standard_normal(pairs)
+    got["loss"].backward(torch.tensor(upstream, dtype=dtype))
+    step = 1e-6
+    for place in (0, 4, len(logprob_N) - 1):
+        moved = []
+        for sign in (1, -1):
+            other = logprob[rows][mask[rows]]
+            other[place] += sign * step
+            padded = logprob[rows]
+            padded[mask[rows]] = other
+            back = padded[np.argsort(rows)]
+            loss = in_trl(name, back, mask, reference, 0.3, smoothing)["loss"]
+            moved.append(float(upstream @ loss))
+        slope = (moved[0] - moved[1]) / (2 * step)
+        assert float(logprob_N.grad[place]) == pytest.approx(slope, rel=1e-4, abs=1e-5), place
 
 
 def test_a_constant_on_the_reference_changes_nothing_and_a_swap_negates_the_margin():

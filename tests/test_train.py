@@ -155,11 +155,10 @@ def plain_dpo(place: Path, loss: str, steps: int = 6, beta: float = 0.1, lr: flo
             with torch.no_grad():
                 (rc, _), (rr, _) = (logprob(frozen, row[s]) for s in ("chosen", "rejected"))
             if loss == "ipo":
-                chosen, rejected = (pc - rc) / nc, (pr - rr) / nr
-                terms.append((chosen - rejected - 1 / (2 * beta)) ** 2)
+                terms.append(((pc - rc) / nc - (pr - rr) / nr - 1 / (2 * beta)) ** 2)
             else:
-                chosen, rejected = pc - rc, pr - rr
-                terms.append(-F.logsigmoid(beta * (chosen - rejected)))
+                terms.append(-F.logsigmoid(beta * (pc - rc - (pr - rr))))
+            chosen, rejected = pc - rc, pr - rr
             chosen_all.append(beta * chosen.item())
             rejected_all.append(beta * rejected.item())
             logps.append((pc.item(), pr.item()))

@@ -69,9 +69,11 @@ def preference(
 ) -> dict[str, Tensor]:  # fmt: skip
     """What METRICS names, of each pair [P]; `loss` alone carries a gradient.
 
-    `response_N` says which response a token belongs to. A reward is β times the log-ratio that the
-    objective sees; `rewards/accuracies` counts margins strictly above 0, so it is 0 while policy
-    and reference are the same. `dpo` and `ipo` run fused.
+    `response_N` says which response a token belongs to. A reward is β times the response's summed
+    log-ratio, for `ipo` too, whose loss sees means over the tokens; a margin is the chosen's reward
+    less the rejected's, and `rewards/accuracies` counts those strictly above 0, so it is 0 while
+    policy and reference are the same. Every name means what it means in TRL's log. `dpo` and `ipo`
+    run fused.
     """
     if name in ("dpo", "ipo"):
         fused = kernels.dpo_loss(logprob_N, response_N, reference_2P, beta, smoothing, name)
