@@ -28,8 +28,7 @@ def main() -> None:
         parallel.once_per_node(ranks, toy.ensure_pairs)
 
     c, shape, tokenizer, notes = parallel.together(lambda: base.look(c))
-    for note in notes:
-        ranks.say(note)
+    ranks.say(*notes)
 
     def read(paths: tuple[str, ...]) -> data.Tokens:
         pairs = parallel.once_per_node(ranks, lambda: data.preferences(paths, tokenizer, c))
@@ -45,7 +44,10 @@ def main() -> None:
     lengths = [x.pair_lengths() for x in (pairs, unseen) if x]
     c = parallel.fitted(c, shape, ranks, np.concatenate(lengths))
     train, held_out = plan(pairs, shuffle=True), unseen and plan(unseen, shuffle=False)
-    steps = c.steps or c.epochs * train.steps_per_epoch
+    steps, notes = parallel.together(lambda: optim.steps(
+        c, train.steps_per_epoch, len(pairs), "pair", ranks.size,
+    ))  # fmt: skip
+    ranks.say(*notes)
 
     origin = parallel.on_first(lambda: weights.digest(c.model))
     with Run(c, {"data": train.data.digest, "model": origin}, ranks) as run:

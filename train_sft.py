@@ -24,8 +24,7 @@ def main() -> None:
         parallel.once_per_node(ranks, newborn)
 
     c, shape, tokenizer, notes = parallel.together(lambda: base.look(c))
-    for note in notes:
-        ranks.say(note)
+    ranks.say(*notes)
 
     c = parallel.fitted(c, shape, ranks, np.array([c.max_length]))
 
@@ -39,7 +38,10 @@ def main() -> None:
 
     train = plan(c.data, shuffle=True)
     held_out = plan(c.eval_data, shuffle=False) if c.eval_data else None
-    steps = c.steps or c.epochs * train.steps_per_epoch
+    steps, notes = parallel.together(lambda: optim.steps(
+        c, train.steps_per_epoch, train.rows_per_epoch, "packed row", ranks.size,
+    ))  # fmt: skip
+    ranks.say(*notes)
 
     origin = parallel.on_first(lambda: weights.digest(c.model))
     with Run(c, {"data": train.data.digest, "model": origin}, ranks) as run:

@@ -428,6 +428,12 @@ class Saves:
         self.optimizer = optim.adamw(self.model, 0.0)
         self.run = Run(c, {}, ranks)
 
+    def __enter__(self) -> "Saves":
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.run.__exit__(*raised)
+
     def tensors(self, step: int) -> Iterator[tuple[torch.Tensor, float]]:
         for k, x in enumerate(checkpoint.tensors_of(self.model, self.optimizer).values()):
             yield x, step + k / 1024

@@ -90,7 +90,7 @@ def test_a_resumed_run_equals_one_straight_through(ranks, base, c, precision, sa
     train(*first, 3, 6)  # while an asynchronous save may still be writing
     run.wait()
     equal(state(*first), state(*straight))  # saving leaves no trace
-    del run
+    run.held.close()
     second, again = start(ranks, base, precision), Run(c, DIGESTS, ranks)
     step, kept = again.load(*second)
     assert (step, kept["notes"]) == (3, [{"value": 0.1}])
@@ -116,7 +116,7 @@ def test_a_save_in_the_background_has_the_state_it_was_called_with(ranks, base, 
     assert checkpoint.complete(run.out) == [] and not run.under_way.done()
     gate.set()
     run.wait()
-    del run
+    run.held.close()
     fresh = start(ranks, base)
     assert Run(c, DIGESTS, ranks).load(*fresh)[0] == 2
     equal(state(*fresh), expected)
@@ -130,7 +130,7 @@ def test_a_tied_model_stays_tied(ranks, c, tmp_path):
     run = Run(c, DIGESTS, ranks)
     run.save(2, *straight)
     run.wait()
-    del run
+    run.held.close()
     Run(c, DIGESTS, ranks).load(*again)
     for m, optimizer in (straight, again):
         train(m, optimizer, 2, 4)
@@ -143,7 +143,7 @@ def test_a_state_before_any_step_is_one_too(ranks, base, c):
     run, first = Run(c, DIGESTS, ranks), start(ranks, base)
     run.save(1, *first)
     run.wait()
-    del run
+    run.held.close()
     second = start(ranks, base)
     Run(c, DIGESTS, ranks).load(*second)
     straight = start(ranks, base)
@@ -211,7 +211,7 @@ def test_one_rank_then_many_then_one(ranks, base, c, tmp_path, size, replicas):
     train(*straight, 0, 2)
     run.save(2, *straight, notes=Notes("alone"))
     run.wait()
-    del run
+    run.held.close()
     many = torchrun(SCRIPT, tmp_path, size)
 
     run, back = Run(c, DIGESTS, ranks), start(ranks, base)
@@ -347,7 +347,7 @@ def test_what_no_sum_names_is_no_damage(ranks, base, c, tmp_path, name):
     (saved / name).write_bytes(b"\0\5\x16\7" * 9)
     (saved / "a folder").mkdir()
     (saved / "a link").symlink_to("nothing")
-    del run
+    run.held.close()
     again = Run(c, DIGESTS, ranks)
     assert again.load(*start(ranks, base))[0] == 2
     checkpoint.export(saved, tmp_path / "exported", base)

@@ -1,7 +1,6 @@
 """What ends, damages or fills a run folder, and what is lost by it: never more than the steps since
 the last checkpoint. The long versions, on two ranks, are in benchmarks/chaos.py."""
 
-import gc
 import json
 import multiprocessing
 import os
@@ -200,7 +199,6 @@ def test_resumed_twice_within_an_epoch_and_across_its_border(
         monkeypatch.setattr(optim, "schedule", partial(until, last))
         with pytest.raises(End):
             run(train_dpo, place, tmp_path / "run", *FLAGS, "--no-save-async")
-        gc.collect()  # what the traceback still holds is gone when a process is, so the lock too
     monkeypatch.setattr(optim, "schedule", schedule)
     run(train_dpo, place, tmp_path / "run", *FLAGS)
     alike(tmp_path / "run", straight)
@@ -303,36 +301,36 @@ def ranks():
 @pytest.mark.parametrize("background", [False, True], ids=["foreground", "background"])
 @pytest.mark.parametrize("fault", ["EIO", "ENOSPC"])
 def test_a_fault_in_each_call_of_a_save(place, tmp_path, ranks, fault, background):
-    saves = Saves(place, tmp_path / "run", ranks, background)
-    saves.save(2)
-    saves.save(4)
     step, k, calls = 6, 0, []
-    while k <= len(calls):
-        k += 1
-        before = {p: tree(p) for p in checkpoint.complete(tmp_path / "run")[-1:]}
-        with faulty(k, fault) as calls:
-            try:
-                saves.save(step)
-                done = True
-            except Storage as error:
-                said, done = str(error), False
-                assert "\n" not in said and said.endswith("the checkpoints before are intact"), said
-        after = checkpoint.complete(tmp_path / "run")
-        assert [checkpoint.verified(p)["step"] for p in after][-1] in ([step] if done else
-                                                                      [step, step - 2])
-        assert all(tree(p) == content for p, content in before.items()), calls[-1]
-        assert done or not list(tmp_path.glob("run/checkpoints/*.part")), "a part is left"
-        if int(after[-1].name[5:]) == step:
-            step += 2
+    with Saves(place, tmp_path / "run", ranks, background) as saves:
+        saves.save(2)
+        saves.save(4)
+        while k <= len(calls):
+            k += 1
+            before = {p: tree(p) for p in checkpoint.complete(tmp_path / "run")[-1:]}
+            with faulty(k, fault) as calls:
+                try:
+                    saves.save(step)
+                    done = True
+                except Storage as error:
+                    said, done = str(error), False
+                    assert "\n" not in said, said
+                    assert said.endswith("the checkpoints before are intact"), said
+            after = checkpoint.complete(tmp_path / "run")
+            assert [checkpoint.verified(p)["step"] for p in after][-1] in (
+                [step] if done else [step, step - 2])
+            assert all(tree(p) == content for p, content in before.items()), calls[-1]
+            assert done or not list(tmp_path.glob("run/checkpoints/*.part")), "a part is left"
+            if int(after[-1].name[5:]) == step:
+                step += 2
     assert k > 30
-    del saves
-    gc.collect()  # what the errors still hold is gone when a process is, so the lock too
-    assert Saves(place, tmp_path / "run", ranks, background).load() == step - 2
+    with Saves(place, tmp_path / "run", ranks, background) as saves:
+        assert saves.load() == step - 2
 
 
 def test_a_checkpoint_gets_its_name_once_all_of_it_is_on_the_disk(place, tmp_path, ranks):
-    with faulty(sys.maxsize, "EIO") as calls:
-        Saves(place, tmp_path / "run", ranks, False).save(2)
+    with faulty(sys.maxsize, "EIO") as calls, Saves(place, tmp_path / "run", ranks, False) as saves:
+        saves.save(2)
     named = len(calls) - calls[::-1].index("rename") - 1
     files = len(tree(tmp_path / "run" / "checkpoints" / "step-000002"))
     last = len(calls[:named]) - calls[:named][::-1].index("write")
@@ -427,42 +425,41 @@ DAMAGE = [*map(at, (0, 1e-5, 1e-3, 0.02, 0.3, 0.6, 1)), *map(cut, (0, 1e-4, 0.5)
 @pytest.mark.parametrize("name", [SHARD, STATE, SUMS])
 def test_damage_is_named_and_the_checkpoint_before_is_taken(place, tmp_path, ranks, name):
     """Each byte region flipped or cut, and each file replaced."""
-    saves = Saves(place, tmp_path / "run", ranks, False)
-    for step in (4, 6):
-        saves.save(step)
-    del saves
+    with Saves(place, tmp_path / "run", ranks, False) as saves:
+        for step in (4, 6):
+            saves.save(step)
     newest = checkpoint.complete(tmp_path / "run")[-1]
     before = tree(newest)
     for damage in DAMAGE:
         if (name, damage) == (SUMS, no_newline):
             continue  # which the sums do without
         damage(newest / name)
-        with pytest.raises(BadCheckpoint) as caught:
-            Saves(place, tmp_path / "run", ranks, False).load()
+        with (pytest.raises(BadCheckpoint) as caught,
+              Saves(place, tmp_path / "run", ranks, False) as saves):  # fmt: skip
+            saves.load()
         said = str(caught.value)
         assert "\n" not in said and str(newest) in said and "--resume previous" in said, said
         assert len(said) < 400
-        del caught
-        again = Saves(place, tmp_path / "run", ranks, False, resume="previous")
-        assert again.load() == 4, damage
-        del again
+        with Saves(place, tmp_path / "run", ranks, False, resume="previous") as saves:
+            assert saves.load() == 4, damage
         damaged = newest.with_name("damaged-step-000006")
         assert damaged.is_dir(), "nothing is deleted"
         shutil.rmtree(damaged)
         for path, data in before.items():
             newest.mkdir(exist_ok=True)
             (newest / path).write_bytes(data)
-    assert Saves(place, tmp_path / "run", ranks, False).load() == 6
+    with Saves(place, tmp_path / "run", ranks, False) as saves:
+        assert saves.load() == 6
 
 
 def test_nothing_intact_is_told_and_kept(place, tmp_path, ranks):
-    Saves(place, tmp_path / "run", ranks, False).save(2)
+    with Saves(place, tmp_path / "run", ranks, False) as saves:
+        saves.save(2)
     longer(tmp_path / "run" / "checkpoints" / "step-000002" / SHARD)
     with pytest.raises(BadCheckpoint, match="has no intact checkpoint; --resume fresh starts anew"):
         Saves(place, tmp_path / "run", ranks, False, resume="previous")
-    gc.collect()
-    fresh = Saves(place, tmp_path / "run", ranks, False, resume="fresh")
-    assert fresh.load() == 0
+    with Saves(place, tmp_path / "run", ranks, False, resume="fresh") as saves:
+        assert saves.load() == 0
     assert (tmp_path / "run.1" / "checkpoints" / "damaged-step-000002" / SHARD).exists()
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from test_train import DPO, SFT, place  # noqa: F401 the same small model and data
+from safetensors.torch import load_file
+from test_train import DPO, SFT, place, run, weights_of  # noqa: F401 the same small model
 
 import train_dpo
 import train_sft
@@ -108,6 +109,35 @@ def test_flags(fails):
     assert "--microbatch-tokens 20 is less than the longest pair" in line
     line = fails(train_sft, *SFT, "--label-smoothing", "0.1")
     assert "unknown argument --label-smoothing" in line
+
+
+@pytest.mark.parametrize("script, flags, said, fix", [
+    (train_dpo, (), "8 pairs with --batch 128, --epochs 1 and no --steps: that is 1 step, whose "
+     "learning rate --warmup 0.1 makes 0, and nothing would be learned; use --batch 1, which makes "
+     "8 steps, --epochs 10 or --warmup 0", ("--batch", "1")),
+    (train_sft, (), "1 packed row with --batch 128", ("--epochs", "10")),
+    (train_sft, ("--steps", "1"), "--steps 1: that is 1 step, whose", ("--steps", "10")),
+    (train_dpo, ("--steps", "1"), "use --steps 10 or --warmup 0", ("--warmup", "0")),
+])  # fmt: skip
+def test_a_run_that_could_not_learn(
+    fails, place, tmp_path, monkeypatch, script, flags, said, fix  # noqa: F811
+):
+    """Nothing is computed and no folder is made; the fix it names trains."""
+    monkeypatch.setenv("ZEPHYR_CACHE", str(tmp_path / "cache"))
+    flags = ("--lr", "1e-2", *flags)
+    assert said in fails(script, *flags)
+    assert not (tmp_path / "run").exists() and not list((tmp_path / "cache").glob("reference-*"))
+    run(script, place, tmp_path / "run", *flags, *fix)
+    before, after = load_file(place / "base" / "model.safetensors"), weights_of(tmp_path / "run")
+    assert all(not torch.equal(after[name], before[name]) for name in before)
+
+
+def test_a_run_that_mostly_warms_up_says_so(place, tmp_path, capfd):  # noqa: F811
+    for flags, said in {("--steps", "2"): "warm-up takes 1 of the 2 steps (--warmup 0.1)",
+                        ("--steps", "3"): ""}.items():  # fmt: skip
+        run(train_dpo, place, tmp_path / "run", *flags, "--resume", "fresh")
+        err = capfd.readouterr().err
+        assert ("warm-up takes" in err) == bool(said) and said in err
 
 
 def test_fewer_pairs_in_a_batch_than_ranks(fails, monkeypatch):

@@ -1,6 +1,8 @@
-"""Schedules against transformers', the optimizer's step against AdamW written out in float64."""
+"""The number of steps; schedules against transformers', AdamW against itself in float64."""
 
 import math
+import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from test_model import model
 from torch import nn
 
 from zephyr import optim
+from zephyr.config import DPOConfig
 from zephyr.model import initialise
 
 SCHEDULES = {
@@ -37,6 +40,50 @@ def test_a_schedule_ends_near_zero_and_starts_there():
         rates = [optim.schedule(kind, step, 1000, 0.1) for step in range(1000)]
         assert rates[0] == 0 and max(rates) == rates[100] == 1 and 0 < rates[-1] < 2e-3
         assert sorted(rates[:101]) == rates[:101] and sorted(rates[100:])[::-1] == rates[100:]
+
+
+def config(**settings) -> DPOConfig:
+    return DPOConfig(model="m", data=("d",), out="o", **settings)
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+@pytest.mark.parametrize("given", [
+    {}, {"steps": 1}, {"steps": 2}, {"epochs": 2}, {"batch": 8}, {"batch": 7}, {"warmup": 0.0},
+    {"warmup": 0.99}, {"warmup": 1e-12}, {"warmup": 0.5, "steps": 10}, {"steps": 1, "warmup": 0.0},
+    {"epochs": 3, "batch": 100, "warmup": 0.9},
+])  # fmt: skip
+@pytest.mark.parametrize("size, world", [(1, 1), (2, 1), (2, 2), (9, 4), (100, 8), (129, 1)])
+def test_a_run_without_a_rate_above_0_is_refused_and_what_is_said_mends_it(
+    kind, given, size, world
+):
+    c = config(schedule=kind, **given)
+
+    def steps(c: DPOConfig) -> tuple[int, list[str]]:
+        return optim.steps(c, math.ceil(size / c.batch), size, "pair", world)
+
+    total = c.steps or c.epochs * math.ceil(size / c.batch)
+    theirs = SCHEDULES[kind](
+        torch.optim.SGD([nn.Parameter(torch.ones(1))], 1.0), math.ceil(c.warmup * total), total
+    ).lr_lambdas[0]
+    if max(map(theirs, range(total))) > 0:
+        found, notes = steps(c)
+        most = 2 * math.ceil(c.warmup * total) >= total
+        assert found == total and len(notes) == most
+        assert all(f"takes {math.ceil(c.warmup * total)} of the {total} steps" in x for x in notes)
+        return
+    with pytest.raises(ValueError, match="nothing would be learned") as refused:
+        steps(c)
+    message = str(refused.value)
+    named = {"--steps": c.steps, "--warmup": c.warmup} if c.steps else {
+        "--batch": c.batch, "--epochs": c.epochs, "no --steps": None, "--warmup": c.warmup}
+    for flag, value in named.items():
+        assert (flag if value is None else f"{flag} {value}") in message.split("; use ")[0]
+    fixes = re.findall(r"--(\w+) (\d+)(?:, which makes (\d+) steps)?", message.split("; use ")[1])
+    assert {"warmup"} < {name for name, *_ in fixes}
+    for name, value, makes in fixes:
+        mended = replace(c, **{name: int(value)})
+        assert name != "batch" or mended.batch >= world
+        assert steps(mended)[0] == int(makes or steps(mended)[0])
 
 
 class Written:

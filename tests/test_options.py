@@ -51,7 +51,7 @@ def test_a_block_is_compiled_once_for_all_layers_rows_and_steps(
     after the reference pass and the first step, whatever sizes follow."""
     monkeypatch.setenv("ZEPHYR_CACHE", str(tmp_path / "cache"))
     flags = (*DPO, "--compile", "on", "--microbatch-tokens", "150")
-    run(train_dpo, place, tmp_path / "one", *flags, "--steps", "1")
+    run(train_dpo, place, tmp_path / "one", *flags, "--steps", "1", "--warmup", "0")
     first = counters["stats"]["unique_graphs"]
     run(train_dpo, place, tmp_path / "all", *flags, *held(place))
     assert (first, counters["stats"]["unique_graphs"]) == (4, 4)
@@ -179,7 +179,7 @@ def test_a_split_master_has_one_process_and_bf16(place, tmp_path):  # noqa: F811
 
 def test_the_settings_that_shape_a_run_are_its_own(place, tmp_path):  # noqa: F811
     """Moments and masters are in the checkpoint as they are; how blocks run is not."""
-    flags = (*BF16, "--steps", "1")
+    flags = (*BF16, "--steps", "1", "--warmup", "0")
     run(train_dpo, place, tmp_path / "run", *flags)
     run(train_dpo, place, tmp_path / "run", *flags, "--recompute", "full", "--compile", "off")
     with pytest.raises(ValueError, match="--adam-state was 'fp32', is 'bf16'"):

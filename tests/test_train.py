@@ -351,13 +351,14 @@ def test_the_cached_reference_is_what_the_loss_sees(place, tmp_path, monkeypatch
 
 
 def test_a_finished_run_is_not_overwritten(place, tmp_path):
-    run(train_dpo, place, tmp_path / "run", *DPO, "--steps", "1")
+    one = (*DPO, "--steps", "1", "--warmup", "0")
+    run(train_dpo, place, tmp_path / "run", *one)
     before = (tmp_path / "run" / "metrics.jsonl").stat().st_mtime_ns
-    run(train_dpo, place, tmp_path / "run", *DPO, "--steps", "1")
+    run(train_dpo, place, tmp_path / "run", *one)
     assert (tmp_path / "run" / "metrics.jsonl").stat().st_mtime_ns == before
     with pytest.raises(ValueError, match="run holds another run: --steps was 1, is 2. Continue it"):
-        run(train_dpo, place, tmp_path / "run", *DPO, "--steps", "2")
-    run(train_dpo, place, tmp_path / "run", *DPO, "--steps", "1", "--resume", "fresh")
+        run(train_dpo, place, tmp_path / "run", *one, "--steps", "2")
+    run(train_dpo, place, tmp_path / "run", *one, "--resume", "fresh")
     assert (tmp_path / "run.1" / "model").exists() and (tmp_path / "run" / "model").exists()
 
 

@@ -97,7 +97,8 @@ def _streams() -> None:
         if stream is None:
             setattr(sys, name, open(os.devnull, mode))
         elif hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="surrogateescape" if mode == "r" else "backslashreplace")
+            with contextlib.suppress(OSError):  # of one that leads nowhere any more
+                stream.reconfigure(errors="surrogateescape" if mode == "r" else "backslashreplace")
 
 
 def _flush() -> None:

@@ -1,4 +1,4 @@
-"""AdamW groups, learning-rate schedules, clip and step."""
+"""AdamW groups, the number of steps, learning-rate schedules, clip and step."""
 
 import math
 
@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import kernels
+from zephyr.config import Training
 
 BETAS, EPS = (0.9, 0.999), 1e-8  # Zephyr's (model card of zephyr-7b-beta)
 
@@ -59,6 +60,32 @@ class AdamW(torch.optim.Optimizer):
 
 def _local(x: Tensor) -> Tensor:
     return x.to_local() if isinstance(x, DTensor) else x
+
+
+def steps(c: Training, per_epoch: int, size: int, what: str, world: int) -> tuple[int, list[str]]:
+    """How many optimizer steps a run has over `size` pairs or rows (`what`, one of them), and a
+    line for its user if half of them or more are warm-up.
+
+    Raises ValueError if no step would have a learning rate above 0, as where there is one step and
+    a warm-up: such a run would end with the weights it began with.
+    """
+    total = c.steps or c.epochs * per_epoch
+    if not any(schedule(c.schedule, step, total, c.warmup) for step in range(total)):
+        made, fixes = f"--steps {c.steps}", ["--steps 10"]
+        if not c.steps:
+            what += "s" * (size > 1)
+            made = f"{size} {what} with --batch {c.batch}, --epochs {c.epochs} and no --steps"
+            batch = max(world, size // 10)
+            smaller = f"--batch {batch}, which makes {-(-size // batch)} steps"
+            fixes = [smaller, "--epochs 10"] if batch < size else ["--epochs 10"]
+        raise ValueError(f"{made}: that is {total} step, whose learning rate --warmup {c.warmup} "
+                         "makes 0, and nothing would be learned; use "
+                         f"{', '.join(fixes)} or --warmup 0")  # fmt: skip
+    rise = math.ceil(c.warmup * total)
+    return total, [] if 2 * rise < total else [
+        f"warm-up takes {rise} of the {total} steps (--warmup {c.warmup}): a smaller --batch or "
+        "--warmup, or more --epochs or --steps, leaves more of them near the full learning rate"
+    ]  # fmt: skip
 
 
 def schedule(kind: str, step: int, total: int, warmup: float) -> float:

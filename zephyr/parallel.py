@@ -54,11 +54,12 @@ class Ranks(NamedTuple):
     device: torch.device
     mesh: DeviceMesh
 
-    def say(self, text: str) -> None:
-        """Print on the first rank; the others keep quiet."""
+    def say(self, *lines: str) -> None:
+        """Print the lines on the first rank; the others keep quiet."""
         if self.rank == 0:
             with contextlib.suppress(OSError):  # a reader that went away must not end the run
-                print(text, file=sys.stderr, flush=True)
+                for line in lines:
+                    print(line, file=sys.stderr, flush=True)
 
 
 def start(replicas: int = 1, masters: str = "fp32") -> Ranks:
