@@ -16,7 +16,7 @@ from zephyr.config import DPOConfig
 from zephyr.exits import call
 from zephyr.guard import Guard
 from zephyr.packing import Batch, PairPlan, ahead
-from zephyr.run import Run
+from zephyr.run import Run, precise
 
 
 def main() -> None:
@@ -29,6 +29,7 @@ def main() -> None:
 
     c, shape, tokenizer, notes = parallel.together(lambda: base.look(c))
     ranks.say(*notes)
+    c = precise(c, ranks)
 
     def read(paths: tuple[str, ...]) -> data.Tokens:
         pairs = parallel.once_per_node(ranks, lambda: data.preferences(paths, tokenizer, c))

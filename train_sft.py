@@ -14,7 +14,7 @@ from zephyr.config import SFTConfig
 from zephyr.exits import call
 from zephyr.guard import Guard
 from zephyr.packing import DocumentPlan, ahead
-from zephyr.run import Run
+from zephyr.run import Run, precise
 
 
 def main() -> None:
@@ -25,6 +25,7 @@ def main() -> None:
 
     c, shape, tokenizer, notes = parallel.together(lambda: base.look(c))
     ranks.say(*notes)
+    c = precise(c, ranks)
 
     c = parallel.fitted(c, shape, ranks, np.array([c.max_length]))
 

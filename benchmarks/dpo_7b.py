@@ -292,11 +292,11 @@ def trl(o: argparse.Namespace, place: Path) -> dict:
     from tokenizers.models import WordLevel
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-    from zephyr import parallel
+    from zephyr import machine
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
-        parallel.keep_buffers()  # the others have it
+        machine.keep_buffers()  # the others have it
 
     @torch.no_grad()
     def build() -> nn.Module:

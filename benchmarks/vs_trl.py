@@ -32,7 +32,7 @@ CONTENDERS = {
     "ours-cached": "train_dpo.py, the reference's log-probs computed once and timed apart",
     "ours-live": "train_dpo.py --reference live",
     "trl": "DPOTrainer's defaults, so live reference, recomputation, 8 pairs at a time",
-    "trl-malloc": "trl with our malloc settings (parallel.keep_buffers)",
+    "trl-malloc": "trl with our malloc settings (machine.keep_buffers)",
     "trl-tuned": "trl-malloc without recomputation, --trl-pairs pairs at a time",
     "trl-tuned-cached": "trl-tuned with precompute_ref_log_probs, timed apart",
 }
@@ -174,11 +174,11 @@ def trl(o: argparse.Namespace, place: Path, name: str, precision: str) -> dict:
     import torch
     from transformers import AutoTokenizer
 
-    from zephyr import parallel
+    from zephyr import machine
 
     tuned = "tuned" in name
     if name != "trl" and not torch.cuda.is_available():
-        parallel.keep_buffers()
+        machine.keep_buffers()
     return trainer(
         o, str(place / "base"), AutoTokenizer.from_pretrained(place / "base"), in_order(o, place),
         output_dir=str(place / "run"), bf16=precision == "bf16", gradient_checkpointing=not tuned,

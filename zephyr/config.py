@@ -43,7 +43,7 @@ class Training:
     warmup: float = 0.1  # share of the steps over which lr rises from 0
     weight_decay: float = 0.0  # AdamW's, on matrices only
     clip: float = 1.0  # largest global gradient norm
-    precision: Literal["bf16", "fp32"] = "bf16"  # of the computation; weights are fp32 masters
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # over fp32 masters; auto: bf16 if fast
     recompute: Literal["none", "elementwise", "full", "auto"] = "none"  # what backward makes anew
     masters: Literal["fp32", "split"] = "fp32"  # split: bf16 and the masters' other 16 bits
     adam_state: Literal["fp32", "bf16"] = "fp32"  # of AdamW's moments; bf16 saves 4 bytes a weight

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from zephyr import base, exits, files, huggingface, parallel, weights
+from zephyr import base, exits, files, huggingface, machine, weights
 from zephyr.attention import Layout, visible
 from zephyr.model import Mistral, MistralConfig
 from zephyr.tokenizer import Tokenizer
@@ -143,7 +143,7 @@ def generate(
 
 def load(folder: str) -> tuple[Mistral, Tokenizer]:
     """A model to sample from: bf16 on a GPU, fp32 on a CPU. What is odd about it is said."""
-    parallel.keep_buffers()
+    machine.keep_buffers()
     shape, tokenizer, _, notes = base.open_folder(folder)
     for note in notes:
         print(note, file=sys.stderr)

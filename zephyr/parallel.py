@@ -2,7 +2,6 @@
 from outside it. Also what it is to lose a rank."""
 
 import contextlib
-import ctypes
 import functools
 import itertools
 import os
@@ -30,7 +29,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from zephyr import plan, signals
+from zephyr import machine, plan, signals
 from zephyr.config import Training
 from zephyr.exits import Storage, kind, shared
 from zephyr.model import Mistral, MistralConfig
@@ -86,7 +85,7 @@ def start(replicas: int = 1, masters: str = "fp32") -> Ranks:
     if cuda:
         torch.cuda.set_device(device)
     else:
-        keep_buffers()
+        machine.keep_buffers()
     if "RANK" in os.environ:
         store, _, _ = next(dist.rendezvous("env://", timeout=MEETING))
         store = dist.PrefixStore(_attempt(store, rank, size), store)
@@ -179,16 +178,6 @@ def lost_message(error: RuntimeError) -> str:
             "checkpoint")  # fmt: skip
 
 
-def keep_buffers() -> None:
-    """Stop glibc from giving every big buffer back to the kernel: page faults on the next
-    operation's buffer otherwise take half of a CPU's training time."""
-    if sys.platform == "linux":
-        trim_threshold, mmap_max = -1, -4
-        libc = ctypes.CDLL(None)
-        libc.mallopt(trim_threshold, -1)  # never
-        libc.mallopt(mmap_max, 0)  # big buffers come from the heap, where they can be used again
-
-
 def finish() -> None:
     """Leave the process group. Without the barrier gloo aborts many a good run at exit."""
     dist.barrier()
@@ -265,7 +254,7 @@ def total(count: int) -> int:
 def fitted(c: Training, shape: MistralConfig, ranks: Ranks, lengths: np.ndarray) -> Training:
     """The settings with values for what they leave to auto, by the least memory that a rank has
     and the packed lengths of the pairs or rows; see zephyr/plan.py."""
-    memory = torch.tensor(_memory(ranks.device))
+    memory = torch.tensor(machine.memory(ranks.device))
     dist.all_reduce(memory, dist.ReduceOp.MIN)
     step = float(lengths.mean()) * c.batch
     tokens, recompute = plan.choose(shape, c, int(memory), ranks.size, int(lengths.max()), step)
@@ -275,15 +264,6 @@ def fitted(c: Training, shape: MistralConfig, ranks: Ranks, lengths: np.ndarray)
                   f"{int(memory) / 2**30:.1f} GiB a rank")  # fmt: skip
     return replace(c, microbatch_tokens=tokens, recompute=recompute,
                    reshard="always" if anew else "never")  # fmt: skip
-
-
-def _memory(device: torch.device) -> int:
-    """Bytes that a rank may use: its GPU's that are free, or its share of half the free memory of
-    a host, which has a file cache to keep."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return pages // (2 * int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def build(

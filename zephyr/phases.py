@@ -11,6 +11,7 @@ a line is due: nothing waits for them. Elsewhere a clock does.
 
 import contextlib
 import resource
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -63,8 +64,9 @@ class Phases:
         for name, peak in self.peaks.items():
             row[f"memory/{name}"] = peak / 2**30
         if not self.cuda:
-            kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # what Linux counts in
-            row["memory/peak"] = kib / 2**20
+            unit = 1 if sys.platform == "darwin" else 1024  # bytes that getrusage counts in
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+            row["memory/peak"] = peak / 2**30
         self.peaks.clear()
         return row
 

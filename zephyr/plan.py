@@ -67,7 +67,7 @@ def occupied(
     c: MistralConfig, t: Training, ranks: int, load: Load, recompute: str, reshard: bool
 ) -> dict[str, float]:
     """Bytes of one GPU by part, at the peak of a micro-batch of `load`."""
-    itemsize, shards = 2 if t.precision == "bf16" else 4, ranks // t.replicas
+    itemsize, shards = 2 if t.precision != "fp32" else 4, ranks // t.replicas
     parts: dict[str, float] = {**costs.state(c, shards, t.adam_state)}
     fsdp = {} if costs.plain(ranks, t.precision, t.masters) else costs.sharding(
         c, shards, itemsize, reshard)  # fmt: skip
@@ -176,7 +176,7 @@ class Job:
 
     @property
     def itemsize(self) -> int:
-        return 2 if self.t.precision == "bf16" else 4
+        return 2 if self.t.precision != "fp32" else 4
 
     @property
     def share(self) -> float:
@@ -254,7 +254,7 @@ def remedy(job: Job) -> str:
     GPUs; "" if nothing helps. Changes of speed come before changes of rounding."""
     t = job.t
     changes: list[dict[str, str]] = [
-        {"masters": "split"} if job.ranks == 1 and t.precision == "bf16" else {},
+        {"masters": "split"} if job.ranks == 1 and t.precision != "fp32" else {},
         {"recompute": "elementwise"} if t.recompute == "none" else {},
         {"microbatch_tokens": "auto"},
         {"recompute": "full"} if t.recompute != "auto" else {},
@@ -369,7 +369,7 @@ def _hours(job: Job) -> str:
     count = f"a step of {t.batch}, {n} micro-batch{'es' * (n > 1)} a GPU"
     rows.insert(0, (count, f"{times['step']:.2f} s", ""))
     peak = f"{job.efficiency:.0%} of {job.card.flops / 1e12:,.0f} TFLOP/s"
-    ours = "assumed" if t.precision == "bf16" else "bf16's, which fp32 is far from"
+    ours = "assumed" if t.precision != "fp32" else "bf16's, which fp32 is far from"
     return _table((f"time at {peak}, {ours}", "hours", "GPU-hours"), rows)
 
 

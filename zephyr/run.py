@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 import kernels
 from kernels.provenance import commit, installed
-from zephyr import checkpoint, config, disk, files, parallel, signals
+from zephyr import checkpoint, config, disk, files, machine, parallel, signals
 from zephyr.checkpoint import STATE
 from zephyr.config import Training
 from zephyr.exits import BadCheckpoint, Preempted, Storage, shared
@@ -45,6 +45,39 @@ FREE = {
 }  # fmt: skip
 # what a kill in the middle of writing leaves in the run folder
 LEFTOVERS = [f".{name}.????????" for name in ("config.toml", "run.json", "metrics.jsonl", "model")]
+
+
+def precise(c: Training, ranks: Ranks) -> Training:
+    """The settings with a value for --precision auto, the same on every rank.
+
+    A run that goes on keeps its own. A new one has bf16 if every rank's device multiplies it, or if
+    its masters are split; else fp32, which a CPU without such instructions is much faster in.
+    """
+    able = not parallel.agree(not machine.multiplies_bf16(ranks.device))
+    what = "GPU" if ranks.device.type == "cuda" else "CPU"
+    if c.precision == "auto":
+        before = parallel.on_first(lambda: _begun(c))
+        chosen = before or ("bf16" if able or c.masters == "split" else "fp32")
+        c = parallel.together(lambda: replace(c, precision=chosen))
+        why = "as the run began" if before else (
+            f"this {what} {'multiplies' if able else 'does not multiply'} bf16")
+        ranks.say(f"--precision {chosen}: {why}")
+    if c.precision == "bf16" and not able:
+        times = "tens of times slower" if what == "CPU" else "slower"
+        ranks.say(f"--precision bf16 is emulated here, as this {what} does not multiply it: it is "
+                  f"{times} than --precision fp32")  # fmt: skip
+    return c
+
+
+def _begun(c: Training) -> str | None:
+    """The precision of the run that `c.out` holds and that is to go on."""
+    if c.resume == "fresh" and not _restarted():
+        return None
+    try:
+        precision = disk.read_json(Path(c.out) / "run.json")["run"]["settings"]["precision"]
+    except (ValueError, KeyError, TypeError):  # there is none, or Run says what is wrong with it
+        return None
+    return precision if precision in ("bf16", "fp32") else None
 
 
 class Part(Protocol):

@@ -1,0 +1,266 @@
+"""Memory of hosts and containers, arithmetic for bf16, and how --precision auto is settled."""
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_train import DPO, launch, place, run, weights_of  # noqa: F401
+
+import train_dpo
+import train_sft
+from zephyr import machine, phases
+
+CPU = torch.device("cpu")
+GIB = 2**30
+
+
+def machine_of(root: Path, **files: dict[str, str] | str) -> Path:
+    """A folder like / with these files, `__` in a name for a slash."""
+    for name, text in files.items():
+        path = root / name.replace("__", "/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(str(text))
+    return root
+
+
+def group(root: Path, where: str, **files: object) -> None:
+    """A control group's folder with these files."""
+    (root / where).mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (root / where / name.replace("memory_", "memory.")).write_text(f"{text}\n")
+
+
+def v2(root: Path, where: str, limit: object, used: int, inactive: int, high: object = "max"):
+    stat = f"anon {used}\ninactive_file {inactive}\nactive_file 5"
+    group(root, f"sys/fs/cgroup/{where}", memory_max=limit, memory_high=high, memory_current=used,
+          memory_stat=stat)  # fmt: skip
+
+
+def v1(root: Path, where: str, limit: int, used: int, inactive: int) -> None:
+    stat = f"cache 7\ninactive_file 3\ntotal_inactive_file {inactive}"
+    group(root, f"sys/fs/cgroup/memory/{where}", memory_limit_in_bytes=limit,
+          memory_usage_in_bytes=used, memory_stat=stat)  # fmt: skip
+
+
+def cgroups(root: Path, *lines: str) -> Path:
+    return machine_of(root, proc__self__cgroup="\n".join(lines) + "\n")
+
+
+def test_a_container_of_version_2(tmp_path):
+    """Its own group is what is mounted; files it would drop first count as free."""
+    cgroups(tmp_path, "0::/")
+    v2(tmp_path, "", 4 * GIB, 3 * GIB, GIB)
+    assert machine._containers(tmp_path) == [2 * GIB]
+    v2(tmp_path, "", "max", 3 * GIB, GIB)
+    assert machine._containers(tmp_path) == []
+    v2(tmp_path, "", 4 * GIB, 3 * GIB, GIB, high=5 * GIB // 2)
+    assert machine._containers(tmp_path) == [GIB // 2]
+    v2(tmp_path, "", GIB, 3 * GIB, GIB)
+    assert machine._containers(tmp_path) == [0], "never below 0"
+
+
+def test_groups_in_groups_of_version_2(tmp_path):
+    """A Slurm step: the job's limit holds too, where the step has none."""
+    cgroups(tmp_path, "0::/system.slice/slurm/job_7/step_0")
+    v2(tmp_path, "system.slice/slurm/job_7/step_0", "max", 2 * GIB, 0)
+    v2(tmp_path, "system.slice/slurm/job_7", 16 * GIB, 5 * GIB, GIB)
+    v2(tmp_path, "system.slice", 64 * GIB, 10 * GIB, 0)
+    assert machine._containers(tmp_path) == [12 * GIB, 54 * GIB]
+
+
+def test_version_1_and_both_at_once(tmp_path):
+    cgroups(tmp_path, "12:cpu,cpuacct:/a", "5:memory:/a/b", "1:name=systemd:/z", "0::/unified")
+    v1(tmp_path, "a/b", 8 * GIB, 6 * GIB, 2 * GIB)
+    v1(tmp_path, "a", 2**63 - 4096, 6 * GIB, 0)  # what version 1 says for no limit
+    found = machine._containers(tmp_path)
+    assert min(found) == 4 * GIB and len(found) == 2
+
+
+def test_a_container_of_version_1_sees_its_own_group_as_the_root(tmp_path):
+    """The path is the host's, and not to be found here."""
+    cgroups(tmp_path, "5:memory:/docker/0123abc")
+    v1(tmp_path, "", 3 * GIB, GIB, 0)
+    assert machine._containers(tmp_path) == [2 * GIB]
+
+
+@pytest.mark.parametrize("lines", [[], ["0::/gone"], ["5:memory:/"], ["4:cpu:/x"]])
+def test_without_groups_or_limits_nothing_is_less(tmp_path, lines):
+    assert machine._containers(tmp_path) == []
+    cgroups(tmp_path, *lines) if lines else None
+    assert machine._containers(tmp_path) == []
+
+
+def test_odd_files_are_no_limit(tmp_path):
+    cgroups(tmp_path, "0::/")
+    v2(tmp_path, "", "", 1, 0)
+    assert machine._containers(tmp_path) == []
+    v2(tmp_path, "", GIB, 1, 0)
+    (tmp_path / "sys/fs/cgroup/memory.current").unlink()
+    assert machine._containers(tmp_path) == []
+
+
+def test_the_host(tmp_path):
+    text = "MemTotal:       24645312 kB\nMemFree:  1 kB\nMemAvailable:   20971520 kB\nSwap: 1 kB\n"
+    machine_of(tmp_path, proc__meminfo=text)
+    assert machine._host(tmp_path) == 20 * GIB
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert machine._host(tmp_path / "none") == total, "macOS has no /proc"
+    assert 0 < machine._host() <= total
+
+
+def test_a_rank_has_its_share_of_half_of_the_least(monkeypatch):
+    monkeypatch.setattr(machine, "_host", lambda: 12 * GIB)
+    monkeypatch.setattr(machine, "_containers", lambda: [])
+    assert machine.memory(CPU) == 6 * GIB
+    monkeypatch.setattr(machine, "_containers", lambda: [8 * GIB, 9 * GIB])
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert machine.memory(CPU) == GIB
+
+
+def test_auto_fits_the_container(place, tmp_path, monkeypatch, capfd):  # noqa: F811
+    monkeypatch.setattr(machine, "_host", lambda: 64 * GIB)
+    sizes = []
+    for free in (40 * GIB, GIB):
+        monkeypatch.setattr(machine, "_containers", lambda free=free: [free])
+        run(train_dpo, place, tmp_path / str(free), *DPO, "--microbatch-tokens", "auto")
+        said = re.search(r"--microbatch-tokens (\d+) .*, by (\S+) GiB", capfd.readouterr().err)
+        assert float(said[2]) == pytest.approx(free / 2 / GIB, abs=0.06)
+        sizes.append(int(said[1]))
+    assert sizes[0] > sizes[1]
+
+
+def test_training_starts_where_linux_is_not(place, tmp_path, monkeypatch):  # noqa: F811
+    """As on macOS: no /proc, no control groups, no count of free pages, no mallopt."""
+    sysconf, names = os.sysconf, dict(os.sysconf_names)
+    del names["SC_AVPHYS_PAGES"]
+
+    def other(name):
+        if name not in names:
+            raise ValueError("unrecognized configuration name")
+        return sysconf(name)
+
+    monkeypatch.setattr(os, "sysconf", other)
+    monkeypatch.setattr(os, "sysconf_names", names)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    nowhere = tmp_path / "no such folder"
+    for name in ("_host", "_containers"):
+        found = getattr(machine, name)
+        monkeypatch.setattr(machine, name, lambda found=found: found(nowhere))
+    monkeypatch.setattr(machine, "ctypes", None)
+    used = SimpleNamespace(ru_maxrss=3 * GIB)  # macOS counts bytes
+    monkeypatch.setattr(phases.resource, "getrusage", lambda _: used)
+    rows = run(train_dpo, place, tmp_path / "run", *DPO, "--microbatch-tokens", "auto")
+    assert len(rows) == 6 and rows[-1]["memory/peak"] == 3
+    flags = "--steps 2 --batch 2 --max-length 64 --microbatch-tokens auto".split()
+    assert len(run(train_sft, place, tmp_path / "sft", *flags)) == 2
+
+
+# --- bf16
+
+
+@pytest.mark.parametrize("able, right", [
+    ({"avx512_bf16": True}, True), ({"avx512_bf16": False, "amx_bf16": True}, True),
+    ({"bf16": True, "neon": True}, True), ({"avx2": True, "avx512_bw": True}, False), ({}, False),
+])  # fmt: skip
+def test_which_cpus_multiply_bf16(monkeypatch, able, right):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    assert machine.multiplies_bf16(CPU) == right
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert not machine.multiplies_bf16(CPU), "nothing makes use of it"
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="Linux lists what a CPU can")
+def test_this_cpu_is_judged_by_what_linux_says_of_it():
+    flags = re.findall(r"avx512_bf16|amx_bf16|\bbf16\b", Path("/proc/cpuinfo").read_text())
+    assert machine.multiplies_bf16(CPU) == bool(flags)
+
+
+def settled(out: Path) -> str:
+    about = json.loads((out / "run.json").read_text())["run"]["settings"]["precision"]
+    assert f'precision = "{about}"' in (out / "config.toml").read_text()
+    return about
+
+
+def without(flags: tuple[str, ...]) -> list[str]:
+    """The flags without --precision."""
+    k = flags.index("--precision")
+    return [*flags[:k], *flags[k + 2 :]]
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_auto_is_bf16_where_that_is_multiplied(place, tmp_path, monkeypatch, capfd, able):  # noqa: F811
+    monkeypatch.setattr(machine, "multiplies_bf16", lambda device: able)
+    name = "bf16" if able else "fp32"
+    auto = run(train_dpo, place, tmp_path / "auto", *without(DPO))
+    line = f"--precision {name}: this CPU {'multiplies' if able else 'does not multiply'} bf16"
+    said = capfd.readouterr().err.splitlines()
+    assert said.count(line) == 1 and not any("is emulated here" in x for x in said)
+    assert settled(tmp_path / "auto") == name
+    same = run(train_dpo, place, tmp_path / "given", *without(DPO), "--precision", name)
+    assert [r["loss"] for r in auto] == [r["loss"] for r in same]
+    for key, weight in weights_of(tmp_path / "given").items():
+        assert torch.equal(weight, weights_of(tmp_path / "auto")[key])
+    assert line not in capfd.readouterr().err
+
+
+def test_a_cpu_that_emulates_bf16_says_what_it_costs(place, tmp_path, monkeypatch, capfd):  # noqa: F811
+    monkeypatch.setattr(machine, "multiplies_bf16", lambda device: False)
+    flags = [*without(DPO), "--steps", "2"]
+    run(train_dpo, place, tmp_path / "asked", *flags, "--precision", "bf16")
+    assert ("--precision bf16 is emulated here, as this CPU does not multiply it: it is tens of "
+            "times slower than --precision fp32\n") in capfd.readouterr().err  # fmt: skip
+    run(train_dpo, place, tmp_path / "split", *flags, "--masters", "split")
+    assert settled(tmp_path / "split") == "bf16", "masters are halves of bf16"
+    assert "is emulated here" in capfd.readouterr().err
+    monkeypatch.setattr(machine, "multiplies_bf16", lambda device: True)
+    run(train_dpo, place, tmp_path / "able", *flags, "--precision", "bf16")
+    assert "--precision" not in capfd.readouterr().err
+
+
+def test_a_run_goes_on_in_the_precision_that_it_began_in(place, tmp_path, monkeypatch, capfd):  # noqa: F811
+    flags = [*without(DPO), "--save-every", "2", "--no-save-async"]
+    straight = run(train_dpo, place, tmp_path / "straight", *flags, "--precision", "bf16")
+    monkeypatch.setattr(machine, "multiplies_bf16", lambda device: True)
+    out = tmp_path / "run"
+    run(train_dpo, place, out, *flags)
+    for left in ("model", "checkpoints/step-000006"):
+        (out / left).rename(tmp_path / Path(left).name)
+    monkeypatch.setattr(machine, "multiplies_bf16", lambda device: False)
+    capfd.readouterr()
+    rows = run(train_dpo, place, out, *flags)
+    said = capfd.readouterr().err
+    assert "--precision bf16: as the run began\n" in said and "is emulated here" in said
+    assert [r["loss"] for r in rows] == [r["loss"] for r in straight]
+    for key, weight in weights_of(tmp_path / "straight").items():
+        assert torch.equal(weight, weights_of(out)[key]), key
+    with pytest.raises(ValueError, match="--precision was 'bf16', is 'fp32'"):
+        run(train_dpo, place, out, *flags, "--precision", "fp32")
+    run(train_dpo, place, out, *flags, "--resume", "fresh")
+    assert settled(out) == "fp32", "a new run has what this machine is for"
+    (out / "run.json").write_text('{"run": 5}')
+    with pytest.raises(ValueError, match="run.json does not say whose run this is"):
+        run(train_dpo, place, out, *flags)
+
+
+def test_the_ranks_have_one_precision(place, tmp_path, monkeypatch):  # noqa: F811
+    """The second of two cannot multiply bf16, so neither does."""
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(
+        "import os\n"
+        "if os.environ.get('RANK') == '1':\n"
+        "    import torch\n"
+        "    torch.cpu.get_capabilities = lambda: {}\n"
+        "elif 'RANK' in os.environ:\n"
+        "    import torch\n"
+        "    torch.cpu.get_capabilities = lambda: {'avx512_bf16': True}\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(site))
+    done = launch("train_dpo.py", place, tmp_path / "run", 2, *without(DPO), "--steps", "2")
+    assert settled(tmp_path / "run") == "fp32"
+    assert done.stderr.count("--precision fp32: ") == 1

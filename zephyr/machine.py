@@ -1,0 +1,87 @@
+"""What the machine under a rank has: memory to use, arithmetic for bf16, an allocator to mend."""
+
+import ctypes
+import os
+import re
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+ROOT = Path("/")
+
+
+def memory(device: torch.device) -> int:
+    """Bytes that a rank may use: its GPU's that are free, or its share of half of what a host or a
+    container has free, which has a file cache to keep."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return min([_host(), *_containers()]) // (2 * int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def _host(root: Path = ROOT) -> int:
+    """Bytes of the host that are free or would be made so, or all that it has where nobody counts
+    those (macOS)."""
+    with suppress(OSError, TypeError):
+        text = (root / "proc/meminfo").read_text()
+        return int(re.search(r"^MemAvailable: *(\d+) kB$", text, re.M)[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _containers(root: Path = ROOT) -> list[int]:
+    """What each control group that this process is in leaves free: its limit, less what it holds
+    without the files that it would drop first. Empty without limits, and where there are no groups.
+
+    A line of /proc/self/cgroup is `number:controllers:path`; version 2's has no controllers. Groups
+    lie in each other, and each has a limit of its own. In a container the path may be the host's:
+    then what is mounted is the container's own group.
+    """
+    free = []
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return free
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        base, limit, used, cache = (
+            ("sys/fs/cgroup/memory", ("memory.limit_in_bytes",), "memory.usage_in_bytes",
+             "total_inactive_file") if controllers else
+            ("sys/fs/cgroup", ("memory.max", "memory.high"), "memory.current", "inactive_file")
+        )  # fmt: skip
+        own = root / base / path.lstrip("/")
+        for group in (own, *own.parents):
+            if not group.is_relative_to(root / base):
+                break
+            try:
+                most = min(int(text) for name in limit if (file := group / name).exists()
+                           and (text := file.read_text().strip()) != "max")  # fmt: skip
+                stat = dict(x.split() for x in (group / "memory.stat").read_text().splitlines())
+                held = int((group / used).read_text()) - int(stat.get(cache, 0))
+            except (OSError, ValueError):  # no such group here, or no limit
+                continue
+            free.append(max(0, most - held))
+    return free
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Has the device instructions for products of bf16? Without them they are emulated; a CPU is
+    then tens of times slower than in fp32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # what x86 and ARM call them; only oneDNN makes use of them
+    able = torch.cpu.get_capabilities()
+    names = ("avx512_bf16", "amx_bf16", "bf16")
+    return torch.backends.mkldnn.is_available() and any(able.get(name) for name in names)
+
+
+def keep_buffers() -> None:
+    """Stop glibc from giving every big buffer back to the kernel: page faults on the next
+    operation's buffer otherwise take half of a CPU's training time."""
+    if sys.platform == "linux":
+        trim_threshold, mmap_max = -1, -4
+        libc = ctypes.CDLL(None)
+        libc.mallopt(trim_threshold, -1)  # never
+        libc.mallopt(mmap_max, 0)  # big buffers come from the heap, where they can be used again
