@@ -240,6 +240,15 @@ def read_base(path: Path) -> None:
     ok(all(note.isprintable() for note in notes), "not text")
 
 
+def read_adapter(path: Path) -> None:
+    """A folder with an adapter is refused; what is read of it is the name of its base."""
+    try:
+        read_base(path)
+    except ValueError as error:
+        if "is a LoRA adapter (adapter_config.json) of a/b, not a model" not in str(error):
+            raise
+
+
 def read_params(path: Path) -> None:
     with contextlib.redirect_stdout(io.StringIO()):
         original.convert(path.parent, path.parent / "saved")
@@ -301,6 +310,34 @@ def read_data(read: Callable) -> Callable[[Path], None]:
         ok(all(line.isprintable() for line in tokens.report("x").split("\n")), "not text")
 
     return use
+
+
+def read_cache(path: Path) -> None:
+    """The bytes in place of each file of a cached tokenization, in turn: it is made anew, whatever
+    they are. ValueError if that happened for each."""
+    rows = path.with_name("rows.jsonl")
+    rows.write_bytes(lines(ROWS[:2]))
+    use = read_data(data.preferences)
+    use(rows)
+    (entry,) = (x for x in (path.parent / "cache").iterdir() if x.is_dir())
+    right = {file.name: file.read_bytes() for file in entry.iterdir()}
+    for name in right:
+        (entry / name).write_bytes(path.read_bytes())
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            use(rows)
+        anew = path.read_bytes() != right[name]
+        ok(("is made anew" in said.getvalue()) == anew, f"{name}: said {said.getvalue()!r}")
+        ok({file.name: file.read_bytes() for file in entry.iterdir()} == right, f"{name} stays")
+    if path.read_bytes() not in right.values():
+        raise ValueError(f"{path}: every file was made anew")
+
+
+def cache_seeds() -> list[bytes]:
+    with tempfile.TemporaryDirectory() as folder:
+        rows = Path(folder) / "rows.jsonl"
+        rows.write_bytes(lines(ROWS[:2]))
+        read_data(data.preferences)(rows)
+        return [file.read_bytes() for file in sorted(Path(folder).glob("cache/*/*"))]
 
 
 def run_feedback(path: Path) -> None:
@@ -434,7 +471,7 @@ TARGETS = {
         around=a_base,
     ),
     "adapter": Target(
-        "adapter_config.json", lambda: [b'{"base_model_name_or_path": "a/b", "r": 8}'], read_base
+        "adapter_config.json", lambda: [b'{"base_model_name_or_path": "a/b", "r": 8}'], read_adapter
     ),
     "params": Target(
         "params.json", lambda: [json.dumps(PARAMS).encode()], read_params, around=beside_params
@@ -447,6 +484,7 @@ TARGETS = {
     "parquet": Target("rows.parquet", parquet_seeds, read_rows),
     "pairs": Target("rows.jsonl", row_seeds, read_data(data.preferences)),
     "conversations": Target("rows.jsonl", row_seeds, read_data(data.conversations)),
+    "cache": Target("bytes", cache_seeds, read_cache),
     "feedback": Target("raw.jsonl", lambda: [lines(SCORED), lines(scored(120))], run_feedback),
 }  # fmt: skip
 
@@ -518,6 +556,10 @@ def fuzz(name: str, seed: int, seconds: float, limit: int, memory: int) -> bool:
             print(f"{name:<14} {rejected + accepted:>8,} cases {rejected:>8,} rejected with one "
                   f"line {accepted:>8,} accepted, 0 failures; memory + {peak:,.0f} MiB", flush=True)
             return True
+        if not (Path(folder) / f"{name}.bin").exists():
+            print(f"{name:<14} FAILED before its first case: {errors.read_text()[-3000:]}",
+                  flush=True)  # fmt: skip
+            return False
         content = (Path(folder) / f"{name}.bin").read_bytes()
         crash = Path(f"crash-{name}-{sha256(content).hexdigest()[:12]}.bin")
         crash.write_bytes(content)

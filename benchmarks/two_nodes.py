@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from benchmarks import tiny
@@ -37,23 +37,35 @@ class Nodes:
         self.names = [f"zephyr-{os.getpid()}-{k}" for k in range(2)]
 
     def __enter__(self) -> "Nodes":
+        with ExitStack() as made:
+            self._make(made)
+            self.made = made.pop_all()
+        return self
+
+    def _make(self, made: ExitStack) -> None:
         for name in self.names:
             ip("netns", "add", name)
+            made.callback(ip, "netns", "delete", name)
         ends = [("name", CABLE, "netns", name) for name in self.names]
         ip("link", "add", *ends[0], "type", "veth", "peer", *ends[1])
         for name, address in zip(self.names, ADDRESSES, strict=True):
             ip("-n", name, "address", "add", f"{address}/24", "dev", CABLE)
             ip("-n", name, "link", "set", CABLE, "up")
             ip("-n", name, "link", "set", "lo", "up")
-        return self
 
     def __exit__(self, *_) -> None:
-        for name in self.names:
-            ip("netns", "delete", name)
+        self.made.close()
 
     def plug(self, state: str) -> None:
-        """Bring the cable up or down."""
+        """Bring the cable up or down, and see that both ends are."""
         ip("-n", self.names[1], "link", "set", CABLE, state)
+        carrier = ["-o", "link", "show", CABLE]
+        deadline = time.monotonic() + 10
+        while any(("LOWER_UP" in ip("-n", name, *carrier)) != (state == "up")
+                  for name in self.names):  # fmt: skip
+            if time.monotonic() > deadline:
+                raise SystemExit(f"the cable does not go {state}")
+            time.sleep(0.01)
 
     def start(self, log: Path, *command: str) -> list[subprocess.Popen]:
         """torchrun with one rank on each node; what node k says goes to log.k."""
@@ -71,10 +83,22 @@ class Nodes:
         return started
 
 
-def ip(*words: str) -> None:
+def ip(*words: str) -> str:
     done = subprocess.run(["ip", *words], capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"ip {' '.join(words)}: {done.stderr.strip()}")
+    return done.stdout
+
+
+def lacking() -> str:
+    """What this machine does not have for two nodes; "" if they can be made."""
+    if os.geteuid() or not shutil.which("ip"):
+        return "network namespaces take root and iproute2"
+    try:
+        with Nodes():
+            return ""
+    except SystemExit as error:
+        return str(error)
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -177,10 +201,12 @@ def killed(nodes: Nodes, place: Path, one: Path) -> None:
     out, log = place / "killed", place / "killed.log"
     processes = nodes.start(log, "--max-restarts", "3", *train(place, out))
     wait_for(40, out)
-    ranks = ranks_of(processes[1].pid)
+    attempt = (out / "metrics.jsonl").stat().st_ino  # each attempt writes a new one
     since = time.monotonic()
-    os.kill(ranks[0], signal.SIGKILL)
+    os.kill(ranks_of(processes[1].pid)[0], signal.SIGKILL)
     done = steps(out)[-1]["step"]
+    while (out / "metrics.jsonl").stat().st_ino == attempt and time.monotonic() < since + 120:
+        time.sleep(0.02)
     wait_for(done + 3, out)
     print(f"rank on node 1 killed at step {done}, going on after {time.monotonic() - since:.1f} s")
     codes = finish(processes, log)
@@ -239,8 +265,8 @@ def main() -> None:
     o = parser.parse_args()
     if o.worker:
         return worker()
-    if os.geteuid() or not shutil.which("ip"):
-        return print("two nodes: skipped, as network namespaces take root and iproute2")
+    if reason := lacking():
+        return print(f"two nodes: not tried: {reason}")
     sys.stdout.reconfigure(line_buffering=True)
     with tidy(o.keep) as place, Nodes() as nodes:
         tiny.make(place)

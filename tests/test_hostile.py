@@ -77,17 +77,19 @@ def greedy(path): bytes(1 << 30) if path.read_bytes()[:1] == b"x" else None
 def astray(path): (path.parent.parent / "other").touch() if path.stat().st_size > 1 else None
 
 codes = []
-for target in (traceback, verbose, killed, endless, greedy, astray, None):
+def no_seeds(): {}["no seed"]
+
+for target in (no_seeds, traceback, verbose, killed, endless, greedy, astray, None):
     name = target.__name__ if target else "recipe"
     if target:
-        seeds = iter([b"a"])
         shape = lambda seeds, rng: rng.choice([b"a", b"xy"])
-        fuzz.TARGETS[name] = fuzz.Target("file", lambda: [b"a"], target, shape)
+        valid = no_seeds if target is no_seeds else lambda: [b"a"]
+        fuzz.TARGETS[name] = fuzz.Target("file", valid, target, shape)
     try:
         fuzz.main([name, "--seconds", "1", "--limit", "1", "--memory", "100"])
     except SystemExit as end:
         codes.append(end.code)
-sys.exit(codes != [1] * 6 + [0])
+sys.exit(codes != [1] * 7 + [0])
 """
 
 
@@ -96,6 +98,9 @@ def test_the_long_run_keeps_the_bytes_of_a_failure(tmp_path):
     done = subprocess.run([sys.executable, "-c", LONG_RUN], env=os.environ | {"PYTHONPATH": ROOT},
                           **about)  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
+    first = done.stdout.splitlines()[0]
+    assert first.startswith("no_seeds       FAILED before its first case: Traceback")
+    assert "KeyError: 'no seed'" in done.stdout
     *failed, passed = done.stdout.split("FAILED on crash-")[1:]
     for line, what in zip(
         [*failed, passed],
