@@ -245,7 +245,7 @@ def read_adapter(path: Path) -> None:
     try:
         read_base(path)
     except ValueError as error:
-        if "is a LoRA adapter (adapter_config.json) of a/b, not a model" not in str(error):
+        if "is a LoRA adapter (adapter_config.json) of 'a/b', not a model" not in str(error):
             raise
 
 
