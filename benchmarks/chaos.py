@@ -293,7 +293,7 @@ def signals(place: Path, right: Trial, ranks: int, count: int, rng: random.Rando
     for k in range(count):
         with trial.going() as process:
             assert trial.reaches(process, (SHORT - 3) * k // count)
-            time.sleep(rng.uniform(0, 0.3))
+            time.sleep(rng.uniform(0, 0.1))
             process.send_signal(signal.SIGTERM)
             code = process.wait(PATIENCE)
         if code == 0:  # too late: it had ended, or was about to

@@ -209,8 +209,7 @@ def work(o: argparse.Namespace) -> list[dict[str, float]]:
 
 def ours(o: argparse.Namespace, place: Path) -> dict:
     """train_dpo.py with pairs and weights made here."""
-    import train_dpo
-    from zephyr import anchor, data, weights
+    from zephyr import anchor, base, data, weights
 
     made, calls, live = tokens(o.steps * o.batch), [], anchor.live
 
@@ -234,7 +233,7 @@ def ours(o: argparse.Namespace, place: Path) -> dict:
     # on the device: 29 GB of files would be minutes of a lease on their way there, and writing the
     # result to a disk and taking the digest of files as many
     weights.load, weights.digest, weights.save = load, lambda _: "random", lambda *_, **__: None
-    train_dpo.Tokenizer = lambda _: SimpleNamespace(vocab_size=VOCABULARY, path="random ids")
+    base.look = lambda c: (c, weights.config(c.model), SimpleNamespace(), [])
     data.preferences, anchor.live = lambda *_: made, measured
     return vs_trl.script(o, place, flags(o, place, o.contenders[0])) | {"calls": calls}
 

@@ -100,7 +100,7 @@ def test_the_recipes_make_the_published_number_of_steps(pairs, recipe, steps):
 
 
 def test_the_defaults_are_recipe_b():
-    free = {"microbatch_tokens", "log_every", "recompute", "empty_system"}
+    free = {"microbatch_tokens", "log_every", "recompute", "empty_system", "precision"}
     for cls, name in ((SFTConfig, "zephyr-7b-sft"), (DPOConfig, "zephyr-7b-dpo")):
         recipe, default = (dataclasses.asdict(c) for c in (parse(cls, name), parse(cls)))
         assert {k for k in recipe if recipe[k] != default[k]} <= free
@@ -281,7 +281,10 @@ def test_a_script_shows_its_own_stage_only():
     assert config.comments(SFTConfig)["batch"] != config.comments(DPOConfig)["batch"]
 
 
-path_text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x7f"), min_size=1)
+# no config that was parsed has a path that begins with ~, which parse writes out
+path_text = st.text(
+    st.characters(exclude_categories=["Cs"], exclude_characters="\x7f"), min_size=1
+).filter(lambda text: not text.startswith("~"))
 positive = st.floats(0, exclude_min=True, allow_infinity=False)
 WIDEST = 2**63 - 1  # the largest whole number that TOML promises to hold
 dpo_configs = st.builds(
