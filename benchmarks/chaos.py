@@ -220,16 +220,17 @@ def kills(place: Path, count: int, rng: random.Random) -> None:
         with trial.going(also=("--no-save-async",) if k % 3 == 2 else ()) as process:
             if kind == "start":
                 time.sleep(rng.uniform(0, 5))
-            elif kind == "export":
-                trial.reaches(process, LONG)
-                pids = family(process.pid)  # now, as an export takes but milliseconds
-                trial.until(process, lambda: any(trial.out.glob(".model.*")))
+            elif kind in ("export", "evaluation"):
+                trial.reaches(process, target - 1)
+                pids = family(process.pid)  # now, as either takes but milliseconds
+                trial.until(process, lambda: evaluating(trial) if kind == "evaluation" else
+                            any(trial.out.glob(".model.*")))  # fmt: skip
                 kill(pids)
             else:
                 trial.reaches(process, target)
             if kind == "save":
                 trial.until(process, lambda: any(trial.out.glob("checkpoints/*.part")))
-            lasts = {"step": 0.4, "save": 0.06, "evaluation": 0.02}  # seconds, more or less
+            lasts = {"step": 0.4, "save": 0.06}  # seconds, more or less
             time.sleep(rng.uniform(0, lasts.get(kind, 0)))
             ranks = family(process.pid)[1:]
             if k % 5 == 1 and len(ranks) == 2 and kind != "export":
@@ -253,15 +254,14 @@ def kills(place: Path, count: int, rng: random.Random) -> None:
                             for p in trial.out.glob("checkpoints/*"))  # fmt: skip
         done["export"] += any(trial.out.glob(".model.*"))
         done["start"] += kind == "start"
-        rows = trial.rows()
-        done["evaluation"] += bool(rows) and rows[-1]["step"] % 7 == 0 and "loss" in rows[-1]
+        done["evaluation"] += evaluating(trial)
     assert trial.ends() == 0, trial.log.read_text()[-6000:]
     trial.equals(right)
     assert done["save"] >= count // 5, f"only {done['save']} of {count} kills inside a save"
 
     line("kills", done["kills"])
     line("  inside a save", done["save"])
-    line("  inside an evaluation", done["evaluation"])
+    line("  inside an evaluation", done["evaluation"] or "not tried")
     line("  inside the export", done["export"])
     line("  while it started", done["start"])
     line("  of one rank alone", done["alone"], f"torchrun had ended after {slowest:.1f} s at most")
@@ -270,6 +270,12 @@ def kills(place: Path, count: int, rng: random.Random) -> None:
     line("checkpoints verified", Trial.verifications)
     line("bytes of finished checkpoints lost", Trial.lost)
     line("weights and metrics equal, nothing left over", "yes")
+
+
+def evaluating(trial: Trial) -> bool:
+    """Whether the last line that was written is a step's with an evaluation to follow."""
+    rows = trial.rows()
+    return bool(rows) and rows[-1]["step"] % 7 == 0 and "loss" in rows[-1]
 
 
 def restarts(place: Path, right: Trial, count: int, rng: random.Random) -> None:
