@@ -223,8 +223,8 @@ def kills(place: Path, count: int, rng: random.Random) -> None:
             elif kind in ("export", "evaluation"):
                 trial.reaches(process, target - 1)
                 pids = family(process.pid)  # now, as either takes but milliseconds
-                trial.until(process, lambda: evaluating(trial) if kind == "evaluation" else
-                            any(trial.out.glob(".model.*")))  # fmt: skip
+                inside = evaluating if kind == "evaluation" else exporting
+                trial.until(process, partial(inside, trial))
                 kill(pids)
             else:
                 trial.reaches(process, target)
@@ -252,7 +252,7 @@ def kills(place: Path, count: int, rng: random.Random) -> None:
         recomputed, most = recomputed + lost, max(most, lost)
         done["save"] += any(p.suffix == ".part" or p.name.startswith((".latest", ".trash"))
                             for p in trial.out.glob("checkpoints/*"))  # fmt: skip
-        done["export"] += any(trial.out.glob(".model.*"))
+        done["export"] += exporting(trial)
         done["start"] += kind == "start"
         done["evaluation"] += evaluating(trial)
     assert trial.ends() == 0, trial.log.read_text()[-6000:]
@@ -276,6 +276,10 @@ def evaluating(trial: Trial) -> bool:
     """Whether the last line that was written is a step's with an evaluation to follow."""
     rows = trial.rows()
     return bool(rows) and rows[-1]["step"] % 7 == 0 and "loss" in rows[-1]
+
+
+def exporting(trial: Trial) -> bool:
+    return any(trial.out.glob(".model.*"))
 
 
 def restarts(place: Path, right: Trial, count: int, rng: random.Random) -> None:
