@@ -123,6 +123,24 @@ def test_a_save_in_the_background_has_the_state_it_was_called_with(ranks, base, 
     assert any((x != expected[name]).any() for name, x in state(m, optimizer).items())
 
 
+def test_saves_in_the_background_use_one_copy_of_the_state(ranks, base, c):
+    """At 7 B that is memory which takes seconds to make, and more to pin."""
+    run, trained = Run(c, DIGESTS, ranks), start(ranks, base)
+    places, expected = [], []
+    for step in (1, 2, 3):
+        train(*trained, step - 1, step)
+        run.save(step, *trained)
+        expected.append(state(*trained))
+        run.wait()
+        places.append({name: copy.data_ptr() for name, copy in run.copies.copies.items()})
+    assert places[0] == places[1] == places[2] and len(places[0]) > 60
+    assert len(set(places[0].values())) == len(places[0])
+    for step, right in zip((1, 2, 3), expected, strict=True):
+        found = {name: torch.empty_like(x) for name, x in right.items()}
+        checkpoint.read(run.out / "checkpoints" / f"step-{step:06d}", found)
+        equal(found, right)
+
+
 def test_a_tied_model_stays_tied(ranks, c, tmp_path):
     base = folder_of(model(tie_word_embeddings=True), tmp_path / "tied")
     straight, again = start(ranks, base), start(ranks, base)

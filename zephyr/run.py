@@ -27,7 +27,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 import kernels
 from kernels.provenance import commit, installed
@@ -107,8 +106,7 @@ class Run:
                 ranks.say(f"{self.out} is finished; --resume fresh starts anew and keeps it")
             parallel.shared_folder(self.out)
             self.group = dist.new_group(backend="gloo")  # a background save's own
-            pinned = ranks.device.type == "cuda"
-            self.stager = DefaultStager(StagingOptions(pinned, False, False, False))
+            self.copies = checkpoint.HostCopies(pinned=ranks.device.type == "cuda")
             self.held = self.held.pop_all()
         weakref.finalize(self, self.held.close)  # of one that nobody enters
 
@@ -235,7 +233,7 @@ class Run:
         writer = checkpoint.Writer(part, state, tensors, self.ranks.size, self.c.keep)
         if self.c.save_async:
             self.under_way = dcp.async_save(
-                tensors, storage_writer=writer, process_group=self.group, async_stager=self.stager
+                tensors, storage_writer=writer, process_group=self.group, async_stager=self.copies
             )
         else:
             with self._written():
@@ -335,5 +333,6 @@ def _about(ranks: Ranks) -> dict:
         "kernels": kernels.implementation(ranks.device),
         "commit": commit(),
         "python": platform.python_version(),
-        **{name: installed(name) for name in ("torch", "triton", "sentencepiece", "safetensors")},
+        "torch": torch.__version__,  # which names the build, as installed() does not
+        **{name: installed(name) for name in ("triton", "sentencepiece", "safetensors")},
     }
