@@ -294,8 +294,7 @@ def trl(o: argparse.Namespace, place: Path) -> dict:
     from zephyr import machine
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
-        machine.keep_buffers()  # the others have it
+    machine.tune_allocators()  # as the others do
 
     @torch.no_grad()
     def build() -> nn.Module:

@@ -171,14 +171,13 @@ def script(o: argparse.Namespace, place: Path, argv: list[str]) -> dict:
 
 def trl(o: argparse.Namespace, place: Path, name: str, precision: str) -> dict:
     """DPOTrainer with its defaults, but for what equal work and the contender ask for."""
-    import torch
     from transformers import AutoTokenizer
 
     from zephyr import machine
 
     tuned = "tuned" in name
-    if name != "trl" and not torch.cuda.is_available():
-        machine.keep_buffers()
+    if name != "trl":
+        machine.tune_allocators()
     return trainer(
         o, str(place / "base"), AutoTokenizer.from_pretrained(place / "base"), in_order(o, place),
         output_dir=str(place / "run"), bf16=precision == "bf16", gradient_checkpointing=not tuned,

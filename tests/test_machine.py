@@ -160,6 +160,57 @@ def test_training_starts_where_linux_is_not(place, tmp_path, monkeypatch):  # no
     assert len(run(train_sft, place, tmp_path / "sft", *flags)) == 2
 
 
+# --- a GPU's allocator, without a GPU
+
+
+@pytest.fixture
+def settings(monkeypatch):
+    """What the allocator was told, nothing of it by the environment."""
+    told = []
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", told.append)
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    return told
+
+
+def test_segments_grow(settings, monkeypatch):
+    made = []
+    monkeypatch.setattr(torch, "empty", lambda *size, **about: made.append((size, about)))
+    assert machine.grow_segments() == [] and settings == ["expandable_segments:True"]
+    assert made == [((1,), {"device": "cuda"})], "one allocation tells whether it works"
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_whoever_sets_the_allocator_is_left_to_it(settings, monkeypatch, name):
+    monkeypatch.setenv(name, "max_split_size_mb:512")
+    assert machine.grow_segments() == [] and settings == []
+
+
+def test_a_driver_that_maps_no_memory_costs_a_line(settings, monkeypatch):
+    def refuse(*_, **__):
+        raise RuntimeError("CUDA driver error: operation not supported")
+
+    monkeypatch.setattr(torch, "empty", refuse)
+    (line,) = machine.grow_segments()
+    assert line.startswith("this GPU's driver maps no memory") and "\n" not in line
+    assert settings == ["expandable_segments:True", "expandable_segments:False"]
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "empty", full)
+    with pytest.raises(torch.OutOfMemoryError):  # another program has the GPU; nothing to do here
+        machine.grow_segments()
+
+
+def test_less_of_a_gpu_is_planned_with_where_segments_do_not_grow(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (110 * GIB, 140 * GIB))
+    for grow, right in ((True, 110 * GIB), (False, 104 * GIB)):
+        about = {"expandable_segments": grow}
+        monkeypatch.setattr(machine, "allocator", lambda about=about: about)
+        assert machine.memory(torch.device("cuda")) == pytest.approx(right)
+
+
 # --- bf16
 
 

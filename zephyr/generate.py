@@ -143,9 +143,8 @@ def generate(
 
 def load(folder: str) -> tuple[Mistral, Tokenizer]:
     """A model to sample from: bf16 on a GPU, fp32 on a CPU. What is odd about it is said."""
-    machine.keep_buffers()
     shape, tokenizer, _, notes = base.open_folder(folder)
-    for note in notes:
+    for note in [*notes, *machine.tune_allocators()]:
         print(note, file=sys.stderr)
     cuda = torch.cuda.is_available()
     with torch.device("meta"):

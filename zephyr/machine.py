@@ -16,7 +16,9 @@ def memory(device: torch.device) -> int:
     """Bytes that a rank may use: its GPU's that are free, or its share of half of what a host or a
     container has free, which has a file cache to keep."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        free = torch.cuda.mem_get_info(device)[0]
+        # zephyr/plan.py counts on holes of 4 %, as there are where segments grow
+        return free if allocator()["expandable_segments"] else int(free * 1.04 / 1.10)
     return min([_host(), *_containers()]) // (2 * int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
@@ -75,6 +77,43 @@ def multiplies_bf16(device: torch.device) -> bool:
     able = torch.cpu.get_capabilities()
     names = ("avx512_bf16", "amx_bf16", "bf16")
     return torch.backends.mkldnn.is_available() and any(able.get(name) for name in names)
+
+
+def tune_allocators() -> list[str]:
+    """Let torch's allocators keep what the next micro-batch will want; to be called before the
+    first allocation. Returns what there is to say."""
+    if torch.cuda.is_available():
+        return grow_segments()
+    keep_buffers()
+    return []
+
+
+def grow_segments() -> list[str]:
+    """Let CUDA's caching allocator map more memory behind a segment instead of taking a new one.
+
+    Micro-batches differ in size, and what one of them leaves in segments of fixed size is often no
+    use to the next: at 7 B, 7 % of an H200 was held so and lost, against 3 % with segments that
+    grow. Whoever has set PYTORCH_ALLOC_CONF is left to it. Returns a line where the driver cannot
+    map memory.
+    """
+    if any(os.environ.get(name) for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")):
+        return []
+    configure = torch._C._accelerator_setAllocatorSettings
+    configure("expandable_segments:True")
+    try:
+        torch.empty(1, device="cuda")
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        configure("expandable_segments:False")
+        return ["this GPU's driver maps no memory behind a segment: PYTORCH_ALLOC_CONF="
+                "expandable_segments:True is left out, and more memory is lost between tensors"]
+    return []
+
+
+def allocator() -> dict[str, object]:
+    """The settings that CUDA's caching allocator has."""
+    return torch.cuda.memory._snapshot()["allocator_settings"]
 
 
 def keep_buffers() -> None:

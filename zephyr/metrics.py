@@ -122,6 +122,7 @@ class Log:
         self.trace = Trace(profile, self.folder, rank, cuda)
         self.last: dict[str, float] = {}
         self.bar = self.writer = self.file = None
+        self.short = False  # of memory, as has been said
         if rank == 0:
             self._open()
         self.said, self.began = -math.inf, time.perf_counter()
@@ -189,6 +190,11 @@ class Log:
                 row["mfu"] = total["flops"] / seconds / (self.peak * self.world)
             self.totals = dict.fromkeys(self.totals, 0.0)
             row |= self.phase.read(step - self.written)
+            if row.get("memory/retries") and not self.short:
+                self.short = True
+                self._say(f"step {step}: the GPU's memory is short: room was made by giving all "
+                          "that was free back, and the GPU waits for that (memory/retries); lower "
+                          "--microbatch-tokens")  # fmt: skip
             self.written = step
             self._write(step, row)
             self._show(step, row, always=step == self.total_steps)

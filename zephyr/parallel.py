@@ -84,8 +84,7 @@ def start(replicas: int = 1, masters: str = "fp32") -> Ranks:
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    else:
-        machine.keep_buffers()
+    notes = machine.tune_allocators()
     if "RANK" in os.environ:
         store, _, _ = next(dist.rendezvous("env://", timeout=MEETING))
         store = dist.PrefixStore(_attempt(store, rank, size), store)
@@ -101,7 +100,9 @@ def start(replicas: int = 1, masters: str = "fp32") -> Ranks:
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
     tighten(PATIENCE)
     signals.listen()
-    return Ranks(rank, size, local_rank, device, mesh)
+    ranks = Ranks(rank, size, local_rank, device, mesh)
+    ranks.say(*notes)
+    return ranks
 
 
 def _attempt(store: dist.Store, rank: int, size: int) -> str:

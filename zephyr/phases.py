@@ -32,6 +32,7 @@ class Phases:
         self.cuda = device.type == "cuda"
         self.spans: dict[str, list[tuple]] = defaultdict(list)
         self.peaks: dict[str, int] = {}
+        self.retries = 0
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -43,7 +44,9 @@ class Phases:
         yield
         self.spans[name].append((start, mark()))
         if self.cuda:
-            self.peaks[name] = max(self.peaks.get(name, 0), torch.cuda.max_memory_allocated())
+            found = torch.cuda.memory_stats()
+            for which, of in ((name, "allocated"), ("reserved", "reserved")):
+                self.peaks[which] = max(self.peaks.get(which, 0), found[f"{of}_bytes.all.peak"])
 
     def _event(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)
@@ -52,7 +55,12 @@ class Phases:
 
     def read(self, steps: int) -> dict[str, float]:
         """`seconds/PHASE`, a mean over `steps` steps, and the largest `memory/PHASE` in GiB, this
-        rank's; without CUDA `memory/peak`, of the process from its start. Then starts anew."""
+        rank's; then starts anew.
+
+        On CUDA `memory/reserved` is the most that the allocator held, and `memory/retries` how
+        often it had to give back all that was free, with the device standing, to find room. Without
+        CUDA there is `memory/peak`, of the process from its start.
+        """
         if not self.spans:
             return {}
         if self.cuda:
@@ -63,7 +71,10 @@ class Phases:
                 row[f"seconds/{name}"] = sum(_seconds(*span) for span in spans) / steps
         for name, peak in self.peaks.items():
             row[f"memory/{name}"] = peak / 2**30
-        if not self.cuda:
+        if self.cuda:
+            before, self.retries = self.retries, torch.cuda.memory_stats()["num_alloc_retries"]
+            row["memory/retries"] = self.retries - before
+        else:
             unit = 1 if sys.platform == "darwin" else 1024  # bytes that getrusage counts in
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
             row["memory/peak"] = peak / 2**30

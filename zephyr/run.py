@@ -330,6 +330,7 @@ def _about(ranks: Ranks) -> dict:
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "ranks": ranks.size,
         "device": torch.cuda.get_device_name() if cuda else platform.processor() or "cpu",
+        **({"allocator": machine.allocator()["PYTORCH_CUDA_ALLOC_CONF"]} if cuda else {}),
         "kernels": kernels.implementation(ranks.device),
         "commit": commit(),
         "python": platform.python_version(),
