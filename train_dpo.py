@@ -105,7 +105,8 @@ def main() -> None:
                     log.add(len(batch.pairs), per_pair, **metrics.work(shape, batch))
                 if step == 0:
                     means = log.means.mean()
-                    losses.check_start(c.loss, c.beta, c.label_smoothing, means, c.precision)
+                    losses.check_start(c.loss, c.beta, c.label_smoothing, means, c.precision,
+                                       anchors[0].exact)  # fmt: skip
                 done = step + 1
                 with log.phase("communication"):
                     broken = guard.broken()

@@ -26,6 +26,7 @@ from kernels.jit import jit, tl
 ONE_READ = 32768  # the widest row that a program holds in registers
 TILE = 8192  # what it takes at a time of a wider one
 ROWS = {"cuda": 4096}  # of a chunk; elsewhere 512, whose logits stay near the cache
+GRAIN = 128  # rows that a matmul's tile has
 WIDENED = 2**24  # weights of a half-precision head that a CPU has in fp32 at a time: 64 MiB
 
 
@@ -188,6 +189,20 @@ def keeps(N: int, V: int, dtype: torch.dtype, workspace: int) -> bool:
     return N * V * dtype.itemsize <= workspace * 7 // 8
 
 
+def chunk_rows(N: int, V: int, h_ND: Tensor, workspace: int) -> int:
+    """Rows of logits at a time: as many as fit beside G, in chunks of about equal size.
+
+    G's place is left free without a gradient too: a matmul of other sizes may round in another way,
+    and a pass without a gradient gives the bits of one with it.
+    """
+    wide = torch.promote_types(h_ND.dtype, torch.float32)
+    kept = N * V * h_ND.dtype.itemsize if keeps(N, V, h_ND.dtype, workspace) else 0
+    room = (workspace - kept) // (V * wide.itemsize)
+    most = max(1, min(ROWS.get(h_ND.device.type, 512), room, N))
+    even = -(-N // -(-N // most)) if N else 1
+    return min(most, -(-even // GRAIN) * GRAIN)
+
+
 @torch.library.custom_op("zephyr_kernels::linear_logprob", mutates_args=())
 def forward(
     h_ND: Tensor, w_VD: Tensor, targets_N: Tensor, workspace: int, gradient: bool, triton: bool
@@ -201,8 +216,7 @@ def forward(
                          f"targets are 0..{V - 1}")  # fmt: skip
     keep = gradient and keeps(N, V, h_ND.dtype, workspace)
     g_NV = h_ND.new_empty(N if keep else 0, V)
-    room = (workspace - g_NV.nbytes) // (V * wide.itemsize)
-    rows = max(1, min(ROWS.get(h_ND.device.type, 512), room, N))
+    rows = chunk_rows(N, V, h_ND, workspace)
     # G of an fp32 head takes the place of the logits, which then need no buffer of their own
     in_place = keep and h_ND.dtype == wide
     z_CV = h_ND.new_empty(0 if in_place else rows, V, dtype=wide)

@@ -111,7 +111,7 @@ def as_on_a_gpu(monkeypatch):
 def model(c: MistralConfig, recompute: str = "none", dtype=torch.float32) -> Mistral:
     made = Mistral(c).to(dtype)
     for block in made.model.layers:
-        block.forward = parallel.wrapped(block.forward, c, recompute, compiled=False)
+        block.forward = parallel.wrapped(block, c, recompute, compiled=False)
     return made
 
 

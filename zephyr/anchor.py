@@ -12,6 +12,7 @@ import io
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
@@ -32,17 +33,30 @@ from zephyr.parallel import Ranks
 SUM = 32  # bytes: the SHA-256 behind a table
 SAVE_EVERY = 16  # steps whose log-probs a killed run can lose
 
-Reference = Callable[[Batch], Tensor]  # a batch's summed log-probs [2P]
+
+@dataclass(frozen=True)
+class Reference:
+    """Called with a batch, the reference's summed log-probs of its responses [2P].
+
+    `exact`: those of step 0 were computed in this process and in the step's own micro-batches, so
+    that the policy, before any update, must give the same bits.
+    """
+
+    sums: Callable[[Batch], Tensor]
+    exact: bool
+
+    def __call__(self, batch: Batch) -> Tensor:
+        return self.sums(batch)
 
 
 def live(model: Mistral) -> Reference:
     """The log-probs of `model` itself, computed anew for every batch."""
 
     @torch.no_grad()
-    def reference_2P(batch: Batch) -> Tensor:
+    def sums_2P(batch: Batch) -> Tensor:
         return kernels.response_sums(model(batch), batch.response_N, 2 * len(batch.pairs))
 
-    return reference_2P
+    return Reference(sums_2P, exact=True)
 
 
 def cached(
@@ -76,7 +90,7 @@ def cached(
             if parallel.agree(signals.stop_wanted()):
                 raise shared(Preempted(f"asked to stop: {path} has the reference log-probs so far; "
                                        "the same command goes on from there"))  # fmt: skip
-    return lambda batch: table_P2[batch.pairs].flatten()
+    return Reference(lambda batch: table_P2[batch.pairs].flatten(), exact=0 in missing)
 
 
 def _read(path: Path, pairs: int) -> Tensor:

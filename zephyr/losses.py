@@ -98,12 +98,15 @@ def preference(
 
 
 def check_start(
-    name: str, beta: float, smoothing: float, means: dict[str, float], precision: str
-) -> None:
+    name: str, beta: float, smoothing: float, means: dict[str, float], precision: str,
+    exact: bool = False,
+) -> None:  # fmt: skip
     """Raise ValueError unless a step taken before any update starts from equal policies.
 
     Then every margin is 0 and the loss is the objective's at h = 0 (`dpo`: ln 2), to 1e-5 in fp32
-    and 1e-2 in bf16. `means` are a step's `loss` and `rewards/margins`; of NaN, guard.py speaks.
+    and 1e-2 in bf16; if `exact`, which is to say that the same code has computed the reference of
+    the same micro-batches, the margins are 0 in every bit. `means` are a step's `loss`,
+    `rewards/margins` and `rewards/accuracies`; of NaN, guard.py speaks.
     """
     tolerance = 1e-5 if precision == "fp32" else 1e-2
     expected = float(OBJECTIVES[name](torch.zeros(1), beta, smoothing))
@@ -114,4 +117,11 @@ def check_start(
             f"before the first update policy and reference must agree, but the mean loss is "
             f"{loss:.6f} where {expected:.6f} is due, and the mean margin {margin:.2e}: the cached "
             "reference log-probs are not this model's; delete them (reference-*.npy in the cache)"
+        ))  # fmt: skip
+    if exact and (margin or means["rewards/accuracies"]):
+        raise shared(ValueError(
+            f"before the first update policy and reference must agree in every bit, as the same "
+            f"code computed both, but the mean margin is {margin:.2e}: this device does not give "
+            "the same log-probs twice. Start the same command again: the reference's are cached "
+            "now, and agree to rounding"
         ))  # fmt: skip

@@ -19,7 +19,9 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch._ops import OpOverload
+from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed import distributed_c10d as c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -288,7 +290,7 @@ def build(
         model = Mistral(config)
     compiling = compiled == "on" or (compiled == "auto" and ranks.device.type == "cuda")
     for block in model.model.layers:
-        block.forward = wrapped(block.forward, config, recompute, compiling)
+        block.forward = wrapped(block, config, recompute, compiling)
     if not plain:
         shard(model, ranks.mesh, precision, reshard != "never")
     elif masters == "split":
@@ -314,7 +316,9 @@ def shard(model: Mistral, mesh: DeviceMesh, precision: str, reshard: bool) -> No
         following.set_modules_to_backward_prefetch([block])
 
 
-def wrapped(forward: Callable, config: MistralConfig, recompute: str, compiled: bool) -> Callable:
+def wrapped(
+    block: torch.nn.Module, config: MistralConfig, recompute: str, compiled: bool
+) -> Callable:  # fmt: skip
     """A block's forward that keeps less for its backward, and is compiled.
 
     What a block keeps for its backward:
@@ -324,6 +328,7 @@ def wrapped(forward: Callable, config: MistralConfig, recompute: str, compiled: 
                      and SwiGLU's product are computed again, no matmul is
         full         its input; its forward runs again but for the last matmul
     """
+    forward = block.forward
 
     def keep(context, op: OpOverload, *args, **kwargs) -> CheckpointPolicy:
         if op is torch.ops.aten.mm.default:
@@ -339,5 +344,51 @@ def wrapped(forward: Callable, config: MistralConfig, recompute: str, compiled: 
             contexts = functools.partial(create_selective_checkpoint_contexts, keep)
             context = {"context_fn": contexts}
         forward = functools.partial(checkpoint, forward, use_reentrant=False, **context)
-    # the blocks share one code; symbolic sizes: one compilation for all numbers of rows
-    return torch.compile(forward, fullgraph=True, dynamic=True) if compiled else forward
+    return one_graph(forward, block) if compiled else forward
+
+
+def one_graph(forward: Callable, block: torch.nn.Module) -> Callable:
+    """A block's forward, compiled once for all layers, numbers of rows, and passes with and without
+    a gradient (the last block, of fewer rows, a second time).
+
+    A compiler fuses a pass without a gradient in another way, which rounds in another way: in bf16
+    the log-probs of a response then differ by tenths of a nat, and so would the reference from the
+    policy that it is. So here such a pass goes through the graph that training has, and keeps
+    nothing of it. A rank without pairs has one row; 0 and 1 are numbers that compilers make graphs
+    of their own for, so fewer than two rows run as they are written.
+    """
+    # equal sizes that are so by chance, and a norm's eps, would otherwise be symbols of the graph
+    torch.fx.experimental._config.use_duck_shape = False
+    torch._dynamo.config.specialize_float = True
+    compiled = torch.compile(forward, fullgraph=True, dynamic=True)
+
+    def run(x: Tensor, *rest, **named) -> Tensor:
+        picked = [rows for rows in rest[3:] if rows is not None]  # see model.Block
+        if min(map(len, (x.flatten(0, -2), *picked))) < 2:
+            return forward(x, *rest, **named)
+        if torch.is_grad_enabled():
+            return traced(x, *rest, **named)
+        with torch.enable_grad(), saved_tensors_hooks(_nothing, _nothing):
+            return traced(x.detach().requires_grad_(), *rest, **named).detach()
+
+    def traced(x: Tensor, *args, **named) -> Tensor:
+        # under FSDP with a gradient x is a view, which a graph asks after: let it be one always
+        args = x.view_as(x), *args
+        try:
+            return compiled(*args, **named)
+        except torch._dynamo.exc.Unsupported:
+            # in the middle of a step: it takes no bf16 weight that has a gradient in fp32
+            kept = [(p, p.grad) for p in block.parameters()]
+            for p, _ in kept:
+                p.grad = None
+            try:
+                return compiled(*args, **named)
+            finally:
+                for p, grad in kept:
+                    p.grad = grad
+
+    return run
+
+
+def _nothing(x: Tensor) -> Tensor:
+    return x.new_empty(0)
