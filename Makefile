@@ -3,7 +3,7 @@
 PYTHON ?= .venv/bin/python
 READY = $(if $(filter .venv/%,$(PYTHON)),.venv/ready)
 
-.PHONY: help demo test test-slow lint chaos bench bench-gpu bench-7b clean
+.PHONY: help demo test test-slow test-gpu lint chaos bench bench-gpu bench-7b clean
 
 help:   ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 18
@@ -11,11 +11,15 @@ help:   ## this list
 demo: $(READY)   ## the whole recipe on an invented village, then before and after: 5 minutes
 	$(PYTHON) demo.py
 
-test: lint   ## everything that runs without a GPU, but for two tests of minutes
-	$(PYTHON) -m pytest -q -m "not gpu and not slow"
+# without the GPU, if there is one: its tensors would meet those that the tests make
+test: lint   ## everything that runs without a GPU, but for a few tests of minutes
+	CUDA_VISIBLE_DEVICES= $(PYTHON) -m pytest -q -m "not gpu and not slow"
 
-test-slow: $(READY)   ## those two: 70 B on 512 simulated ranks, blocks compiled by Inductor
-	$(PYTHON) -m pytest -q -m slow
+test-slow: $(READY)   ## those: 70 B on 512 simulated ranks, another transformers, Inductor
+	CUDA_VISIBLE_DEVICES= $(PYTHON) -m pytest -q -m slow
+
+test-gpu: $(READY)   ## what needs one GPU: kernels, attention, a step in which the host never waits
+	$(PYTHON) -m pytest -q -m gpu
 
 lint: $(READY)   ## ruff
 	$(PYTHON) -m ruff check .

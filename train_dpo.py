@@ -23,7 +23,7 @@ def main() -> None:
     c, recipe = config.parse(DPOConfig, doc=__doc__)
     if recipe == "tiny" and not Path(c.model).exists():
         raise ValueError(f"{c.model} is not there yet; run train_sft.py first, it makes it")
-    ranks = parallel.start(c.replicas, c.masters)
+    ranks = parallel.start(c.replicas, c.masters, c.deterministic)
     if recipe == "tiny":
         parallel.once_per_node(ranks, toy.ensure_pairs)
 

@@ -19,7 +19,7 @@ from zephyr.run import Run, precise
 
 def main() -> None:
     c, recipe = config.parse(SFTConfig, doc=__doc__)
-    ranks = parallel.start(c.replicas, c.masters)
+    ranks = parallel.start(c.replicas, c.masters, c.deterministic)
     if recipe == "tiny":
         parallel.once_per_node(ranks, newborn)
 

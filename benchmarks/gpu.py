@@ -44,7 +44,7 @@ PARTS = {  # in the order of what a short lease should not miss
     "kernels": Part(
         "every op at V = 32000", 240, (*BENCH, "--v", "32000", "--plot", "{out}/bench.png")
     ),
-    "tests": Part("pytest -m gpu", 150, ("-m", "pytest", "-q", "-m", "gpu")),
+    "tests": Part("pytest -m gpu", 300, ("-m", "pytest", "-q", "-m", "gpu")),
     "wide": Part(
         "the head at V = 128256", 120,
         (*BENCH, "--v", "128256", "--op", "linear_logprob", "no_grad", "row_kernel"),

@@ -211,6 +211,39 @@ def test_less_of_a_gpu_is_planned_with_where_segments_do_not_grow(monkeypatch):
         assert machine.memory(torch.device("cuda")) == pytest.approx(right)
 
 
+@pytest.fixture
+def as_before():
+    """Torch's switches, whatever a test does to them."""
+    before = torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+    yield
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = before
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_what_makes_a_gpus_sums_exact_and_the_same(as_before, monkeypatch, deterministic):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    machine.tune_arithmetic(deterministic)
+    assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+    assert torch.are_deterministic_algorithms_enabled() == deterministic
+    assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) == deterministic
+    assert torch.utils.deterministic.fill_uninitialized_memory != deterministic
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("flags", ["", "--masters split --recompute elementwise"])
+def test_on_a_gpu_two_deterministic_runs_are_one(place, tmp_path, as_before, flags):  # noqa: F811
+    """And before the first update the margins are 0 in every bit."""
+    flags = (*without(DPO), "--precision", "bf16", "--deterministic", *flags.split())
+    one, two = (run(train_dpo, place, tmp_path / name, *flags) for name in ("one", "two"))
+    assert [r["loss"] for r in one] == [r["loss"] for r in two]
+    assert one[0]["rewards/margins"] == one[0]["rewards/accuracies"] == 0
+    for name, weight in weights_of(tmp_path / "one").items():
+        assert torch.equal(weight, weights_of(tmp_path / "two")[name]), name
+
+
 # --- bf16
 
 

@@ -141,6 +141,8 @@ def test_the_host_reads_nothing_inside_a_step(place, tmp_path, monkeypatch):  # 
     assert reads.found == []
 
 
+# torch calls the check of syncs a prototype; compiling does what torch warns of
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.gpu
 @pytest.mark.parametrize("masters", ["fp32", "split"])
 @pytest.mark.parametrize("recompute", ["none", "elementwise"])

@@ -49,6 +49,7 @@ class Training:
     adam_state: Literal["fp32", "bf16"] = "fp32"  # of AdamW's moments; bf16 saves 4 bytes a weight
     reshard: Literal["auto", "always", "never"] = "auto"  # gather weights anew for the backward
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile each block; auto: on a GPU
+    deterministic: bool = False  # on a GPU: the same bits in every run; a CPU has them anyway
     empty_system: bool | None = None  # insert one where there is none; left out: as --model does
     seed: int = 42  # order of the data
     log_every: int = 1  # steps between lines of metrics.jsonl

@@ -79,6 +79,23 @@ def multiplies_bf16(device: torch.device) -> bool:
     return torch.backends.mkldnn.is_available() and any(able.get(name) for name in names)
 
 
+def tune_arithmetic(deterministic: bool) -> None:
+    """Let a GPU's sums be as exact as training wants them, and, if `deterministic`, the same in
+    every run.
+
+    cuBLAS may otherwise add the parts of a bf16 product in bf16, which small weights' gradients,
+    sums over thousands of rows, would feel. Without `deterministic` the backward of attention adds
+    dQ's parts in the order in which they come, so that last bits differ from run to run; cuBLAS
+    gives equal bits on one stream with a workspace of fixed size. It costs a slower backward of
+    attention. To be called before the first product.
+    """
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # every byte is written
+
+
 def tune_allocators() -> list[str]:
     """Let torch's allocators keep what the next micro-batch will want; to be called before the
     first allocation. Returns what there is to say."""

@@ -4,12 +4,14 @@ from outside it. Also what it is to lose a rank."""
 import contextlib
 import functools
 import itertools
+import logging
 import os
 import re
 import secrets
 import socket
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
@@ -63,7 +65,7 @@ class Ranks(NamedTuple):
                     print(line, file=sys.stderr, flush=True)
 
 
-def start(replicas: int = 1, masters: str = "fp32") -> Ranks:
+def start(replicas: int = 1, masters: str = "fp32", deterministic: bool = False) -> Ranks:
     """Join the process group: torchrun's, or one of a single process under plain python.
 
     With replicas the mesh is 2-D: each group of size / replicas neighbouring ranks shards the model
@@ -86,6 +88,7 @@ def start(replicas: int = 1, masters: str = "fp32") -> Ranks:
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+        machine.tune_arithmetic(deterministic)
     notes = machine.tune_allocators()
     if "RANK" in os.environ:
         store, _, _ = next(dist.rendezvous("env://", timeout=MEETING))
@@ -357,6 +360,9 @@ def one_graph(forward: Callable, block: torch.nn.Module) -> Callable:
     nothing of it. A rank without pairs has one row; 0 and 1 are numbers that compilers make graphs
     of their own for, so fewer than two rows run as they are written.
     """
+    # what torch advises in vain: no op here works in place, and fp32 was asked for
+    logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
     # equal sizes that are so by chance, and a norm's eps, would otherwise be symbols of the graph
     torch.fx.experimental._config.use_duck_shape = False
     torch._dynamo.config.specialize_float = True

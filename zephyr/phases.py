@@ -97,7 +97,8 @@ class Trace:
     def begin(self, step: int) -> None:
         if step == self.wanted:
             kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * self.cuda
-            self.profile = torch.profiler.profile(activities=kinds)
+            # of one cycle all events are there in any case; without it torch warns that they are
+            self.profile = torch.profiler.profile(activities=kinds, acc_events=True)
             self.profile.start()
 
     def end(self, step: int, say: Callable[[str], None]) -> None:

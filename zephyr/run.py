@@ -40,7 +40,7 @@ from zephyr.parallel import Ranks
 FREE = {
     "out", "eval_data", "log_every", "eval_every", "save_every", "keep", "save_async", "resume",
     "timeout", "replicas", "microbatch_tokens", "recompute", "on_nonfinite", "compile", "reshard",
-    "profile",
+    "profile", "deterministic",
 }  # fmt: skip
 # what a kill in the middle of writing leaves in the run folder
 LEFTOVERS = [f".{name}.????????" for name in ("config.toml", "run.json", "metrics.jsonl", "model")]
