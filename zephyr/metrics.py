@@ -84,12 +84,16 @@ class Means:
         Every rank calls it: one all_reduce of one fp64 vector, sums | counts | totals.
         """
         values = [*self.sums.values(), *self.counts.values(), *totals.values()]
-        flat = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=self.device)
-                            for v in values])
+        # what the host knows goes there in one copy; of what the device knows nothing comes back
+        known = [0.0 if isinstance(v, Tensor) else v for v in values]
+        flat = torch.tensor(known, dtype=torch.float64).to(self.device)
+        for k, value in enumerate(values):
+            if isinstance(value, Tensor):
+                flat[k] = value
         if dist.is_initialized():
             dist.all_reduce(flat)
         sums, counts, rest = flat.split([len(self.keys), len(self.keys), len(totals)])
-        values = (*(sums / counts).tolist(), *rest.tolist())
+        values = torch.cat([sums / counts, rest]).tolist()
         return dict(zip((*self.keys, *totals), values, strict=True))
 
     def reduce(self, **totals: float) -> dict[str, float]:

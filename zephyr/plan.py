@@ -25,7 +25,7 @@ from zephyr.huggingface import MistralConfig
 
 GIB = 2**30
 CONTEXT = 1.0 * GIB  # CUDA's context, and what cuBLAS and NCCL hold
-FRAGMENTS = 0.04  # of all tensors: what the allocator holds and cannot use
+FRAGMENTS = 0.04  # of all tensors: what an allocator whose segments grow holds and cannot use
 GRAIN = 128  # a budget is a multiple of this many tokens: a matmul's tile
 POLICIES = ("none", "elementwise", "full")
 ELEMENTWISE = 0.015  # of a step's time: what norms, rotations and products anew take
