@@ -147,6 +147,8 @@ def load(folder: str) -> tuple[Mistral, Tokenizer]:
     for note in [*notes, *machine.tune_allocators()]:
         print(note, file=sys.stderr)
     cuda = torch.cuda.is_available()
+    # one query against a masked cache: torch would let cuDNN plan for it, whose gain is long queries
+    torch.backends.cuda.enable_cudnn_sdp(False)
     with torch.device("meta"):
         model = Mistral(shape).to(torch.bfloat16 if cuda else torch.float32)
     model.to_empty(device="cuda" if cuda else "cpu")
