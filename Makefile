@@ -1,7 +1,10 @@
 # `make help` lists what there is. Every target sets itself up in .venv first; to use an interpreter
-# that has everything already, and no network, name it: `make test PYTHON=python3`.
-PYTHON ?= .venv/bin/python
-READY = $(if $(filter .venv/%,$(PYTHON)),.venv/ready)
+# that has everything already, and no network, name it: `make test PYTHON=python3`. With another torch
+# than constraints.txt has, in an environment of its own: `make test TORCH=2.11.0`, the oldest that is
+# supported, which on Linux comes with CUDA.
+VENV = .venv$(TORCH:%=-torch-%)
+PYTHON ?= $(VENV)/bin/python
+READY = $(if $(filter $(VENV)/%,$(PYTHON)),$(VENV)/ready)
 
 .PHONY: help demo test test-slow test-gpu lint chaos bench bench-gpu bench-7b clean
 
@@ -39,11 +42,13 @@ bench-7b: $(READY)   ## DPO at 7B beside a control and TRL, on one H200: under 1
 	$(PYTHON) -m benchmarks.dpo_7b
 
 clean:   ## remove .venv and runs
-	rm -rf .venv runs
+	rm -rf .venv .venv-torch-* runs
 
 # torch comes first and alone, so that nothing else picks a different build of it
-.venv/ready: setup.py constraints.txt
-	python3 -m venv .venv
-	.venv/bin/python -m pip install -q "$$(grep '^torch==' constraints.txt)"
-	.venv/bin/python -m pip install -q -c constraints.txt -e '.[test]'
+$(VENV)/ready: setup.py constraints.txt
+	python3 -m venv $(VENV)
+	grep -v $(if $(TORCH),'^torch==\|^triton==\|^numpy==','^$$') constraints.txt > $(VENV)/constraints.txt
+	$(if $(TORCH),echo 'numpy<2.4' >> $(VENV)/constraints.txt)  # for the interpreter of Triton 3.6
+	$(VENV)/bin/python -m pip install -q "$(if $(TORCH),torch==$(TORCH),$$(grep '^torch==' constraints.txt))"
+	$(VENV)/bin/python -m pip install -q -c $(VENV)/constraints.txt -e '.[test]'
 	@touch $@

@@ -331,7 +331,8 @@ def machine() -> dict:
     return {
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cpu": cpu and cpu[1], "cores": len(os.sched_getaffinity(0)), "commit": commit(),
-        **{p: v for p in ("torch", "triton", "transformers", "trl") if (v := installed(p))},
+        "torch": str(torch.__version__),
+        **{p: v for p in ("triton", "transformers", "trl") if (v := installed(p))},
     }  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import torch
 
 import kernels
 from kernels import fused_adamw, reference
+from kernels.provenance import installed
 
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
 BETAS, EPS, ULP = (0.9, 0.999), 1e-8, 2.0**-23
@@ -141,6 +142,9 @@ def test_error_budget(t, split, moments, device, implementation):
         assert ((ours.cpu().double() - right).abs() <= budget).all()
 
 
+@pytest.mark.skipif(
+    str(installed("triton")).startswith("3.6."), reason="its interpreter rounds an fma twice"
+)
 @pytest.mark.parametrize("split, moments", VARIANTS, ids=str)
 @pytest.mark.parametrize("n", [1, 7, 3001])
 def test_the_kernel_and_torch_take_the_same_step(n, split, moments, monkeypatch):

@@ -525,7 +525,7 @@ def test_settings_that_leave_the_trajectory_alone_may_change(ranks, c, monkeypat
     free = replace(
         c, out="run", log_every=7, eval_every=8, save_every=9, microbatch_tokens=999, keep=5,
         recompute="full", save_async=False, timeout=7, replicas=2, on_nonfinite="skip",
-        compile="off", reshard="never", profile=1, eval_data=("x.jsonl",),
+        compile="off", reshard="never", profile=1, eval_data=("x.jsonl",), deterministic=True,
     )  # fmt: skip
     changed = {k for k, v in vars(c).items() if v != getattr(free, k)}
     assert changed == FREE - {"resume"}

@@ -275,7 +275,7 @@ def test_the_backward_makes_nothing_of_n_by_v(monkeypatch):
     monkeypatch.setenv("ZEPHYR_KERNELS", "torch")
     h, w, targets, c = inputs(64, 4, 300)
     logprob = kernels.linear_logprob(h.requires_grad_(), w.requires_grad_(), targets)
-    with profile(record_shapes=True, profile_memory=True) as record:
+    with profile(record_shapes=True, profile_memory=True, acc_events=True) as record:
         logprob.backward(c)
     largest = max(event.self_cpu_memory_usage for event in record.events())
     assert 0 < largest < 64 * 300 * 4

@@ -145,7 +145,7 @@ def test_fewer_pairs_in_a_batch_than_ranks(fails, monkeypatch):
 
     real = parallel.start
 
-    def of_eight(replicas, masters):
+    def of_eight(replicas, *_):
         return real(replicas)._replace(size=8)
 
     monkeypatch.setattr(parallel, "start", of_eight)

@@ -334,6 +334,6 @@ def _about(ranks: Ranks) -> dict:
         "kernels": kernels.implementation(ranks.device),
         "commit": commit(),
         "python": platform.python_version(),
-        "torch": torch.__version__,  # which names the build, as installed() does not
+        "torch": str(torch.__version__),  # which names the build, as installed() does not
         **{name: installed(name) for name in ("triton", "sentencepiece", "safetensors")},
     }

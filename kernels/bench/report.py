@@ -27,8 +27,8 @@ def machine(device: torch.device, copy_gbs: float) -> Row:
     return {
         "device": name, "threads": torch.get_num_threads(), "copy_gbs": copy_gbs,
         "kernels": kernels.implementation(device), "commit": commit(),
-        "versions": {"python": platform.python_version()}
-        | {name: installed(name) for name in ("torch", "triton", "trl", "liger-kernel")},
+        "versions": {"python": platform.python_version(), "torch": str(torch.__version__)}
+        | {name: installed(name) for name in ("triton", "trl", "liger-kernel")},
     }  # fmt: skip
 
 
