@@ -46,7 +46,9 @@ def test_compiled_blocks_give_the_same_trajectory(place, tmp_path, baseline, tra
         torch.testing.assert_close(weight, baseline[1][name], rtol=1e-3, atol=1e-4, msg=name)
 
 
-@pytest.mark.parametrize("flags", [DPO, BF16], ids=["alone", "under FSDP"])
+@pytest.mark.parametrize("flags", [
+    pytest.param(DPO, id="alone"), pytest.param(BF16, id="under FSDP", marks=pytest.mark.slow),
+])  # fmt: skip
 def test_a_block_is_compiled_once_for_all_layers_rows_and_steps(
     place, tmp_path, traced, monkeypatch, flags  # noqa: F811
 ):
