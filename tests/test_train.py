@@ -23,7 +23,7 @@ from transformers.optimization import get_cosine_schedule_with_warmup
 import train_dpo
 import train_sft
 from benchmarks import tiny
-from zephyr import anchor, checkpoint
+from zephyr import anchor, checkpoint, textbook
 from zephyr.files import write_rows
 from zephyr.tokenizer import Tokenizer
 
@@ -133,64 +133,64 @@ def same(rows: list[dict], expected: list[dict], rel: float = 1e-4, abs: float =
             assert row[key] == pytest.approx(right[key], rel=rel, abs=abs), (row["step"], key)
 
 
-def plain_dpo(place: Path, loss: str, steps: int = 6, beta: float = 0.1, lr: float = 1e-3):
-    """DPO as a textbook has it: two sequences per pair, one at a time, and a second model."""
+class Theirs(torch.nn.Module):
+    """transformers' Mistral as zephyr/textbook.py calls a model."""
+
+    def __init__(self, folder: Path):
+        super().__init__()
+        self.model = MistralForCausalLM.from_pretrained(folder, attn_implementation="eager")
+
+    def forward(self, ids_T: torch.Tensor) -> torch.Tensor:
+        return self.model(ids_T[None]).logits[0]
+
+
+def ipo(chosen, rejected, beta: float, lengths: tuple[int, int]):
+    """Eq. 17 of arXiv:2310.12036, on means over the tokens."""
+    return (chosen / lengths[0] - rejected / lengths[1] - 1 / (2 * beta)) ** 2
+
+
+def in_the_textbook(place: Path, loss: str, steps: int = 6, lr: float = 1e-3) -> list[dict]:
+    """zephyr/textbook.py with transformers' model and learning rates."""
     tokenizer = Tokenizer(place / "base")
-    rows = [json.loads(line) for line in (place / "pairs.jsonl").read_text().splitlines()]
-    policy = MistralForCausalLM.from_pretrained(place / "base", attn_implementation="eager")
-    frozen = MistralForCausalLM.from_pretrained(place / "base", attn_implementation="eager")
-    optimizer = torch.optim.AdamW(policy.parameters(), lr, (0.9, 0.999), 1e-8, weight_decay=0.0)
-    schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(0.2 * steps), steps)
-
-    def logprob(model, messages: list[dict]) -> tuple[torch.Tensor, int]:
-        ids, mask = (torch.tensor(x) for x in tokenizer.render(messages))
-        token = model(ids[None]).logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
-        return token[mask[1:]].sum(), int(mask.sum())
-
-    history = []
-    for _ in range(steps):
-        terms, chosen_all, rejected_all, logps = [], [], [], []
-        for row in rows:
-            (pc, nc), (pr, nr) = (logprob(policy, row[s]) for s in ("chosen", "rejected"))
-            with torch.no_grad():
-                (rc, _), (rr, _) = (logprob(frozen, row[s]) for s in ("chosen", "rejected"))
-            if loss == "ipo":
-                terms.append(((pc - rc) / nc - (pr - rr) / nr - 1 / (2 * beta)) ** 2)
-            else:
-                terms.append(-F.logsigmoid(beta * (pc - rc - (pr - rr))))
-            chosen, rejected = pc - rc, pr - rr
-            chosen_all.append(beta * chosen.item())
-            rejected_all.append(beta * rejected.item())
-            logps.append((pc.item(), pr.item()))
-        total = torch.stack(terms).mean()
-        total.backward()
-        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-        rate = schedule.get_last_lr()[0]
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        history.append({
-            "step": len(history) + 1, "loss": total.item(), "grad_norm": norm.item(),
-            "learning_rate": rate, "rewards/chosen": np.mean(chosen_all),
-            "rewards/rejected": np.mean(rejected_all),
-            "rewards/margins": np.mean(chosen_all) - np.mean(rejected_all),
-            "rewards/accuracies": np.mean(np.array(chosen_all) > np.array(rejected_all)),
-            "logps/chosen": np.mean([c for c, _ in logps]),
-            "logps/rejected": np.mean([r for _, r in logps]),
-        })  # fmt: skip
-    return history
+    pairs = []
+    for line in (place / "pairs.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        prompt = tokenizer.prompt(row["chosen"][:-1])
+        whole = [tokenizer.render(row[side]).ids for side in ("chosen", "rejected")]
+        assert all(ids[: len(prompt)] == prompt for ids in whole)
+        pairs.append((prompt, *(ids[len(prompt) :] for ids in whole)))
+    idle = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr)
+    factor = get_cosine_schedule_with_warmup(idle, math.ceil(0.2 * steps), steps).lr_lambdas[0]
+    rates = [lr * factor(step) for step in range(steps)]
+    objective = textbook.dpo if loss == "dpo" else ipo
+    rows = textbook.train(Theirs(place / "base"), [pairs] * steps, rates, 0.1, objective)
+    return [row | {"step": k + 1, "learning_rate": rates[k]} for k, row in enumerate(rows)]
 
 
 @pytest.mark.parametrize("loss", ["dpo", "ipo"])
 def test_dpo_equals_the_textbook(place, tmp_path, loss):
     rows = run(train_dpo, place, tmp_path / "run", *DPO, "--loss", loss)
-    expected = plain_dpo(place, loss)
+    expected = in_the_textbook(place, loss)
     same(rows, expected, rel=1e-4, abs=1e-4)
     assert [r["rewards/accuracies"] for r in rows] == [r["rewards/accuracies"] for r in expected]
     start = math.log(2) if loss == "dpo" else 25.0
     assert rows[0]["loss"] == pytest.approx(start, abs=1e-6)
     assert rows[0]["rewards/margins"] == 0 and rows[0]["rewards/accuracies"] == 0
     assert rows[-1]["loss"] < 0.8 * rows[0]["loss"], "nothing was learned, so nothing was compared"
+
+
+def test_the_textbook_runs_by_itself(tmp_path):
+    """From ln 2, on the village: the loss falls, and the chosen answers' reward rises above the
+    rejected ones'."""
+    assert len((ROOT / "zephyr" / "textbook.py").read_text().splitlines()) <= 100
+    done = subprocess.run([sys.executable, "-m", "zephyr.textbook"], cwd=tmp_path, text=True,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines() if line.startswith("step")]
+    steps = [[float(line[k]) for k in (3, 5, 6, 8)] for line in lines]
+    assert len(steps) == 20 and steps[0] == [0.6931, 0, 0, 0]
+    for loss, chosen, rejected, margin in steps[-3:]:
+        assert loss < 0.6 and margin == pytest.approx(chosen - rejected, abs=2e-4) and margin > 0.3
 
 
 @pytest.mark.parametrize("train_on", ["all", "assistant"])
