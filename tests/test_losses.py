@@ -144,6 +144,29 @@ def test_the_loss_of_ipo_divides_by_the_tokens_of_each_response_and_no_reward_do
         assert float(got["rewards/margins"]) == pytest.approx(11)
 
 
+def test_what_losses_py_says_is_what_runs(monkeypatch):
+    """Whoever edits an objective sees another loss, and the specification of the kernels is equal
+    to it in every bit."""
+    g = torch.Generator().manual_seed(0)
+    response = torch.arange(6).repeat_interleave(torch.tensor([3, 9, 1, 40, 7, 2]))
+    logprob = -3 * torch.rand(len(response), generator=g)
+    reference = kernels.response_sums(logprob, response, 6) + torch.randn(6, generator=g)
+    upstream = torch.randn(3, generator=g)
+    for name, smoothing in (("dpo", 0.1), ("ipo", 0.0)):
+        both = []
+        for function in (
+            lambda x: losses.preference(name, x, response, reference, 0.3, smoothing)["loss"],  # noqa: B023
+            lambda x: kernels.dpo_loss(x, response, reference, 0.3, smoothing, name).loss_P,  # noqa: B023
+        ):
+            leaf = logprob.clone().requires_grad_()
+            loss = function(leaf)
+            both.append((loss.detach(), *torch.autograd.grad(loss, leaf, upstream)))
+        assert all(map(torch.equal, *both)), name
+    monkeypatch.setitem(losses.OBJECTIVES, "dpo", lambda h, beta, smoothing: 7 * h)
+    edited = losses.preference("dpo", logprob, response, reference, 0.3)
+    torch.testing.assert_close(edited["loss"], 7 / 0.3 * edited["rewards/margins"])
+
+
 def in_trl(name, logprob_PT, mask_PT, reference_PT, beta, smoothing) -> dict[str, np.ndarray]:
     """What TRL's DPOTrainer logs of each pair, in float64: of padded rows, the first half chosen,
     the other rejected. Its rewards are β × the summed log-ratio whatever the loss."""

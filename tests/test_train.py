@@ -183,8 +183,9 @@ def test_the_textbook_runs_by_itself(tmp_path):
     """From ln 2, on the village: the loss falls, and the chosen answers' reward rises above the
     rejected ones'."""
     assert len((ROOT / "zephyr" / "textbook.py").read_text().splitlines()) <= 100
-    done = subprocess.run([sys.executable, "-m", "zephyr.textbook"], cwd=tmp_path, text=True,
-                          env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True)  # fmt: skip
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "zephyr.textbook"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines() if line.startswith("step")]
     steps = [[float(line[k]) for k in (3, 5, 6, 8)] for line in lines]

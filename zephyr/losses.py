@@ -61,6 +61,7 @@ def hinge(h_P: Tensor, beta: float, smoothing: float) -> Tensor:
 OBJECTIVES: dict[str, Callable[[Tensor, float, float], Tensor]] = {
     "dpo": dpo, "robust": robust, "ipo": ipo, "hinge": hinge,
 }  # fmt: skip
+FUSED = ("dpo", "ipo")  # those that are a kernel on a GPU
 
 
 def preference(
@@ -72,20 +73,22 @@ def preference(
     `response_N` says which response a token belongs to. A reward is β times the response's summed
     log-ratio, for `ipo` too, whose loss sees means over the tokens; a margin is the chosen's reward
     less the rejected's, and `rewards/accuracies` counts those strictly above 0, so it is 0 while
-    policy and reference are the same. Every name means what it means in TRL's log. `dpo` and `ipo`
-    run fused.
+    policy and reference are the same. Every name means what it means in TRL's log.
     """
-    if name in ("dpo", "ipo"):
+    if name in FUSED and kernels.implementation(logprob_N.device) == "triton":
+        # what follows below in one launch; test_losses.py and test_dpo_kernel.py hold the two equal
         fused = kernels.dpo_loss(logprob_N, response_N, reference_2P, beta, smoothing, name)
         loss_P, policy_2P, reward_2P, margin_P = fused
     else:
         policy_2P = kernels.response_sums(logprob_N, response_N, len(reference_2P))
         ratio_2P = policy_2P - reference_2P
+        reward_2P = beta * ratio_2P
+        margin_P = beta * (ratio_2P[0::2] - ratio_2P[1::2])
+        if name == "ipo":  # which averages over a response's tokens
+            ratio_2P = ratio_2P / torch.bincount(response_N, minlength=len(ratio_2P))
         h_P = ratio_2P[0::2] - ratio_2P[1::2]
         loss_P = OBJECTIVES[name](h_P, beta, smoothing)
-        policy_2P, reward_2P, margin_P = (
-            x.detach() for x in (policy_2P, beta * ratio_2P, beta * h_P)
-        )
+        policy_2P, reward_2P, margin_P = (x.detach() for x in (policy_2P, reward_2P, margin_P))
     return {
         "loss": loss_P,
         "rewards/chosen": reward_2P[0::2],
