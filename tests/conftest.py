@@ -37,6 +37,20 @@ def cache_folder(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("ZEPHYR_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """A cache of the test's own."""
+    monkeypatch.setenv("ZEPHYR_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def tokenizer():
+    """A small one of byte pairs."""
+    from benchmarks import fuzz
+
+    return fuzz.tokenizer()
+
+
 @dataclass
 class Limits:
     """What of a config `zephyr.data` reads; the lengths are recipe B's."""

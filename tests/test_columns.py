@@ -12,19 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_forms import GOOD, HI, chat, gpt, human, save, scored
 
-from benchmarks import fuzz
 from conftest import Limits
 from zephyr import data, feedback, files, forms
 
-
-@pytest.fixture
-def tokenizer():
-    return fuzz.tokenizer()
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("ZEPHYR_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def parquet(path: Path, rows: list[dict], schema=None) -> tuple[str]:

@@ -7,20 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import fuzz
 from conftest import Limits, shared
 from zephyr import data, feedback, files, forms
 from zephyr.tokenizer import conversation
 
-
-@pytest.fixture
-def tokenizer():
-    return fuzz.tokenizer()
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("ZEPHYR_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def chat(*contents, system=None):
