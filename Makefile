@@ -44,11 +44,12 @@ bench-7b: $(READY)   ## DPO at 7B beside a control and TRL, on one H200: under 1
 clean:   ## remove .venv and runs
 	rm -rf .venv .venv-torch-* runs
 
-# torch comes first and alone, so that nothing else picks a different build of it
+# torch comes first and alone, so that nothing else picks a different build of it; the interpreter
+# of an older torch's Triton needs an older numpy
 $(VENV)/ready: setup.py constraints.txt
 	python3 -m venv $(VENV)
 	grep -v $(if $(TORCH),'^torch==\|^triton==\|^numpy==','^$$') constraints.txt > $(VENV)/constraints.txt
-	$(if $(TORCH),echo 'numpy<2.4' >> $(VENV)/constraints.txt)  # for the interpreter of Triton 3.6
+	$(if $(TORCH),echo 'numpy<2.4' >> $(VENV)/constraints.txt)
 	$(VENV)/bin/python -m pip install -q "$(if $(TORCH),torch==$(TORCH),$$(grep '^torch==' constraints.txt))"
 	$(VENV)/bin/python -m pip install -q -c $(VENV)/constraints.txt -e '.[test]'
 	@touch $@

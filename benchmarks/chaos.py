@@ -46,6 +46,7 @@ LONG, SHORT = 60, 24  # steps: of the run that is killed and killed again, and o
 PATIENCE = 120.0  # seconds in which a run gets anywhere, or ends
 TRIES = 5  # of what depends on the moment
 
+
 class NotArranged(Exception):
     """What was to happen to a run did not come about, so that nothing was learned."""
 
@@ -262,7 +263,7 @@ def kills(place: Path, count: int, rng: random.Random) -> None:
     line("kills", done["kills"])
     line("  inside a save", done["save"])
     line("  inside an evaluation", done["evaluation"] or "not tried")
-    line("  inside the export", done["export"])
+    line("  inside the export", done["export"] or "not tried")
     line("  while it started", done["start"])
     line("  of one rank alone", done["alone"], f"torchrun had ended after {slowest:.1f} s at most")
     line("resumes", len(plan))
@@ -315,7 +316,7 @@ def signals(place: Path, right: Trial, ranks: int, count: int, rng: random.Rando
     assert trial.ends() == 0
     trial.equals(right)
     how = "python: exit 143" if ranks == 1 else "torchrun: exit 1"
-    line(f"SIGTERM to {how}", sent, "one line each; steps recomputed 0; equal")
+    line(f"SIGTERM to {how}", sent or "not tried", "one line each; steps recomputed 0; equal")
 
 
 def second_signal(place: Path) -> None:
@@ -352,7 +353,8 @@ def full_disk(place: Path, right: Trial, attempt: int) -> None:
         trial = Trial(place, small / "full", 2, SHORT)
         with trial.going() as process, open(small / "ballast", "wb", buffering=0) as ballast:
             assert trial.reaches(process, 8)
-            assert trial.until(process, lambda: any(trial.out.glob("checkpoints/*.part")))
+            if not trial.until(process, lambda: any(trial.out.glob("checkpoints/*.part"))):
+                raise NotArranged("the run had ended before it could be met inside a save")
             fails(errno.ENOSPC, lambda: ballast.write(bytes(4096)), often=True)
             code = process.wait(PATIENCE)
         said = refused(trial, code)
@@ -386,7 +388,7 @@ def mount(*arguments: str, check: bool = True) -> int:
     """Mount's exit code. Raises NotArranged if it fails."""
     done = subprocess.run(["mount", *arguments], capture_output=True, text=True)
     if check and done.returncode:
-        raise NotArranged(f"{done.stderr.strip()}; it needs root")
+        raise NotArranged(done.stderr.strip() + "; it needs root" * (os.geteuid() != 0))
     return done.returncode
 
 

@@ -19,12 +19,12 @@ CPU = torch.device("cpu")
 GIB = 2**30
 
 
-def machine_of(root: Path, **files: dict[str, str] | str) -> Path:
+def machine_of(root: Path, **files: str) -> Path:
     """A folder like / with these files, `__` in a name for a slash."""
     for name, text in files.items():
         path = root / name.replace("__", "/")
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(str(text))
+        path.write_text(text)
     return root
 
 
@@ -91,7 +91,7 @@ def test_a_container_of_version_1_sees_its_own_group_as_the_root(tmp_path):
 @pytest.mark.parametrize("lines", [[], ["0::/gone"], ["5:memory:/"], ["4:cpu:/x"]])
 def test_without_groups_or_limits_nothing_is_less(tmp_path, lines):
     assert machine._containers(tmp_path) == []
-    cgroups(tmp_path, *lines) if lines else None
+    cgroups(tmp_path, *lines)
     assert machine._containers(tmp_path) == []
 
 

@@ -147,7 +147,7 @@ def load(folder: str) -> tuple[Mistral, Tokenizer]:
     for note in [*notes, *machine.tune_allocators()]:
         print(note, file=sys.stderr)
     cuda = torch.cuda.is_available()
-    # one query against a masked cache; cuDNN, which torch would take, is made for many of them
+    # of one query against a masked cache cuDNN's attention, torch's first choice, is untried here
     torch.backends.cuda.enable_cudnn_sdp(False)
     with torch.device("meta"):
         model = Mistral(shape).to(torch.bfloat16 if cuda else torch.float32)

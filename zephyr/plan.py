@@ -67,6 +67,7 @@ def occupied(
     c: MistralConfig, t: Training, ranks: int, load: Load, recompute: str, reshard: bool
 ) -> dict[str, float]:
     """Bytes of one GPU by part, at the peak of a micro-batch of `load`."""
+    # --precision auto is bf16 on every card there is a plan for
     itemsize, shards = 2 if t.precision != "fp32" else 4, ranks // t.replicas
     parts: dict[str, float] = {**costs.state(c, shards, t.adam_state)}
     fsdp = {} if costs.plain(ranks, t.precision, t.masters) else costs.sharding(

@@ -52,7 +52,7 @@ def train(
     learning rate; yields what each step saw before its update."""
     reference = copy.deepcopy(policy).requires_grad_(False)
     optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.999), weight_decay=0.0)
-    for batch, rate in zip(batches, rates, strict=False):
+    for batch, rate in zip(batches, rates, strict=True):
         losses, seen = [], []
         for prompt, *responses in batch:
             of_policy = [logprob(policy, prompt, response) for response in responses]
