@@ -48,7 +48,7 @@ def v1(root: Path, where: str, limit: int, used: int, inactive: int) -> None:
 
 
 def cgroups(root: Path, *lines: str) -> Path:
-    return machine_of(root, proc__self__cgroup="\n".join(lines) + "\n")
+    return machine_of(root, proc__self__cgroup="".join(f"{line}\n" for line in lines))
 
 
 def test_a_container_of_version_2(tmp_path):
