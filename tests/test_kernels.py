@@ -255,6 +255,29 @@ def test_under_autocast_the_head_is_bf16(device, implementation):
         assert torch.equal(a, b.float())
 
 
+@pytest.mark.parametrize("n, room, sizes", [
+    (1100, 1.5, [384, 384, 332]),  # of 512 rows at most, even chunks of whole tiles
+    (1100, 1.16, [176] * 6 + [44]),  # what is left beside G, below a tile as it is
+    (1100, 0.9, [384, 384, 332]),  # too little for G: logits have all of it
+    (5, 9.0, [5]),
+])  # fmt: skip
+def test_with_and_without_a_gradient_the_chunks_are_the_same(n, room, sizes, monkeypatch):
+    """A matmul of other sizes may round in another way. `room` is the workspace, in times G."""
+    monkeypatch.setenv("ZEPHYR_KERNELS", "torch")
+    h, w, targets, _ = inputs(n, 4, 30, torch.float32)
+    original, found = fused_logprob.row_step, {False: [], True: []}
+    for gradient in (False, True):
+        def seen(z, *rest, sizes=found[gradient]):
+            sizes.append(len(z))
+            return original(z, *rest)
+
+        monkeypatch.setattr(fused_logprob, "row_step", seen)
+        kernels.linear_logprob(
+            h.requires_grad_(gradient), w, targets, workspace=int(room * n * 30 * 4)
+        )
+    assert found == {False: sizes, True: sizes}
+
+
 def test_without_a_gradient_nothing_of_n_by_v_is_kept(implementation, monkeypatch):
     monkeypatch.setitem(fused_logprob.ROWS, "cpu", 8)
     h, w, targets, _ = inputs(64, 4, 300, torch.bfloat16)
