@@ -25,7 +25,8 @@ test-gpu: $(READY)   ## what needs one GPU: kernels, attention, a step in which 
 	$(PYTHON) -m pytest -q -m gpu
 
 lint: $(READY)   ## ruff
-	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check -q .
+	$(PYTHON) -m ruff check -q .
 
 chaos: $(READY)   ## break runs: kills, full disks, cut cables, hostile files; 15 minutes
 	$(PYTHON) -m benchmarks.chaos

@@ -23,17 +23,21 @@ RANKS = torch.cuda.device_count() or min(2, CORES)
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
 STAGES = {
     "dSFT: learn to answer from the birds' conversations": [
-        *TORCHRUN, "train_sft.py", "--resume", "fresh",
+        *TORCHRUN,
+        "train_sft.py",
+        "--resume",
+        "fresh",
     ],
     "AI feedback: the judge's scores become preference pairs": [
-        "-m", "zephyr.feedback", str(toy.FOLDER / "ultrafeedback.train.jsonl.gz"),
-        "--out", str(toy.FOLDER / "pairs.train.jsonl.gz"),
+        "-m",
+        "zephyr.feedback",
+        str(toy.FOLDER / "ultrafeedback.train.jsonl.gz"),
+        "--out",
+        str(toy.FOLDER / "pairs.train.jsonl.gz"),
     ],
     "dDPO: prefer what the judge preferred": [*TORCHRUN, "train_dpo.py", "--resume", "fresh"],
-    "curves": [
-        "-m", "zephyr.metrics", f"{RUNS}/sft", f"{RUNS}/dpo", "--out", f"{RUNS}/curves.png",
-    ],
-}  # fmt: skip
+    "curves": ["-m", "zephyr.metrics", f"{RUNS}/sft", f"{RUNS}/dpo", "--out", f"{RUNS}/curves.png"],
+}
 
 
 def main() -> None:
@@ -49,8 +53,10 @@ def main() -> None:
     prompts = [row["instruction"] for row in rows]
     answers = {stage: sample(f"{RUNS}/{stage}/model", prompts) for stage in ("sft", "dpo")}
     print(verdict(prompts, answers))
-    print(f"\n{time.time() - began:.0f} s; curves: {RUNS}/curves.png; talk to it: "
-          f"python -m zephyr.generate {RUNS}/dpo/model")  # fmt: skip
+    print(
+        f"\n{time.time() - began:.0f} s; curves: {RUNS}/curves.png; talk to it: "
+        f"python -m zephyr.generate {RUNS}/dpo/model"
+    )
 
 
 def sample(folder: str, prompts: list[str]) -> list[str]:

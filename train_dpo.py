@@ -1,7 +1,7 @@
 """dDPO: direct preference optimization on AI feedback, the second stage of Zephyr.
 
-    python train_dpo.py                                  the tiny recipe, on whatever there is
-    torchrun --nproc-per-node 8 train_dpo.py zephyr-7b-dpo --model PATH --data PATH --out RUN
+python train_dpo.py                                  the tiny recipe, on whatever there is
+torchrun --nproc-per-node 8 train_dpo.py zephyr-7b-dpo --model PATH --data PATH --out RUN
 """
 
 from functools import partial
@@ -37,25 +37,28 @@ def main() -> None:
         return pairs
 
     def plan(pairs: data.Tokens, shuffle: bool) -> PairPlan:
-        return parallel.together(lambda: PairPlan(
-            pairs, c.batch, c.microbatch_tokens, c.seed, ranks.rank, ranks.size, shuffle,
-        ))  # fmt: skip
+        return parallel.together(
+            lambda: PairPlan(
+                pairs, c.batch, c.microbatch_tokens, c.seed, ranks.rank, ranks.size, shuffle
+            )
+        )
 
     pairs, unseen = read(c.data), read(c.eval_data) if c.eval_data else None
     lengths = [x.pair_lengths() for x in (pairs, unseen) if x]
     c = parallel.fitted(c, shape, ranks, np.concatenate(lengths))
     train, held_out = plan(pairs, shuffle=True), unseen and plan(unseen, shuffle=False)
-    steps, notes = parallel.together(lambda: optim.steps(
-        c, train.steps_per_epoch, len(pairs), "pair", ranks.size,
-    ))  # fmt: skip
+    steps, notes = parallel.together(
+        lambda: optim.steps(c, train.steps_per_epoch, len(pairs), "pair", ranks.size)
+    )
     ranks.say(*notes)
 
     origin = parallel.on_first(lambda: weights.digest(c.model))
     with Run(c, {"data": train.data.digest, "model": origin}, ranks) as run:
         if run.finished:
             return parallel.finish()
-        build = partial(parallel.build, shape, ranks, c.precision, c.recompute, c.masters,
-                        c.compile, c.reshard)  # fmt: skip
+        build = partial(
+            parallel.build, shape, ranks, c.precision, c.recompute, c.masters, c.compile, c.reshard
+        )
         policy = build()
         parallel.together(lambda: weights.load(c.model, policy))
         # before any forward: see optim.adamw
@@ -69,9 +72,18 @@ def main() -> None:
             unseen_steps = held_out and held_out.steps_per_epoch
             anchors = [cached(train, steps), held_out and cached(held_out, unseen_steps)]
         start, kept = run.load(policy, optimizer)
-        log = metrics.Log(c.out, steps, losses.METRICS, start_step=start, every=c.log_every,
-                          rank=ranks.rank, world=ranks.size, device=ranks.device,
-                          kept=kept.get("log", ()), profile=c.profile)  # fmt: skip
+        log = metrics.Log(
+            c.out,
+            steps,
+            losses.METRICS,
+            start_step=start,
+            every=c.log_every,
+            rank=ranks.rank,
+            world=ranks.size,
+            device=ranks.device,
+            kept=kept.get("log", ()),
+            profile=c.profile,
+        )
         guard = Guard(c.on_nonfinite, train.data.where, ranks, kept.get("guard", ()))
         parallel.tighten(c.timeout)
 
@@ -105,8 +117,9 @@ def main() -> None:
                     log.add(len(batch.pairs), per_pair, **metrics.work(shape, batch))
                 if step == 0:
                     means = log.means.mean()
-                    losses.check_start(c.loss, c.beta, c.label_smoothing, means, c.precision,
-                                       anchors[0].exact)  # fmt: skip
+                    losses.check_start(
+                        c.loss, c.beta, c.label_smoothing, means, c.precision, anchors[0].exact
+                    )
                 done = step + 1
                 with log.phase("communication"):
                     broken = guard.broken()
@@ -121,9 +134,11 @@ def main() -> None:
 
         run.wait()
         parallel.tighten(parallel.PATIENCE)  # while the first rank writes, the others wait
-        parallel.together(lambda: weights.save(
-            policy, Path(c.out) / "model", base=c.model, empty_system=c.empty_system
-        ))  # fmt: skip
+        parallel.together(
+            lambda: weights.save(
+                policy, Path(c.out) / "model", base=c.model, empty_system=c.empty_system
+            )
+        )
         ranks.say(log.summary())
     parallel.finish()
 

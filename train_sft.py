@@ -1,7 +1,7 @@
 """dSFT: supervised fine-tuning on a teacher's conversations, the first stage of Zephyr.
 
-    python train_sft.py                                  the tiny recipe, on whatever there is
-    torchrun --nproc-per-node 8 train_sft.py zephyr-7b-sft --model PATH --data PATH --out RUN
+python train_sft.py                                  the tiny recipe, on whatever there is
+torchrun --nproc-per-node 8 train_sft.py zephyr-7b-sft --model PATH --data PATH --out RUN
 """
 
 from pathlib import Path
@@ -32,31 +32,52 @@ def main() -> None:
     def plan(paths: tuple[str, ...], shuffle: bool) -> DocumentPlan:
         documents = parallel.once_per_node(ranks, lambda: data.conversations(paths, tokenizer, c))
         ranks.say(documents.report("documents"))
-        return parallel.together(lambda: DocumentPlan(
-            documents, c.batch, c.max_length, c.microbatch_tokens, c.seed, ranks.rank, ranks.size,
-            c.train_on, shuffle,
-        ))  # fmt: skip
+        return parallel.together(
+            lambda: DocumentPlan(
+                documents,
+                c.batch,
+                c.max_length,
+                c.microbatch_tokens,
+                c.seed,
+                ranks.rank,
+                ranks.size,
+                c.train_on,
+                shuffle,
+            )
+        )
 
     train = plan(c.data, shuffle=True)
     held_out = plan(c.eval_data, shuffle=False) if c.eval_data else None
-    steps, notes = parallel.together(lambda: optim.steps(
-        c, train.steps_per_epoch, train.rows_per_epoch, "packed row", ranks.size,
-    ))  # fmt: skip
+    steps, notes = parallel.together(
+        lambda: optim.steps(
+            c, train.steps_per_epoch, train.rows_per_epoch, "packed row", ranks.size
+        )
+    )
     ranks.say(*notes)
 
     origin = parallel.on_first(lambda: weights.digest(c.model))
     with Run(c, {"data": train.data.digest, "model": origin}, ranks) as run:
         if run.finished:
             return parallel.finish()
-        model = parallel.build(shape, ranks, c.precision, c.recompute, c.masters, c.compile,
-                               c.reshard)  # fmt: skip
+        model = parallel.build(
+            shape, ranks, c.precision, c.recompute, c.masters, c.compile, c.reshard
+        )
         parallel.together(lambda: weights.load(c.model, model))
         optimizer = optim.adamw(model, c.weight_decay, c.adam_state)
         start, kept = run.load(model, optimizer)
-        log = metrics.Log(c.out, steps, ["loss"], start_step=start, every=c.log_every,
-                          rank=ranks.rank, world=ranks.size, device=ranks.device,
-                          bar=["loss", "tokens_per_second"], kept=kept.get("log", ()),
-                          profile=c.profile)  # fmt: skip
+        log = metrics.Log(
+            c.out,
+            steps,
+            ["loss"],
+            start_step=start,
+            every=c.log_every,
+            rank=ranks.rank,
+            world=ranks.size,
+            device=ranks.device,
+            bar=["loss", "tokens_per_second"],
+            kept=kept.get("log", ()),
+            profile=c.profile,
+        )
         guard = Guard(c.on_nonfinite, train.data.where, ranks, kept.get("guard", ()))
         parallel.tighten(c.timeout)
 
@@ -96,9 +117,11 @@ def main() -> None:
 
         run.wait()
         parallel.tighten(parallel.PATIENCE)  # while the first rank writes, the others wait
-        parallel.together(lambda: weights.save(
-            model, Path(c.out) / "model", base=c.model, empty_system=c.empty_system
-        ))  # fmt: skip
+        parallel.together(
+            lambda: weights.save(
+                model, Path(c.out) / "model", base=c.model, empty_system=c.empty_system
+            )
+        )
         ranks.say(log.summary())
     parallel.finish()
 

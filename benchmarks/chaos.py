@@ -71,10 +71,21 @@ class Trial:
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         self.python = [sys.executable, *(torchrun if ranks > 1 else [])]
         self.script = [
-            "train_dpo.py", "--model", str(place / "base"), "--data", str(place / "pairs.jsonl"),
-            "--eval-data", str(place / "test.jsonl"), "--out", str(out), *tiny.DPO, *RHYTHM,
-            "--steps", str(steps), *flags,
-        ]  # fmt: skip
+            "train_dpo.py",
+            "--model",
+            str(place / "base"),
+            "--data",
+            str(place / "pairs.jsonl"),
+            "--eval-data",
+            str(place / "test.jsonl"),
+            "--out",
+            str(out),
+            *tiny.DPO,
+            *RHYTHM,
+            "--steps",
+            str(steps),
+            *flags,
+        ]
         self.env = os.environ | {"OMP_NUM_THREADS": "1", "ZEPHYR_CACHE": str(place / "cache")}
         self.before: int | None = None
 
@@ -85,9 +96,13 @@ class Trial:
         self.before = self._metrics()
         with open(self.log, "w") as log:
             process = subprocess.Popen(
-                [*self.python, *options, *self.script, *also], cwd=ROOT, env=self.env,
-                stdout=log, stderr=log, start_new_session=True,
-            )  # fmt: skip
+                [*self.python, *options, *self.script, *also],
+                cwd=ROOT,
+                env=self.env,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
         try:
             yield process
         finally:
@@ -139,7 +154,7 @@ class Trial:
         text = self.log.read_text()
         lines = [line for line in text.splitlines() if line.startswith("train_dpo.py")]
         lines = [line for line in lines if line != "train_dpo.py FAILED"]  # that is torchrun
-        assert len(lines) == 1 and "train_dpo.py\", line" not in text, text[-6000:]
+        assert len(lines) == 1 and 'train_dpo.py", line' not in text, text[-6000:]
         return lines[0]
 
     def equals(self, other: "Trial") -> None:
@@ -251,8 +266,10 @@ def kills(place: Path, count: int, rng: random.Random) -> None:
         lost = max(0, reached - saved)
         assert lost <= 4, f"{lost} steps lost: more than the save under way and those since"
         recomputed, most = recomputed + lost, max(most, lost)
-        done["save"] += any(p.suffix == ".part" or p.name.startswith((".latest", ".trash"))
-                            for p in trial.out.glob("checkpoints/*"))  # fmt: skip
+        done["save"] += any(
+            p.suffix == ".part" or p.name.startswith((".latest", ".trash"))
+            for p in trial.out.glob("checkpoints/*")
+        )
         done["export"] += exporting(trial)
         done["start"] += kind == "start"
         done["evaluation"] += evaluating(trial)
@@ -468,8 +485,18 @@ def faulty(k: int, fault: str) -> Iterator[list[str]]:
         return Writing(real_open(file, mode, *args, **options))
 
     real_open = builtins.open
-    names = ("mkdir", "rename", "replace", "unlink", "rmdir", "symlink", "chmod", "fchmod", "fsync",
-             "open")  # fmt: skip
+    names = (
+        "mkdir",
+        "rename",
+        "replace",
+        "unlink",
+        "rmdir",
+        "symlink",
+        "chmod",
+        "fchmod",
+        "fsync",
+        "open",
+    )
     real = {name: getattr(os, name) for name in names}
     try:
         builtins.open = io.open = opened
@@ -559,9 +586,10 @@ def each_call(place: Path, fault: str, background: bool) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.chaos", description=__doc__,
+        prog="python -m benchmarks.chaos",
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     parser.add_argument("--kills", type=int, default=50, help="SIGKILLs, 8 or more [50]")
     parser.add_argument("--seed", type=int, default=0, help="of their moments [0]")
     parser.add_argument("--out", type=Path, help="a folder for the runs, which stay [none stays]")
@@ -578,8 +606,10 @@ def main() -> None:
                 each_call(place, fault, background)
         right = {ranks: Trial(place, place / f"right-{ranks}", ranks, SHORT) for ranks in (1, 2)}
         assert [trial.ends() for trial in right.values()] == [0, 0]
-        for what, scenario in (("disk full inside a save", full_disk),
-                               ("disk read-only between saves", read_only_disk)):  # fmt: skip
+        for what, scenario in (
+            ("disk full inside a save", full_disk),
+            ("disk read-only between saves", read_only_disk),
+        ):
             arranged(what, partial(scenario, place, right[2]))
         for ranks in (1, 2):
             signals(place, right[ranks], ranks, min(5, o.kills), rng)

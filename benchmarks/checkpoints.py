@@ -42,12 +42,20 @@ def seconds(act: Callable[[], object]) -> float:
 def shape(width: int, layers: int) -> MistralConfig:
     """Mistral's proportions at another width."""
     return MistralConfig(
-        vocab_size=32000, hidden_size=width, intermediate_size=7 * width // 2,
-        num_hidden_layers=layers, num_attention_heads=width // 64,
-        num_key_value_heads=width // 256, head_dim=64, sliding_window=4096,
-        max_position_embeddings=32768, rms_norm_eps=1e-5, rope_theta=10000.0,
-        tie_word_embeddings=False, model_type="mistral",
-    )  # fmt: skip
+        vocab_size=32000,
+        hidden_size=width,
+        intermediate_size=7 * width // 2,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        num_key_value_heads=width // 256,
+        head_dim=64,
+        sliding_window=4096,
+        max_position_embeddings=32768,
+        rms_norm_eps=1e-5,
+        rope_theta=10000.0,
+        tie_word_embeddings=False,
+        model_type="mistral",
+    )
 
 
 def batch(tokens: int) -> packing.Batch:
@@ -128,21 +136,40 @@ def main() -> None:
     stall, total = statistics.median(stalls[1:]), statistics.median(sealed[1:])
     share = FULL * 12 / RANKS / size
     figures = {
-        "parameters": size // 12, "bytes": size, "step_s": plain,
-        "stall_s": stall, "stall_first_s": stalls[0], "stall_steps": stall / plain,
-        "step_while_writing_s": statistics.median(during[1:]), "sealed_s": total,
-        "sync_s": min(sync), "load_s": loaded, "copy_s": copy, "write_s": wrote, "read_s": read,
-        "sha256_s": summed, "torch": torch.__version__, "cores": os.cpu_count(),
-    }  # fmt: skip
-    print(f"{size / 12e6:.0f} M parameters, {size / GIB:.2f} GiB of state, {written / GIB:.2f} GiB "
-          f"written; a step of {len(work.tokens_T)} tokens takes {plain:.2f} s")
-    print(f"asynchronous  training stands {stall:.2f} s, {stall / plain:.1%} of a step (the first "
-          f"time {stalls[0]:.2f} s); sealed after {total:.2f} s; a bare copy takes {copy:.2f} s")
-    print(f"synchronous   {min(sync):.2f} s; a bare write and fsync {wrote:.2f} s, sha256 "
-          f"{summed:.2f} s")
+        "parameters": size // 12,
+        "bytes": size,
+        "step_s": plain,
+        "stall_s": stall,
+        "stall_first_s": stalls[0],
+        "stall_steps": stall / plain,
+        "step_while_writing_s": statistics.median(during[1:]),
+        "sealed_s": total,
+        "sync_s": min(sync),
+        "load_s": loaded,
+        "copy_s": copy,
+        "write_s": wrote,
+        "read_s": read,
+        "sha256_s": summed,
+        "torch": torch.__version__,
+        "cores": os.cpu_count(),
+    }
+    print(
+        f"{size / 12e6:.0f} M parameters, {size / GIB:.2f} GiB of state, {written / GIB:.2f} GiB "
+        f"written; a step of {len(work.tokens_T)} tokens takes {plain:.2f} s"
+    )
+    print(
+        f"asynchronous  training stands {stall:.2f} s, {stall / plain:.1%} of a step (the first "
+        f"time {stalls[0]:.2f} s); sealed after {total:.2f} s; a bare copy takes {copy:.2f} s"
+    )
+    print(
+        f"synchronous   {min(sync):.2f} s; a bare write and fsync {wrote:.2f} s, sha256 "
+        f"{summed:.2f} s"
+    )
     print(f"load          {loaded:.2f} s with its sums checked; a bare read {read:.2f} s")
-    print(f"by bytes, one of eight ranks with Mistral-7B has {share:.1f} x as many: on this "
-          f"machine {share * stall:.1f} s of stall, {share * total:.1f} s to the seal")
+    print(
+        f"by bytes, one of eight ranks with Mistral-7B has {share:.1f} x as many: on this "
+        f"machine {share * stall:.1f} s of stall, {share * total:.1f} s to the seal"
+    )
     about = disk.read_json(behind.out / "run.json")
     figures |= {name: about[name] for name in ("started", "device", "commit")}
     if o.json:

@@ -55,10 +55,15 @@ CONTENDERS = {  # each with the modules without which it is left out, and second
     "trl": Part("DPOTrainer", 330, (), ("trl", "datasets")),
 }
 COLUMNS = {
-    "pairs/s": ("pairs_per_second", 3), "tokens/s": ("tokens_per_second", 0),
-    "unshared": ("unshared_per_second", 0), "MFU": ("mfu", 3), "MFU unshared": ("unshared_mfu", 3),
-    "peak GiB": ("peak_gib", 2), "reference s": ("reference", 1), "hours": ("hours", 2),
-}  # fmt: skip
+    "pairs/s": ("pairs_per_second", 3),
+    "tokens/s": ("tokens_per_second", 0),
+    "unshared": ("unshared_per_second", 0),
+    "MFU": ("mfu", 3),
+    "MFU unshared": ("unshared_mfu", 3),
+    "peak GiB": ("peak_gib", 2),
+    "reference s": ("reference", 1),
+    "hours": ("hours", 2),
+}
 # prompt/chosen/rejected: one of each 64th of AlpacaEval's pairs, ordered by length, in Mistral's
 # tokens and Zephyr's template; scaled to UltraFeedback's means after the cut to 512 and 1024
 LENGTHS = """
@@ -79,9 +84,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
     about, _, notes = __doc__.partition("\n")
     parser = argparse.ArgumentParser(
-        "python -m benchmarks.dpo_7b", description=about, epilog=notes,
+        "python -m benchmarks.dpo_7b",
+        description=about,
+        epilog=notes,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     home = KEPT if torch.cuda.is_available() else ROOT / "benchmarks" / "cpu"
     out = Path(os.environ.get("OUT") or home)
     add = parser.add_argument
@@ -159,9 +166,15 @@ def tokens(count: int):
     ids = special + (VOCABULARY - special) * np.where(chosen, share**4, share)
     places = np.stack([np.zeros(count), np.arange(count) + 1], 1).astype(np.int64)
     return Tokens(
-        ids.astype(np.uint16), np.zeros(1, bool), lengths.cumsum().reshape(-1, 3), "random",
-        {"kept": count, "rows": count}, "", places, ("random",),
-    )  # fmt: skip
+        ids.astype(np.uint16),
+        np.zeros(1, bool),
+        lengths.cumsum().reshape(-1, 3),
+        "random",
+        {"kept": count, "rows": count},
+        "",
+        places,
+        ("random",),
+    )
 
 
 def plan(o: argparse.Namespace, data):
@@ -200,10 +213,14 @@ def work(o: argparse.Namespace) -> list[dict[str, float]]:
         numbers = order.step(step).tolist()
         pairs = [data.pair(k) for k in numbers]
         shared, unshared = (metrics.work(shape, p(pairs, numbers)) for p in (pack_pairs, apart))
-        steps.append({
-            "tokens": shared["tokens"], "flops": shared["flops"],
-            "unshared": unshared["tokens"], "unshared_flops": unshared["flops"],
-        })  # fmt: skip
+        steps.append(
+            {
+                "tokens": shared["tokens"],
+                "flops": shared["flops"],
+                "unshared": unshared["tokens"],
+                "unshared_flops": unshared["flops"],
+            }
+        )
     return steps
 
 
@@ -271,9 +288,11 @@ def control(o: argparse.Namespace, place: Path) -> dict:
 
         def forward(self, batch) -> Tensor:
             h_TD = self.model(
-                batch.tokens_T[None], position_ids=batch.layout.position_T[None], use_cache=False,
+                batch.tokens_T[None],
+                position_ids=batch.layout.position_T[None],
+                use_cache=False,
                 layout=batch.layout,
-            ).last_hidden_state[0]  # fmt: skip
+            ).last_hidden_state[0]
             return head(h_TD[batch.predict_N], self.lm_head.weight, batch.targets_N)
 
     class Apart(data.Tokens):
@@ -312,11 +331,16 @@ def trl(o: argparse.Namespace, place: Path) -> dict:
     order, cached = plan(o, data), o.trl_reference == "cached"
     words = Tokenizer(WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2}, "<unk>"))
     return vs_trl.trainer(
-        o, build(), PreTrainedTokenizerFast(tokenizer_object=words, pad_token="</s>"),
+        o,
+        build(),
+        PreTrainedTokenizerFast(tokenizer_object=words, pad_token="</s>"),
         [[data.pair(k) for k in order.step(step)] for step in range(o.steps)],
-        None if cached else build(), output_dir=str(place / "run"), bf16=o.precision == "bf16",
-        per_device_train_batch_size=o.trl_pairs, precompute_ref_log_probs=cached,
-    )  # fmt: skip
+        None if cached else build(),
+        output_dir=str(place / "run"),
+        bf16=o.precision == "bf16",
+        per_device_train_batch_size=o.trl_pairs,
+        precompute_ref_log_probs=cached,
+    )
 
 
 def child(o: argparse.Namespace) -> None:
@@ -402,8 +426,11 @@ def compare(o: argparse.Namespace) -> str:
         print(f"{name}:", *(f"{k} {v:.3g}" for k, v in ran[name]["phases"].items()), sep="  ")
     for name, end in ends.items():
         print(f"{name}: {end}", flush=True)
-    bad = [f"{name} {end}" for name, end in ends.items()
-           if name not in results and not end.startswith("left out: it needs")]  # fmt: skip
+    bad = [
+        f"{name} {end}"
+        for name, end in ends.items()
+        if name not in results and not end.startswith("left out: it needs")
+    ]
     return "; ".join(filter(None, [*bad, ran and vs_trl.verdict(ran, o.precision)]))
 
 

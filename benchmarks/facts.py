@@ -35,9 +35,12 @@ LENGTHS = [(170, 320, 290), (512, 511, 1), (3, 700, 200), (40, 1, 90), (300, 120
 WINDOWS = [None, 4096, 100]
 PAIRS = 20  # of LENGTHS[0], to time: about 16k tokens
 LINEAR = {  # inputs and outputs of Mistral-7B's linear layers
-    "q, o": (4096, 4096), "k, v": (4096, 1024), "gate, up": (4096, 14336), "down": (14336, 4096),
+    "q, o": (4096, 4096),
+    "k, v": (4096, 1024),
+    "gate, up": (4096, 14336),
+    "down": (14336, 4096),
     "head": (4096, 32000),
-}  # fmt: skip
+}
 ROWS = (8192, 16384)
 SIDE, SECONDS = 8192, 60  # of the square matmul that shows the sustained clock
 SENSORS = ("clocks.sm", "power.draw", "temperature.gpu")  # MHz, W, °C
@@ -108,12 +111,16 @@ def varlen() -> list[Row]:
         ms = timing.medians(calls, timed, REPEAT)
         flops = 4 * HEADS * HEAD * many.attended(window)  # three times that with the backward
         rates = [flops / ms["forward"] / 1e9, 3 * flops / ms["both"] / 1e9]
-        rows.append({"window": window, "errors": found, "wrong": not right, "ms": ms,
-                     "tflops": rates})  # fmt: skip
+        rows.append(
+            {"window": window, "errors": found, "wrong": not right, "ms": ms, "tflops": rates}
+        )
         told = ", ".join(f"{x:.1e} ({y:.1e})" for x, y in zip(*found.values(), strict=True))
-        print(f"window {window}: errors of output, dq, dk, dv (the reference's) {told}; "
-              f"{ms['forward']:.2f} ms forward, {rates[0]:.0f} TFLOP/s; {ms['both']:.2f} ms with "
-              f"backward, {rates[1]:.0f} TFLOP/s", flush=True)  # fmt: skip
+        print(
+            f"window {window}: errors of output, dq, dk, dv (the reference's) {told}; "
+            f"{ms['forward']:.2f} ms forward, {rates[0]:.0f} TFLOP/s; {ms['both']:.2f} ms with "
+            f"backward, {rates[1]:.0f} TFLOP/s",
+            flush=True,
+        )
     return rows
 
 
@@ -121,17 +128,24 @@ def matmuls() -> list[Row]:
     """TFLOP/s of x wᵀ in bf16, and with an fp32 output."""
     rows = []
     for M, (name, (inputs, outputs)) in itertools.product(ROWS, LINEAR.items()):
-        sets = [[torch.randn(n, inputs, device=CUDA, dtype=torch.bfloat16) for n in (M, outputs)]
-                for _ in range(2)]  # fmt: skip
-        calls = {"bf16": lambda x, w: torch.mm(x, w.T),
-                 "fp32": lambda x, w: torch.mm(x, w.T, out_dtype=torch.float32)}  # fmt: skip
+        sets = [
+            [torch.randn(n, inputs, device=CUDA, dtype=torch.bfloat16) for n in (M, outputs)]
+            for _ in range(2)
+        ]
+        calls = {
+            "bf16": lambda x, w: torch.mm(x, w.T),
+            "fp32": lambda x, w: torch.mm(x, w.T, out_dtype=torch.float32),
+        }
         for call in calls.values():
             call(*sets[0])
         ms = timing.medians(calls, sets, REPEAT)
         tflops = {kind: 2 * M * inputs * outputs / t / 1e9 for kind, t in ms.items()}
         rows.append({"layer": name, "M": M, "inputs": inputs, "outputs": outputs, "tflops": tflops})
-        print(f"{name:9} M {M:5}  {inputs:5} -> {outputs:5}  bf16 {tflops['bf16']:.0f}, "
-              f"fp32 output {tflops['fp32']:.0f} TFLOP/s", flush=True)  # fmt: skip
+        print(
+            f"{name:9} M {M:5}  {inputs:5} -> {outputs:5}  bf16 {tflops['bf16']:.0f}, "
+            f"fp32 output {tflops['fp32']:.0f} TFLOP/s",
+            flush=True,
+        )
     return rows
 
 
@@ -140,8 +154,10 @@ def transfers() -> list[Row]:
     read and written both count."""
     device = torch.arange(2**28, dtype=torch.int32, device=CUDA)
     host = device.cpu().pin_memory()
-    calls = {"host to device": lambda d, h: d.copy_(h, non_blocking=True),
-             "device to host": lambda d, h: h.copy_(d, non_blocking=True)}  # fmt: skip
+    calls = {
+        "host to device": lambda d, h: d.copy_(h, non_blocking=True),
+        "device to host": lambda d, h: h.copy_(d, non_blocking=True),
+    }
     ms = timing.medians(calls, [(device, host)], REPEAT)
     rows = [{"copy": name, "gbs": device.nbytes / t / 1e6} for name, t in ms.items()]
     rows.append({"copy": "inside the device", "gbs": timing.copy_gbs(CUDA, 2**32, REPEAT)})
@@ -152,8 +168,10 @@ def transfers() -> list[Row]:
 def clock() -> list[Row]:
     """A minute of square matmuls: the rate of each second, and the sensors at its end."""
     a, b = (torch.randn(SIDE, SIDE, device=CUDA, dtype=torch.bfloat16) for _ in range(2))
-    out, query = torch.mm(a, b), ["nvidia-smi", f"--query-gpu={','.join(SENSORS)}",
-                                  "--format=csv,noheader,nounits"]  # fmt: skip
+    out, query = (
+        torch.mm(a, b),
+        ["nvidia-smi", f"--query-gpu={','.join(SENSORS)}", "--format=csv,noheader,nounits"],
+    )
     once = timing.medians({"": lambda a, b: torch.mm(a, b, out=out)}, [(a, b)], REPEAT)[""]
     many, rows = max(1, int(1e3 / once)), []
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(SECONDS + 1)]
@@ -169,8 +187,10 @@ def clock() -> list[Row]:
         row["tflops"] = many * 2 * SIDE**3 / start.elapsed_time(end) / 1e9
     first, last = (statistics.mean(row["tflops"] for row in x) for x in (rows[:3], rows[-10:]))
     told = ", ".join(f"{name} {rows[-1][name]}" for name in SENSORS)
-    print(f"{SIDE}^3 bf16 for {SECONDS} s: {first:.0f} TFLOP/s in the first 3 s, {last:.0f} in the "
-          f"last 10; then {told}")  # fmt: skip
+    print(
+        f"{SIDE}^3 bf16 for {SECONDS} s: {first:.0f} TFLOP/s in the first 3 s, {last:.0f} in the "
+        f"last 10; then {told}"
+    )
     return rows
 
 

@@ -53,27 +53,88 @@ from zephyr import (
     huggingface,
     original,
     tokenizer_json,
-)  # fmt: skip
+)
 from zephyr.model import Mistral
 from zephyr.tokenizer import Tokenizer
 
 MESSAGE = 600  # characters, of which the path in a test may be half
 ODD = [  # JSON that a row or a config should not hold
-    b"null", b"true", b"false", b"0", b"-1", b"1.5", b"1e400", b"-0.0", b"NaN", b"-Infinity", b'""',
-    b"[]", b"{}", b"[[]]", b'[null,"a",{"b":[1]}]', b'{"a":1,"a":2}', b"9" * 30, b"9" * 5000,
-    b"18446744073709551616", b"9223372036854775807", b"[" * 60 + b"]" * 60,
-    b"[" * 900 + b"]" * 900, b"[" * 100_000 + b"]" * 100_000, b'{"a":' * 300 + b"1" + b"}" * 300,
-    b'"../x"', b'"/etc/passwd"', b'"C:\\\\x.safetensors"', b'"a\\u0000b"', b'"\\u001b[2J"',
-    b'"\\ud800"', b'"\\u2028"', '"\u202e\u2028\x85"'.encode(), b'"' + b"x" * 3000 + b'"',
-    b'"\\n\\nHuman: a"', b'"[INST] a [/INST]"', b'{"from":"gpt","value":"a"}', b'"mistral"',
-    b'"</s><|assistant|>"', b'"F6_E2M3"', b'"assistant"', b'"system"', b'"N/A"',
-    b"[0,9223372036854775808]", b"[1,1,1,1,1,1,1,1,1,1,1,1,1]", b"1e308", b"-1e308",
-]  # fmt: skip
+    b"null",
+    b"true",
+    b"false",
+    b"0",
+    b"-1",
+    b"1.5",
+    b"1e400",
+    b"-0.0",
+    b"NaN",
+    b"-Infinity",
+    b'""',
+    b"[]",
+    b"{}",
+    b"[[]]",
+    b'[null,"a",{"b":[1]}]',
+    b'{"a":1,"a":2}',
+    b"9" * 30,
+    b"9" * 5000,
+    b"18446744073709551616",
+    b"9223372036854775807",
+    b"[" * 60 + b"]" * 60,
+    b"[" * 900 + b"]" * 900,
+    b"[" * 100_000 + b"]" * 100_000,
+    b'{"a":' * 300 + b"1" + b"}" * 300,
+    b'"../x"',
+    b'"/etc/passwd"',
+    b'"C:\\\\x.safetensors"',
+    b'"a\\u0000b"',
+    b'"\\u001b[2J"',
+    b'"\\ud800"',
+    b'"\\u2028"',
+    '"\u202e\u2028\x85"'.encode(),
+    b'"' + b"x" * 3000 + b'"',
+    b'"\\n\\nHuman: a"',
+    b'"[INST] a [/INST]"',
+    b'{"from":"gpt","value":"a"}',
+    b'"mistral"',
+    b'"</s><|assistant|>"',
+    b'"F6_E2M3"',
+    b'"assistant"',
+    b'"system"',
+    b'"N/A"',
+    b"[0,9223372036854775808]",
+    b"[1,1,1,1,1,1,1,1,1,1,1,1,1]",
+    b"1e308",
+    b"-1e308",
+]
 TOKENS = [
-    b"\0", b"\n", b"\r\n", b"\n\n", b"\xff", b"\xef\xbb\xbf", b"\xe2\x80\xa8", b"\x1b[31m", b'"',
-    b"\\", b"{", b"}", b"[", b"]", b",", b":", b"a.b.c.d", b"'''", b"#", b"<html>", b"PAR1",
-    b"\x1f\x8b", b"version https://git-lfs", b"\xff\xfe", b"\xed\xa0\x80", b"\xff" * 8, *ODD,
-]  # fmt: skip
+    b"\0",
+    b"\n",
+    b"\r\n",
+    b"\n\n",
+    b"\xff",
+    b"\xef\xbb\xbf",
+    b"\xe2\x80\xa8",
+    b"\x1b[31m",
+    b'"',
+    b"\\",
+    b"{",
+    b"}",
+    b"[",
+    b"]",
+    b",",
+    b":",
+    b"a.b.c.d",
+    b"'''",
+    b"#",
+    b"<html>",
+    b"PAR1",
+    b"\x1f\x8b",
+    b"version https://git-lfs",
+    b"\xff\xfe",
+    b"\xed\xa0\x80",
+    b"\xff" * 8,
+    *ODD,
+]
 
 
 def mutate(seeds: list[bytes], rng: Random) -> bytes:
@@ -146,38 +207,99 @@ class Target(NamedTuple):
 
 
 CONFIG = {
-    "model_type": "mistral", "vocab_size": 300, "hidden_size": 32, "intermediate_size": 56,
-    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
-    "max_position_embeddings": 64, "sliding_window": 16, "rms_norm_eps": 1e-5, "rope_theta": 1e4,
-    "tie_word_embeddings": False, "torch_dtype": "float32", "bos_token_id": 1, "eos_token_id": [2],
-    "initializer_range": 0.02, "rope_scaling": None, "auto_map": {"AutoModel": "evil.Model"},
-}  # fmt: skip
-PARAMS = {"dim": 8, "n_layers": 1, "head_dim": 4, "hidden_dim": 12, "n_heads": 2, "n_kv_heads": 1,
-          "norm_eps": 1e-5, "vocab_size": 300, "sliding_window": 16}  # fmt: skip
+    "model_type": "mistral",
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 56,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "sliding_window": 16,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e4,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+    "bos_token_id": 1,
+    "eos_token_id": [2],
+    "initializer_range": 0.02,
+    "rope_scaling": None,
+    "auto_map": {"AutoModel": "evil.Model"},
+}
+PARAMS = {
+    "dim": 8,
+    "n_layers": 1,
+    "head_dim": 4,
+    "hidden_dim": 12,
+    "n_heads": 2,
+    "n_kv_heads": 1,
+    "norm_eps": 1e-5,
+    "vocab_size": 300,
+    "sliding_window": 16,
+}
 TURNS = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Yo."}]
 ROWS = [
     {"prompt": "Why?", "chosen": "Because.", "rejected": "No.", "messages": TURNS},
     {"chosen": TURNS, "rejected": [TURNS[0], TURNS[1] | {"content": "No."}], "messages": TURNS},
-    {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c",
-     "messages": [{"role": "system", "content": "Be kind."}, *TURNS]},
-    {"system": "Be kind.", "question": "Why?", "chosen": "Because.", "rejected": "No.",
-     "messages": TURNS},
-    {"instruction": "Add.", "input": "1 and 2", "output": "3", "chosen": "3", "rejected": "4",
-     "score_chosen": 1, "score_rejected": 2.5, "history": [], "tools": "[]"},
-    {"conversations": [{"from": "human", "value": "a", "weight": None},
-                       {"from": "gpt", "value": "b"}, {"from": "user", "value": "c"}],
-     "chosen": {"from": "gpt", "value": "So."}, "rejected": {"from": "gpt", "value": "No."}},
-    {"prompt": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:", "chosen": " d",
-     "rejected": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: e", "messages": TURNS},
-]  # fmt: skip
+    {
+        "chosen": "\n\nHuman: a\n\nAssistant: b",
+        "rejected": "\n\nHuman: a\n\nAssistant: c",
+        "messages": [{"role": "system", "content": "Be kind."}, *TURNS],
+    },
+    {
+        "system": "Be kind.",
+        "question": "Why?",
+        "chosen": "Because.",
+        "rejected": "No.",
+        "messages": TURNS,
+    },
+    {
+        "instruction": "Add.",
+        "input": "1 and 2",
+        "output": "3",
+        "chosen": "3",
+        "rejected": "4",
+        "score_chosen": 1,
+        "score_rejected": 2.5,
+        "history": [],
+        "tools": "[]",
+    },
+    {
+        "conversations": [
+            {"from": "human", "value": "a", "weight": None},
+            {"from": "gpt", "value": "b"},
+            {"from": "user", "value": "c"},
+        ],
+        "chosen": {"from": "gpt", "value": "So."},
+        "rejected": {"from": "gpt", "value": "No."},
+    },
+    {
+        "prompt": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:",
+        "chosen": " d",
+        "rejected": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: e",
+        "messages": TURNS,
+    },
+]
 
 
 def scored(count: int) -> list[dict]:
-    return [{"source": "flan", "instruction": f"Why {i}?", "completions": [
-        {"model": "m", "response": "a", "overall_score": 9, "annotations": {
-            "helpfulness": {"Rating": "4"}, "honesty": {"Rating": "N/A"}}},
-        {"model": "n", "response": "b", "overall_score": 2.5, "annotations": {}},
-    ]} for i in range(count)]  # fmt: skip
+    return [
+        {
+            "source": "flan",
+            "instruction": f"Why {i}?",
+            "completions": [
+                {
+                    "model": "m",
+                    "response": "a",
+                    "overall_score": 9,
+                    "annotations": {"helpfulness": {"Rating": "4"}, "honesty": {"Rating": "N/A"}},
+                },
+                {"model": "n", "response": "b", "overall_score": 2.5, "annotations": {}},
+            ],
+        }
+        for i in range(count)
+    ]
 
 
 SCORED = scored(3)
@@ -185,7 +307,7 @@ SCORED = scored(3)
 
 SETTINGS = config.DPOConfig(
     model="m", data=("d",), out="o", max_length=160, max_prompt_length=120, on_bad_row="skip"
-)  # fmt: skip
+)
 
 
 @cache
@@ -194,10 +316,15 @@ def pieces() -> bytes:
     out = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["Why? Because I can.", "a user and an assistant <|user|>"]),
-        model_writer=out, vocab_size=300, model_type="bpe", byte_fallback=True,
-        remove_extra_whitespaces=False, normalization_rule_name="identity", minloglevel=2,
+        model_writer=out,
+        vocab_size=300,
+        model_type="bpe",
+        byte_fallback=True,
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+        minloglevel=2,
         num_threads=1,
-    )  # fmt: skip
+    )
     return out.getvalue()
 
 
@@ -462,12 +589,15 @@ TARGETS = {
     "index": Target(disk.INDEX, index_seeds, read_weights, around=two_shards),
     "config": Target("config.json", config_seeds, read_config),
     "settings": Target(
-        "tokenizer_config.json", lambda: [b'{"add_eos_token": false, "chat_template": "{{ x }}"}'],
+        "tokenizer_config.json",
+        lambda: [b'{"add_eos_token": false, "chat_template": "{{ x }}"}'],
         read_settings,
     ),
     "tokenizer.json": Target("tokenizer.json", tokenizer_json_seeds, read_base, around=a_base),
     "added": Target(
-        "added_tokens.json", lambda: [b'{"<|im_start|>": 300, "<pad>": 301}'], read_base,
+        "added_tokens.json",
+        lambda: [b'{"<|im_start|>": 300, "<pad>": 301}'],
+        read_base,
         around=a_base,
     ),
     "adapter": Target(
@@ -486,7 +616,7 @@ TARGETS = {
     "conversations": Target("rows.jsonl", row_seeds, read_data(data.conversations)),
     "cache": Target("bytes", cache_seeds, read_cache),
     "feedback": Target("raw.jsonl", lambda: [lines(SCORED), lines(scored(120))], run_feedback),
-}  # fmt: skip
+}
 
 
 def attempt(target: Target, content: bytes, parent: Path) -> bool:
@@ -553,25 +683,33 @@ def fuzz(name: str, seed: int, seconds: float, limit: int, memory: int) -> bool:
         process.join()
         if process.exitcode == 0:
             rejected, accepted, peak = ours.recv()
-            print(f"{name:<14} {rejected + accepted:>8,} cases {rejected:>8,} rejected with one "
-                  f"line {accepted:>8,} accepted, 0 failures; memory + {peak:,.0f} MiB", flush=True)
+            print(
+                f"{name:<14} {rejected + accepted:>8,} cases {rejected:>8,} rejected with one "
+                f"line {accepted:>8,} accepted, 0 failures; memory + {peak:,.0f} MiB",
+                flush=True,
+            )
             return True
         if not (Path(folder) / f"{name}.bin").exists():
-            print(f"{name:<14} FAILED before its first case: {errors.read_text()[-3000:]}",
-                  flush=True)  # fmt: skip
+            print(
+                f"{name:<14} FAILED before its first case: {errors.read_text()[-3000:]}", flush=True
+            )
             return False
         content = (Path(folder) / f"{name}.bin").read_bytes()
         crash = Path(f"crash-{name}-{sha256(content).hexdigest()[:12]}.bin")
         crash.write_bytes(content)
-        cause = (signal.Signals(-process.exitcode).name if process.exitcode < 0
-                 else errors.read_text()[-3000:])  # fmt: skip
+        cause = (
+            signal.Signals(-process.exitcode).name
+            if process.exitcode < 0
+            else errors.read_text()[-3000:]
+        )
         print(f"{name:<14} FAILED on {crash}: {cause}", flush=True)
         return False
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("benchmarks.fuzz", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "benchmarks.fuzz", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("targets", nargs="*", metavar="TARGET", help=f"some of {', '.join(TARGETS)} [all]")
     add("--seconds", type=float, default=60, help="in all, shared evenly [60]")

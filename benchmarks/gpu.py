@@ -46,26 +46,44 @@ PARTS = {  # in the order of what a short lease should not miss
     ),
     "tests": Part("pytest -m gpu", 300, ("-m", "pytest", "-q", "-m", "gpu")),
     "wide": Part(
-        "the head at V = 128256", 120,
+        "the head at V = 128256",
+        120,
         (*BENCH, "--v", "128256", "--op", "linear_logprob", "no_grad", "row_kernel"),
     ),
     "clock": Part("a minute of matmuls", 90, fact("clock")),
     "trl": Part(
-        "DPO training of a 1.1 B model beside TRL's", 120,
-        ("-m", "benchmarks.vs_trl", "--shape", "1b", "--precision", "bf16", "--steps", "4",
-         "--batch", "16", "--trl-pairs", "8", "--json", "{out}/vs_trl.jsonl"),
+        "DPO training of a 1.1 B model beside TRL's",
+        120,
+        (
+            "-m",
+            "benchmarks.vs_trl",
+            "--shape",
+            "1b",
+            "--precision",
+            "bf16",
+            "--steps",
+            "4",
+            "--batch",
+            "16",
+            "--trl-pairs",
+            "8",
+            "--json",
+            "{out}/vs_trl.jsonl",
+        ),
         ("benchmarks.vs_trl", "trl", "datasets"),
     ),
-}  # fmt: skip
+}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The flags. Raises ValueError for a mistaken one."""
     about = "parts:\n" + "".join(f"  {name:10} {part.about}\n" for name, part in PARTS.items())
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu", description=__doc__.partition("\n")[0], epilog=about,
+        prog="python -m benchmarks.gpu",
+        description=__doc__.partition("\n")[0],
+        epilog=about,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     out = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "h200")
     parser.add_argument("--out", type=Path, default=out, help=f"folder of the results [{out}]")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="[all]")
@@ -92,9 +110,14 @@ def attempt(part: Part, out: Path, seconds: float, log) -> str:
     command = [sys.executable, *(word.replace("{out}", str(out)) for word in part.command)]
     began = time.monotonic()
     with subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        process_group=0, env=os.environ | {"PYTHONUNBUFFERED": "1"},
-    ) as process:  # fmt: skip
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        process_group=0,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    ) as process:
         timers = [
             threading.Timer(after, os.killpg, (process.pid, sent))
             for after, sent in ((seconds, signal.SIGINT), (seconds + GRACE, signal.SIGKILL))
@@ -128,8 +151,10 @@ def summary(path: Path) -> list[str]:
         if op in ("linear_logprob", "linear_dpo"):
             ms = ours["both_ms"]
             ratios = ", ".join(f"{r['implementation']} {r['both_ms'] / ms:.2f} x" for r in others)
-            lines.append(f"{op} {dtype} N {N} V {V}: {1 / ours['limit']:.3f} x the bare matmuls, "
-                         f"{ours['peak_mib']:.0f} MiB; {ratios}")  # fmt: skip
+            lines.append(
+                f"{op} {dtype} N {N} V {V}: {1 / ours['limit']:.3f} x the bare matmuls, "
+                f"{ours['peak_mib']:.0f} MiB; {ratios}"
+            )
     return lines
 
 

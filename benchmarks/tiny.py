@@ -12,10 +12,17 @@ from zephyr.tokenizer import Tokenizer
 WORDS = "the cat sat on a mat and the dog ran to it while rain fell over every hill".split()
 # rows reach beyond the window, and the vocabulary of 301 divides by no small number of ranks
 SHAPE = dict(
-    hidden_size=32, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=8, sliding_window=24, max_position_embeddings=2048,
-    rms_norm_eps=1e-5, rope_theta=1e4,
-)  # fmt: skip
+    hidden_size=32,
+    intermediate_size=56,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    sliding_window=24,
+    max_position_embeddings=2048,
+    rms_norm_eps=1e-5,
+    rope_theta=1e4,
+)
 # train_dpo.py's flags for it: the losses move, 64 pairs are 8 steps of about 60 ms on a CPU
 DPO = (
     "--epochs 1 --batch 8 --lr 1e-3 --warmup 0.2 --beta 0.1 --precision fp32 "
@@ -28,10 +35,16 @@ def tokenizer(folder: Path) -> None:
     with open(folder / "tokenizer.model", "wb") as file:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter([*WORDS, "<|user|> <|assistant|> <|system|>"] * 3),
-            model_writer=file, vocab_size=301, model_type="bpe", byte_fallback=True,
-            remove_extra_whitespaces=False, normalization_rule_name="identity", minloglevel=2,
-            hard_vocab_limit=False, num_threads=1,
-        )  # fmt: skip
+            model_writer=file,
+            vocab_size=301,
+            model_type="bpe",
+            byte_fallback=True,
+            remove_extra_whitespaces=False,
+            normalization_rule_name="identity",
+            minloglevel=2,
+            hard_vocab_limit=False,
+            num_threads=1,
+        )
 
 
 def make(folder: Path, pairs: int = 64) -> None:
@@ -51,8 +64,14 @@ def make(folder: Path, pairs: int = 64) -> None:
 
     def rows(count: int) -> list[dict]:
         asks = [said("user") for _ in range(count)]
-        return [{"prompt": ask["content"], "chosen": [ask, said("assistant")],
-                 "rejected": [ask, said("assistant")]} for ask in asks]  # fmt: skip
+        return [
+            {
+                "prompt": ask["content"],
+                "chosen": [ask, said("assistant")],
+                "rejected": [ask, said("assistant")],
+            }
+            for ask in asks
+        ]
 
     files.write_rows(folder / "pairs.jsonl", train := rows(pairs))
     files.write_rows(folder / "test.jsonl", rows(5))

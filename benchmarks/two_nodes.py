@@ -61,8 +61,9 @@ class Nodes:
         ip("-n", self.names[1], "link", "set", CABLE, state)
         carrier = ["-o", "link", "show", CABLE]
         deadline = time.monotonic() + 10
-        while any(("LOWER_UP" in ip("-n", name, *carrier)) != (state == "up")
-                  for name in self.names):  # fmt: skip
+        while any(
+            ("LOWER_UP" in ip("-n", name, *carrier)) != (state == "up") for name in self.names
+        ):
             if time.monotonic() > deadline:
                 raise SystemExit(f"the cable does not go {state}")
             time.sleep(0.01)
@@ -71,15 +72,30 @@ class Nodes:
         """torchrun with one rank on each node; what node k says goes to log.k."""
         started = []
         for k, name in enumerate(self.names):
-            meet = ["--nnodes", "2", "--nproc-per-node", "1", "--node-rank", str(k),
-                    "--master-addr", ADDRESSES[0], "--master-port", PORT]  # fmt: skip
+            meet = [
+                "--nnodes",
+                "2",
+                "--nproc-per-node",
+                "1",
+                "--node-rank",
+                str(k),
+                "--master-addr",
+                ADDRESSES[0],
+                "--master-port",
+                PORT,
+            ]
             cache = log.with_name(f"cache{k}")
             env = environment(GLOO_SOCKET_IFNAME=CABLE, ZEPHYR_CACHE=str(cache))
             with open(f"{log}.{k}", "w") as out:
-                started.append(subprocess.Popen(
-                    ["ip", "netns", "exec", name, *TORCHRUN, *meet, *command], cwd=ROOT, env=env,
-                    stdout=out, stderr=out,
-                ))  # fmt: skip
+                started.append(
+                    subprocess.Popen(
+                        ["ip", "netns", "exec", name, *TORCHRUN, *meet, *command],
+                        cwd=ROOT,
+                        env=env,
+                        stdout=out,
+                        stderr=out,
+                    )
+                )
         return started
 
 
@@ -106,9 +122,22 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def train(place: Path, out: Path) -> list[str]:
-    return ["train_dpo.py", "--model", str(place / "base"), "--data", str(place / "pairs.jsonl"),
-            "--out", str(out), *tiny.DPO, "--epochs", str(EPOCHS), "--save-every", str(EVERY),
-            "--timeout", str(TIMEOUT)]  # fmt: skip
+    return [
+        "train_dpo.py",
+        "--model",
+        str(place / "base"),
+        "--data",
+        str(place / "pairs.jsonl"),
+        "--out",
+        str(out),
+        *tiny.DPO,
+        "--epochs",
+        str(EPOCHS),
+        "--save-every",
+        str(EVERY),
+        "--timeout",
+        str(TIMEOUT),
+    ]
 
 
 def ended(processes: list[subprocess.Popen], since: float, limit: float = 300) -> list[float]:
@@ -144,16 +173,20 @@ def wait_for(step: int, out: Path) -> None:
 
 def saved(out: Path) -> int:
     """The step of the newest checkpoint."""
-    return max((int(p.name[5:]) for p in (out / "checkpoints").glob("step-*")
-                if p.name[5:].isdigit()), default=0)  # fmt: skip
+    return max(
+        (int(p.name[5:]) for p in (out / "checkpoints").glob("step-*") if p.name[5:].isdigit()),
+        default=0,
+    )
 
 
 def same(out: Path, expected: Path) -> str:
     """Says so if the two runs are bit-identical, else ends the benchmark."""
     a, b = ((x / "model" / "model.safetensors").read_bytes() for x in (out, expected))
     if a != b or steps(out) != steps(expected):
-        raise SystemExit(f"{out} differs from {expected}: weights {a == b}, metrics "
-                         f"{steps(out) == steps(expected)}")  # fmt: skip
+        raise SystemExit(
+            f"{out} differs from {expected}: weights {a == b}, metrics "
+            f"{steps(out) == steps(expected)}"
+        )
     return "bit-identical"
 
 
@@ -187,14 +220,18 @@ def pulled(nodes: Nodes, place: Path, one: Path) -> None:
     done, kept = steps(out)[-1]["step"], saved(out)
     print(f"cable pulled at step {done}")
     for k in range(2):
-        print(f"  node {k} ended after {seconds[k]:.1f} s (--timeout {TIMEOUT}), exit code "
-              f"{codes[k]}\n    {said(log, k)}")  # fmt: skip
+        print(
+            f"  node {k} ended after {seconds[k]:.1f} s (--timeout {TIMEOUT}), exit code "
+            f"{codes[k]}\n    {said(log, k)}"
+        )
         if seconds[k] > TIMEOUT + 15 or "did not answer" not in said(log, k):
             raise SystemExit(f"node {k} did not end as it should")
     nodes.plug("up")
     codes = finish(nodes.start(log, *train(place, out)), log)
-    print(f"  plugged in again       exit codes {codes}, {done - kept} steps recomputed, "
-          f"{same(out, one)}")  # fmt: skip
+    print(
+        f"  plugged in again       exit codes {codes}, {done - kept} steps recomputed, "
+        f"{same(out, one)}"
+    )
 
 
 def killed(nodes: Nodes, place: Path, one: Path) -> None:
@@ -221,8 +258,17 @@ def ranks_of(agent: int) -> list[int]:
 
 def restarts(times: int, *style: str) -> int:
     """How many of `times` runs of two ranks, one of which kills itself at first, end well."""
-    command = [*TORCHRUN, *style, "--nproc-per-node", "2", "--max-restarts", "3",
-               "-m", "benchmarks.two_nodes", "--worker"]  # fmt: skip
+    command = [
+        *TORCHRUN,
+        *style,
+        "--nproc-per-node",
+        "2",
+        "--max-restarts",
+        "3",
+        "-m",
+        "benchmarks.two_nodes",
+        "--worker",
+    ]
     well = 0
     for _ in range(times):
         quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -271,9 +317,13 @@ def main() -> None:
     with tidy(o.keep) as place, Nodes() as nodes:
         tiny.make(place)
         one = place / "one"
-        subprocess.run([*TORCHRUN, "--standalone", "--nproc-per-node", "2", *train(place, one)],
-                       cwd=ROOT, env=environment(ZEPHYR_CACHE=f"{place}/cache"), check=True,
-                       capture_output=True)  # fmt: skip
+        subprocess.run(
+            [*TORCHRUN, "--standalone", "--nproc-per-node", "2", *train(place, one)],
+            cwd=ROOT,
+            env=environment(ZEPHYR_CACHE=f"{place}/cache"),
+            check=True,
+            capture_output=True,
+        )
         for scenario in (undisturbed, pulled, killed):
             scenario(nodes, place, one)
     for style in (["--standalone"], ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]):

@@ -37,9 +37,11 @@ CONTENDERS = {
     "trl-tuned-cached": "trl-tuned with precompute_ref_log_probs, timed apart",
 }
 COLUMNS = {  # of the table: a result's key, and how many decimals
-    "pairs/s": ("pairs_per_second", 3), "tokens/s": ("tokens_per_second", 0),
-    "peak GiB": ("peak_gib", 2), "reference s": ("reference", 1),
-}  # fmt: skip
+    "pairs/s": ("pairs_per_second", 3),
+    "tokens/s": ("tokens_per_second", 0),
+    "peak GiB": ("peak_gib", 2),
+    "reference s": ("reference", 1),
+}
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -56,8 +58,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--lr", type=float, default=1e-5, help="constant [1e-5: the losses move, none flies off]")
     add("--microbatch-tokens", type=int, default=16384, help="of ours [16384]")
     add("--trl-pairs", type=int, default=1, help="per_device_train_batch_size of trl-tuned* [1]")
-    add("--data-root", type=Path, default=ROOT.parent / "shared" / "data",
-        help="holds ultrafeedback.train.jsonl.gz, mistral/tokenizer.model [../shared/data]")
+    add(
+        "--data-root",
+        type=Path,
+        default=ROOT.parent / "shared" / "data",
+        help="holds ultrafeedback.train.jsonl.gz, mistral/tokenizer.model [../shared/data]",
+    )
     add("--json", type=Path, help="file to append one line per precision to")
     o = parser.parse_args(argv)
     if o.steps <= WARM_UP:
@@ -93,10 +99,18 @@ def architecture(name: str):
 
     width, mlp, layers, heads, kv_heads = SIZES[name]
     return MistralConfig(
-        vocab_size=VOCABULARY, hidden_size=width, intermediate_size=mlp, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=width // heads,
-        max_position_embeddings=32768, rms_norm_eps=1e-5, rope_theta=1e4, sliding_window=4096,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        hidden_size=width,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=width // heads,
+        max_position_embeddings=32768,
+        rms_norm_eps=1e-5,
+        rope_theta=1e4,
+        sliding_window=4096,
+    )
 
 
 def in_order(o: argparse.Namespace, place: Path) -> list[list]:
@@ -115,8 +129,10 @@ def in_order(o: argparse.Namespace, place: Path) -> list[list]:
 
 def flags(o: argparse.Namespace, place: Path, precision: str, *own: str) -> list[str]:
     """train_dpo.py's; what stands in `own` has the last word."""
-    line = (f"--beta {BETA} --schedule constant --warmup 0 --max-length {LENGTH} --steps {o.steps} "
-            f"--batch {o.batch} --lr {o.lr} --precision {precision}")  # fmt: skip
+    line = (
+        f"--beta {BETA} --schedule constant --warmup 0 --max-length {LENGTH} --steps {o.steps} "
+        f"--batch {o.batch} --lr {o.lr} --precision {precision}"
+    )
     paths = {"--model": "base", "--data": "pairs.jsonl", "--out": "run"}
     return [*line.split(), *(x for k, v in paths.items() for x in (k, str(place / v))), *own]
 
@@ -143,8 +159,12 @@ def settle() -> None:
 
 
 def ours(o: argparse.Namespace, place: Path, name: str, precision: str) -> dict:
-    own = ("--reference", name.removeprefix("ours-"), "--microbatch-tokens",
-           str(o.microbatch_tokens))  # fmt: skip
+    own = (
+        "--reference",
+        name.removeprefix("ours-"),
+        "--microbatch-tokens",
+        str(o.microbatch_tokens),
+    )
     return script(o, place, flags(o, place, precision, *own))
 
 
@@ -179,11 +199,16 @@ def trl(o: argparse.Namespace, place: Path, name: str, precision: str) -> dict:
     if name != "trl":
         machine.tune_allocators()
     return trainer(
-        o, str(place / "base"), AutoTokenizer.from_pretrained(place / "base"), in_order(o, place),
-        output_dir=str(place / "run"), bf16=precision == "bf16", gradient_checkpointing=not tuned,
+        o,
+        str(place / "base"),
+        AutoTokenizer.from_pretrained(place / "base"),
+        in_order(o, place),
+        output_dir=str(place / "run"),
+        bf16=precision == "bf16",
+        gradient_checkpointing=not tuned,
         per_device_train_batch_size=o.trl_pairs if tuned else min(8, o.batch),
         precompute_ref_log_probs=name == "trl-tuned-cached",
-    )  # fmt: skip
+    )
 
 
 def trainer(
@@ -201,6 +226,7 @@ def trainer(
     class Trainer(DPOTrainer):
         _precompute_ref_logps = timed(DPOTrainer._precompute_ref_logps, spent)
         compute_ref_log_probs = timed(DPOTrainer.compute_ref_log_probs, calls)
+
         def _prepare_dataset(self, dataset, *_):
             return dataset  # TRL would make ids of its own from text
 
@@ -208,20 +234,33 @@ def trainer(
         def on_step_end(self, *_, **__):
             settle()
             clock.append(time.perf_counter())
+
         on_train_begin = on_step_end
 
     config = DPOConfig(
-        max_steps=o.steps, gradient_accumulation_steps=o.batch // pairs, learning_rate=o.lr,
-        beta=BETA, lr_scheduler_type="constant", max_length=LENGTH, logging_steps=1,
-        use_cpu=not torch.cuda.is_available(), train_sampling_strategy="sequential",
-        save_strategy="no", report_to="none", **own,
-    )  # fmt: skip
+        max_steps=o.steps,
+        gradient_accumulation_steps=o.batch // pairs,
+        learning_rate=o.lr,
+        beta=BETA,
+        lr_scheduler_type="constant",
+        max_length=LENGTH,
+        logging_steps=1,
+        use_cpu=not torch.cuda.is_available(),
+        train_sampling_strategy="sequential",
+        save_strategy="no",
+        report_to="none",
+        **own,
+    )
     prompts, chosen, rejected = zip(*(pair for b in batches for pair in b), strict=True)
     columns = {"prompt_ids": prompts, "chosen_ids": chosen, "rejected_ids": rejected}
     run = Trainer(
-        model, frozen, config, train_dataset=Dataset.from_dict(columns),
-        processing_class=tokenizer, callbacks=[Clock()],
-    )  # fmt: skip
+        model,
+        frozen,
+        config,
+        train_dataset=Dataset.from_dict(columns),
+        processing_class=tokenizer,
+        callbacks=[Clock()],
+    )
     run.train()
     return {
         "losses": [line["loss"] for line in run.state.log_history if "loss" in line],
@@ -310,8 +349,10 @@ def verdict(results: dict[str, dict], precision: str) -> str:
     for name, r in others:
         for step, (a, b) in enumerate(zip(r["losses"], right["losses"], strict=True), start=1):
             if not abs(a - b) <= TOLERANCE[precision]:  # so that a NaN is a difference too
-                return (f"{precision}: at step {step} the loss is {a:.6f} in {name}, {b:.6f} in "
-                        f"{first}; over {TOLERANCE[precision]} apart is not the same work")
+                return (
+                    f"{precision}: at step {step} the loss is {a:.6f} in {name}, {b:.6f} in "
+                    f"{first}; over {TOLERANCE[precision]} apart is not the same work"
+                )
     return ""
 
 
@@ -330,10 +371,12 @@ def machine() -> dict:
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     return {
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "cpu": cpu and cpu[1], "cores": len(os.sched_getaffinity(0)), "commit": commit(),
+        "cpu": cpu and cpu[1],
+        "cores": len(os.sched_getaffinity(0)),
+        "commit": commit(),
         "torch": str(torch.__version__),
         **{p: v for p in ("triton", "transformers", "trl") if (v := installed(p))},
-    }  # fmt: skip
+    }
 
 
 def compare(o: argparse.Namespace) -> str:

@@ -34,14 +34,14 @@ def implementation(device: torch.device) -> str:
     if choice == "triton" and jit.triton is None:
         raise ValueError("Triton is not installed: pip install triton, or set ZEPHYR_KERNELS=torch")
     if choice == "triton" and device.type != "cuda" and not jit.INTERPRETED:
-        raise ValueError(f"ZEPHYR_KERNELS=triton: no Triton kernel runs on {device.type}; unset it "
-                         "(tests set TRITON_INTERPRET=1, which is slow)")  # fmt: skip
+        raise ValueError(
+            f"ZEPHYR_KERNELS=triton: no Triton kernel runs on {device.type}; unset it "
+            "(tests set TRITON_INTERPRET=1, which is slow)"
+        )
     return choice
 
 
-def linear_logprob(
-    h_ND: Tensor, w_VD: Tensor, targets_N: Tensor, workspace: int = 2**30
-) -> Tensor:
+def linear_logprob(h_ND: Tensor, w_VD: Tensor, targets_N: Tensor, workspace: int = 2**30) -> Tensor:
     """log p(target) per row [N], nats, p = softmax(h wᵀ); differentiable in h and w.
 
     fp32 for bf16, fp16 and fp32 inputs (fp64 for fp64): logits are never rounded to half precision.
@@ -68,9 +68,13 @@ def response_sums(logprob_N: Tensor, response_N: Tensor, responses: int) -> Tens
 
 
 def dpo_loss(
-    logprob_N: Tensor, response_N: Tensor, reference_2P: Tensor, beta: float,
-    smoothing: float = 0.0, objective: str = "dpo",
-) -> Preference:  # fmt: skip
+    logprob_N: Tensor,
+    response_N: Tensor,
+    reference_2P: Tensor,
+    beta: float,
+    smoothing: float = 0.0,
+    objective: str = "dpo",
+) -> Preference:
     """Loss of each pair from the policy's token log-probs, and its rewards: see `Preference`.
 
     `response_N` says which response a token belongs to, ascending; pair k's chosen is response 2k,
@@ -91,11 +95,15 @@ def dpo_loss(
     if objective not in ("dpo", "ipo"):
         raise ValueError(f"objective {objective!r} is neither 'dpo' nor 'ipo'")
     if logprob_N.shape != response_N.shape or logprob_N.dim() != 1:
-        raise ValueError(f"logprob is {list(logprob_N.shape)} and response "
-                         f"{list(response_N.shape)}; both are [N]")  # fmt: skip
+        raise ValueError(
+            f"logprob is {list(logprob_N.shape)} and response "
+            f"{list(response_N.shape)}; both are [N]"
+        )
     if reference_2P.dim() != 1 or len(reference_2P) % 2:
-        raise ValueError(f"reference is {list(reference_2P.shape)}; it has a chosen and a rejected "
-                         "entry for each pair")  # fmt: skip
+        raise ValueError(
+            f"reference is {list(reference_2P.shape)}; it has a chosen and a rejected "
+            "entry for each pair"
+        )
     run = fused_dpo if implementation(logprob_N.device) == "triton" else reference
     return run.dpo_loss(logprob_N, response_N, reference_2P, beta, smoothing, objective)
 
@@ -134,9 +142,18 @@ def join(weight: Tensor, low: Tensor) -> Tensor:
 
 @torch.no_grad()
 def adamw_(
-    weight: Tensor, low: Tensor | None, m: Tensor, v: Tensor, grad: Tensor, lr: float,
-    betas: tuple[float, float], eps: float, weight_decay: float, step: Tensor, skip: Tensor,
-) -> None:  # fmt: skip
+    weight: Tensor,
+    low: Tensor | None,
+    m: Tensor,
+    v: Tensor,
+    grad: Tensor,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    step: Tensor,
+    skip: Tensor,
+) -> None:
     """One AdamW update of weight, low, m and v in place, by torch.optim.AdamW's formula.
 
     The weight is fp32 and `low` None, or the two are halves of an fp32 master (see `split`), which
@@ -151,16 +168,21 @@ def adamw_(
     Raises ValueError if dtypes, shapes or devices do not match, or if a tensor is not contiguous.
     """
     _check_adamw(weight, low, m, v, grad, step, skip)
-    run = {"triton": fused_adamw.in_triton, "torch": fused_adamw.in_torch,
-           "reference": reference.adamw_}[implementation(weight.device)]  # fmt: skip
+    run = {
+        "triton": fused_adamw.in_triton,
+        "torch": fused_adamw.in_torch,
+        "reference": reference.adamw_,
+    }[implementation(weight.device)]
     run(weight, low, m, v, grad, lr, betas, eps, weight_decay, step, skip)
 
 
 def _check_adamw(weight, low, m, v, grad, step, skip) -> None:
     halves = weight.dtype, None if low is None else low.dtype
     if halves not in ((torch.float32, None), (torch.bfloat16, torch.int16)):
-        raise ValueError(f"weight is {halves[0]} and low {halves[1]}; they are float32 and None, "
-                         "or bfloat16 and int16")  # fmt: skip
+        raise ValueError(
+            f"weight is {halves[0]} and low {halves[1]}; they are float32 and None, "
+            "or bfloat16 and int16"
+        )
     if m.dtype != v.dtype or m.dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"m is {m.dtype} and v {v.dtype}; both are float32, or both bfloat16")
     if grad.dtype != torch.float32:
@@ -168,11 +190,15 @@ def _check_adamw(weight, low, m, v, grad, step, skip) -> None:
     names = {"weight": weight, "m": m, "v": v, "grad": grad} | ({} if low is None else {"low": low})
     for name, x in names.items():
         if x.shape != weight.shape or x.device != weight.device:
-            raise ValueError(f"{name} is {list(x.shape)} on {x.device} and weight "
-                             f"{list(weight.shape)} on {weight.device}")  # fmt: skip
+            raise ValueError(
+                f"{name} is {list(x.shape)} on {x.device} and weight "
+                f"{list(weight.shape)} on {weight.device}"
+            )
         if not x.is_contiguous():
             raise ValueError(f"{name} is not contiguous")
     for name, x in {"step": step, "skip": skip}.items():
         if x.dim() or x.dtype != torch.float32 or x.device != weight.device:
-            raise ValueError(f"{name} is {x.dtype} {list(x.shape)} on {x.device}; it is float32 [] "
-                             f"on {weight.device}")  # fmt: skip
+            raise ValueError(
+                f"{name} is {x.dtype} {list(x.shape)} on {x.device}; it is float32 [] "
+                f"on {weight.device}"
+            )

@@ -118,8 +118,10 @@ def resources(cubin: bytes) -> tuple[int, int]:
         file.flush()
         report = subprocess.run(
             [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name],
-            capture_output=True, text=True, check=True,
-        ).stdout  # fmt: skip
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
     use = {name: int(n) for name, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", report)}
     return use["REG"], use["STACK"] + use["LOCAL"]
 
@@ -127,8 +129,10 @@ def resources(cubin: bytes) -> tuple[int, int]:
 def check(found: Iterable[Launch]) -> list[str]:
     """Prints the table; what is wrong, a line for each."""
     wrong = []
-    print(f"{'kernel':<16} {'chip':<7} {'variant':<16} warps registers spilled "
-          f"{'shared / limit':>16} {'size':>7}")  # fmt: skip
+    print(
+        f"{'kernel':<16} {'chip':<7} {'variant':<16} warps registers spilled "
+        f"{'shared / limit':>16} {'size':>7}"
+    )
     for launch in found:
         limit = SHARED[launch.arch]
         name = f"{launch.kernel.__name__:<16} sm_{launch.arch:<4} {launch.variant:<16}"
@@ -140,8 +144,10 @@ def check(found: Iterable[Launch]) -> list[str]:
             continue
         cubin, shared = binary.asm["cubin"], binary.metadata.shared
         registers, spilled = resources(cubin)
-        print(f"{name} {binary.metadata.num_warps:>5} {registers:>9} {spilled:>7} "
-              f"{shared:>7} / {limit} {len(cubin):>7}")  # fmt: skip
+        print(
+            f"{name} {binary.metadata.num_warps:>5} {registers:>9} {spilled:>7} "
+            f"{shared:>7} / {limit} {len(cubin):>7}"
+        )
         if spilled:
             wrong.append(f"{name} spills {spilled} bytes of each thread's registers")
         if shared > limit:

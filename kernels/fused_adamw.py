@@ -58,10 +58,23 @@ def chance(place, seed):
 
 @jit
 def adamw_kernel(
-    weight_ptr, low_ptr, m_ptr, v_ptr, grad_ptr, scalars_ptr, seed_ptr, skip_ptr, N, decay,
-    BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr, SPLIT: tl.constexpr,
-    NARROW: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    weight_ptr,
+    low_ptr,
+    m_ptr,
+    v_ptr,
+    grad_ptr,
+    scalars_ptr,
+    seed_ptr,
+    skip_ptr,
+    N,
+    decay,
+    BETA1: tl.constexpr,
+    BETA2: tl.constexpr,
+    EPS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    NARROW: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """One program per BLOCK elements. SPLIT: the weight is bf16, with its lower half at low_ptr.
     NARROW: m and v are bf16."""
     if tl.load(skip_ptr) != 0:
@@ -94,9 +107,18 @@ def adamw_kernel(
 
 
 def in_triton(
-    weight: Tensor, low: Tensor | None, m: Tensor, v: Tensor, grad: Tensor, lr: float,
-    betas: tuple[float, float], eps: float, weight_decay: float, step: Tensor, skip: Tensor,
-) -> None:  # fmt: skip
+    weight: Tensor,
+    low: Tensor | None,
+    m: Tensor,
+    v: Tensor,
+    grad: Tensor,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    step: Tensor,
+    skip: Tensor,
+) -> None:
     """`kernels.adamw_` in Triton."""
     N, split, t = weight.numel(), low is not None, step.double()
     step_size, correction = lr / (1 - betas[0] ** t), (1 - betas[1] ** t).sqrt()
@@ -104,17 +126,38 @@ def in_triton(
     if N:
         with torch.cuda.device_of(weight):
             adamw_kernel[(-(-N // BLOCK),)](
-                weight, low if split else weight, m, v, grad, scalars_2, reference.seed(step), skip,
-                N, lr * weight_decay,
-                BETA1=betas[0], BETA2=betas[1], EPS=eps, SPLIT=split,
-                NARROW=m.dtype == torch.bfloat16, BLOCK=BLOCK,
-            )  # fmt: skip
+                weight,
+                low if split else weight,
+                m,
+                v,
+                grad,
+                scalars_2,
+                reference.seed(step),
+                skip,
+                N,
+                lr * weight_decay,
+                BETA1=betas[0],
+                BETA2=betas[1],
+                EPS=eps,
+                SPLIT=split,
+                NARROW=m.dtype == torch.bfloat16,
+                BLOCK=BLOCK,
+            )
 
 
 def in_torch(
-    weight: Tensor, low: Tensor | None, m: Tensor, v: Tensor, grad: Tensor, lr: float,
-    betas: tuple[float, float], eps: float, weight_decay: float, step: Tensor, skip: Tensor,
-) -> None:  # fmt: skip
+    weight: Tensor,
+    low: Tensor | None,
+    m: Tensor,
+    v: Tensor,
+    grad: Tensor,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    step: Tensor,
+    skip: Tensor,
+) -> None:
     """`kernels.adamw_` by torch's own fused kernel: with fp32 moments equal in every bit to
     torch.optim.AdamW(fused=True) on the masters. What is narrower is widened a chunk at a time."""
     wide = all(x.dtype == torch.float32 for x in (weight, m, v))
@@ -126,10 +169,22 @@ def in_torch(
         wide_m_C, wide_v_C = m_C.float(), v_C.float()
         # torch adds 1 to the step that it is given, and takes 1 off again where it skips
         adamw(
-            [w_C], [grad_C], [wide_m_C], [wide_v_C], [], [step - 1], found_inf=(skip != 0).float(),
-            lr=lr, beta1=betas[0], beta2=betas[1], eps=eps, weight_decay=weight_decay,
-            fused=True, amsgrad=False, maximize=False,
-        )  # fmt: skip
+            [w_C],
+            [grad_C],
+            [wide_m_C],
+            [wide_v_C],
+            [],
+            [step - 1],
+            found_inf=(skip != 0).float(),
+            lr=lr,
+            beta1=betas[0],
+            beta2=betas[1],
+            eps=eps,
+            weight_decay=weight_decay,
+            fused=True,
+            amsgrad=False,
+            maximize=False,
+        )
         if low is not None:
             for half_C, new_C in zip((weight_C, low_C), reference.split(w_C), strict=True):
                 half_C.copy_(new_C)

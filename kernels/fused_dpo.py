@@ -77,9 +77,21 @@ def sums_kernel(logprob_ptr, response_ptr, sum_ptr, N, STEPS: tl.constexpr, BLOC
 
 @jit
 def dpo_kernel(
-    logprob_ptr, response_ptr, reference_ptr, loss_ptr, sum_ptr, reward_ptr, margin_ptr, grad_ptr,
-    N, beta, smoothing, IPO: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    logprob_ptr,
+    response_ptr,
+    reference_ptr,
+    loss_ptr,
+    sum_ptr,
+    reward_ptr,
+    margin_ptr,
+    grad_ptr,
+    N,
+    beta,
+    smoothing,
+    IPO: tl.constexpr,
+    STEPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """One program per pair k: responses 2k and 2k+1."""
     k, R = tl.program_id(0), 2 * tl.num_programs(0)
     start = first_token(response_ptr, N, 2 * k, STEPS)
@@ -136,9 +148,13 @@ _sums.register_autograd(
 
 @torch.library.custom_op("zephyr_kernels::dpo_loss", mutates_args=())
 def _dpo(
-    logprob_N: Tensor, response_N: Tensor, reference_2P: Tensor, beta: float, smoothing: float,
+    logprob_N: Tensor,
+    response_N: Tensor,
+    reference_2P: Tensor,
+    beta: float,
+    smoothing: float,
     ipo: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss_P, logprob_2P, reward_2P, margin_P and each token's gradient of its own pair's loss."""
     P, N = len(reference_2P) // 2, len(logprob_N)
     loss_P, margin_P, sum_2P, reward_2P = (logprob_N.new_empty(n) for n in (P, P, 2 * P, 2 * P))
@@ -146,9 +162,21 @@ def _dpo(
     if P:
         with torch.cuda.device_of(logprob_N):
             dpo_kernel[(P,)](
-                logprob_N, response_N, reference_2P, loss_P, sum_2P, reward_2P, margin_P, grad_N,
-                N, beta, smoothing, IPO=ipo, STEPS=N.bit_length(), BLOCK=BLOCK,
-            )  # fmt: skip
+                logprob_N,
+                response_N,
+                reference_2P,
+                loss_P,
+                sum_2P,
+                reward_2P,
+                margin_P,
+                grad_N,
+                N,
+                beta,
+                smoothing,
+                IPO=ipo,
+                STEPS=N.bit_length(),
+                BLOCK=BLOCK,
+            )
     return loss_P, sum_2P, reward_2P, margin_P, grad_N
 
 
@@ -185,9 +213,13 @@ def response_sums(logprob_N: Tensor, response_N: Tensor, responses: int) -> Tens
 
 
 def dpo_loss(
-    logprob_N: Tensor, response_N: Tensor, reference_2P: Tensor, beta: float, smoothing: float,
+    logprob_N: Tensor,
+    response_N: Tensor,
+    reference_2P: Tensor,
+    beta: float,
+    smoothing: float,
     objective: str,
-) -> Preference:  # fmt: skip
+) -> Preference:
     """`kernels.dpo_loss` in Triton. A response_N that does not ascend gives NaN."""
     logprob_N, response_N = _fp32(logprob_N, response_N)
     reference_2P = reference_2P.to(torch.float32).contiguous()

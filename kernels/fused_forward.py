@@ -39,9 +39,21 @@ def load_tile(
 
 @jit
 def tile_kernel(
-    h, w, target_ptr, logit_ptr, top_ptr, total_ptr, N, D, V, DESCRIPTOR: tl.constexpr,
-    BN: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
+    h,
+    w,
+    target_ptr,
+    logit_ptr,
+    top_ptr,
+    total_ptr,
+    N,
+    D,
+    V,
+    DESCRIPTOR: tl.constexpr,
+    BN: tl.constexpr,
+    BV: tl.constexpr,
+    BD: tl.constexpr,
+    GROUP: tl.constexpr,
+):
     """Program p computes tiles p, p + programs, ... h and w are pointers or tensor descriptors."""
     blocks, S = tl.cdiv(N, BN), tl.cdiv(V, BV)
     for tile in tl.range(tl.program_id(0), blocks * S, tl.num_programs(0), flatten=True):
@@ -92,9 +104,19 @@ def launch(h_ND: Tensor, w_VD: Tensor, targets_N: Tensor, capability: int, progr
         h = TensorDescriptor.from_tensor(h_ND, [chosen["BN"], chosen["BD"]])
         w = TensorDescriptor.from_tensor(w_VD, [chosen["BV"], chosen["BD"]])
     tile_kernel[(min(programs, blocks * S),)](
-        h, w, targets_N, logit_N, top_SN, total_SN, N, D, V, DESCRIPTOR=described, GROUP=GROUP,
+        h,
+        w,
+        targets_N,
+        logit_N,
+        top_SN,
+        total_SN,
+        N,
+        D,
+        V,
+        DESCRIPTOR=described,
+        GROUP=GROUP,
         **chosen,
-    )  # fmt: skip
+    )
     top_N = top_SN.amax(0)
     total_N = (total_SN * (top_SN - top_N).exp()).sum(0)
     return (logit_N - top_N) - total_N.log()
@@ -108,5 +130,6 @@ def linear_logprob(h_ND: Tensor, w_VD: Tensor, targets_N: Tensor) -> Tensor:
     """
     chip = torch.cuda.get_device_properties(h_ND.device)
     capability = 10 * chip.major + chip.minor
-    return launch(*(x.contiguous() for x in (h_ND, w_VD, targets_N)), capability,
-                  chip.multi_processor_count)  # fmt: skip
+    return launch(
+        *(x.contiguous() for x in (h_ND, w_VD, targets_N)), capability, chip.multi_processor_count
+    )

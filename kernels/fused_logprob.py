@@ -38,9 +38,16 @@ def exp(x):
 
 @jit
 def row_kernel(
-    z_ptr, target_ptr, logprob_ptr, lse_ptr, g_ptr, V,
-    GRADIENT: tl.constexpr, TILE: tl.constexpr, ONE_READ: tl.constexpr,
-):  # fmt: skip
+    z_ptr,
+    target_ptr,
+    logprob_ptr,
+    lse_ptr,
+    g_ptr,
+    V,
+    GRADIENT: tl.constexpr,
+    TILE: tl.constexpr,
+    ONE_READ: tl.constexpr,
+):
     """One program per row of z [C, V]: its log-sum-exp, its target's log-prob and, with GRADIENT,
     its row of G, which may be the row of z itself.
 
@@ -116,10 +123,17 @@ def row_step(
         # rows that begin unaligned are read a number at a time, which takes more registers
         most = 16 if V % 16 == 0 else 8
         row_kernel[(C,)](
-            z_CV, targets_C, logprob_C, lse_C, z_CV if g_CV is None else g_CV, V,
-            GRADIENT=g_CV is not None, TILE=tile, ONE_READ=V <= ONE_READ,
+            z_CV,
+            targets_C,
+            logprob_C,
+            lse_C,
+            z_CV if g_CV is None else g_CV,
+            V,
+            GRADIENT=g_CV is not None,
+            TILE=tile,
+            ONE_READ=V <= ONE_READ,
             num_warps=min(most, max(4, tile // 1024)),
-        )  # fmt: skip
+        )
         return logprob_C, lse_C
     rows = torch.arange(len(z_CV), device=z_CV.device)
     top_C, target_C = z_CV.amax(1), z_CV[rows, targets_C]
@@ -212,8 +226,10 @@ def forward(
     wide = torch.promote_types(h_ND.dtype, torch.float32)
     if not h_ND.is_cuda and N and not 0 <= targets_N.min() <= targets_N.max() < V:
         row = int(((targets_N < 0) | (targets_N >= V)).nonzero()[0])
-        raise ValueError(f"targets[{row}] is {int(targets_N[row])}, which is not a row of w: "
-                         f"targets are 0..{V - 1}")  # fmt: skip
+        raise ValueError(
+            f"targets[{row}] is {int(targets_N[row])}, which is not a row of w: "
+            f"targets are 0..{V - 1}"
+        )
     keep = gradient and keeps(N, V, h_ND.dtype, workspace)
     g_NV = h_ND.new_empty(N if keep else 0, V)
     rows = chunk_rows(N, V, h_ND, workspace)
@@ -244,9 +260,17 @@ def _(h_ND, w_VD, targets_N, workspace, gradient, triton):
 
 @torch.library.custom_op("zephyr_kernels::linear_logprob_backward", mutates_args=())
 def backward(
-    c_N: Tensor, h_ND: Tensor, w_VD: Tensor, targets_N: Tensor, lse_N: Tensor, g_NV: Tensor,
-    workspace: int, need_h: bool, need_w: bool, triton: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    c_N: Tensor,
+    h_ND: Tensor,
+    w_VD: Tensor,
+    targets_N: Tensor,
+    lse_N: Tensor,
+    g_NV: Tensor,
+    workspace: int,
+    need_h: bool,
+    need_w: bool,
+    triton: bool,
+) -> tuple[Tensor, Tensor]:
     """dh_ND = -c ∘ (G w) and dw_VD = Gᵀ (-c ∘ h); the one that nobody needs is empty."""
     scale_N1 = -c_N[:, None]
     ch_ND = torch.mul(h_ND, scale_N1, out=torch.empty_like(h_ND)) if need_w else None
@@ -318,13 +342,16 @@ def linear_logprob(
     if torch.is_autocast_enabled(kind):
         h_ND, w_VD = (x.to(torch.get_autocast_dtype(kind)) for x in (h_ND, w_VD))
     if h_ND.dim() != 2 or w_VD.dim() != 2 or h_ND.shape[1] != w_VD.shape[1]:
-        raise ValueError(f"h is {list(h_ND.shape)} and w {list(w_VD.shape)}; they are [N, D] and "
-                         "[V, D]")  # fmt: skip
+        raise ValueError(
+            f"h is {list(h_ND.shape)} and w {list(w_VD.shape)}; they are [N, D] and [V, D]"
+        )
     if h_ND.dtype != w_VD.dtype or not h_ND.is_floating_point():
         raise ValueError(f"h is {h_ND.dtype} and w {w_VD.dtype}; they are of one floating dtype")
     if targets_N.shape != h_ND.shape[:1] or targets_N.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"targets are {targets_N.dtype} {list(targets_N.shape)}; they are int64 "
-                         f"or int32 [{len(h_ND)}], one for each row of h")  # fmt: skip
+        raise ValueError(
+            f"targets are {targets_N.dtype} {list(targets_N.shape)}; they are int64 "
+            f"or int32 [{len(h_ND)}], one for each row of h"
+        )
     if triton and h_ND.dtype == torch.float64:
         raise ValueError("the Triton kernels have no float64; set ZEPHYR_KERNELS=torch")
     gradient = torch.is_grad_enabled() and (h_ND.requires_grad or w_VD.requires_grad)

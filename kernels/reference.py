@@ -47,9 +47,13 @@ def response_sums(logprob_N: Tensor, response_N: Tensor, responses: int) -> Tens
 
 
 def dpo_loss(
-    logprob_N: Tensor, response_N: Tensor, reference_2P: Tensor, beta: float, smoothing: float,
+    logprob_N: Tensor,
+    response_N: Tensor,
+    reference_2P: Tensor,
+    beta: float,
+    smoothing: float,
     objective: str,
-) -> Preference:  # fmt: skip
+) -> Preference:
     """Per-pair loss and rewards from token log-probs, as `kernels.dpo_loss` has it.
 
     ratio_r = s_r - reference_r, and h = ratio_chosen - ratio_rejected; for ipo, h is the difference
@@ -113,9 +117,18 @@ def join(weight: Tensor, low: Tensor) -> Tensor:
 
 
 def adamw_(
-    weight: Tensor, low: Tensor | None, m: Tensor, v: Tensor, grad: Tensor, lr: float,
-    betas: tuple[float, float], eps: float, weight_decay: float, step: Tensor, skip: Tensor,
-) -> None:  # fmt: skip
+    weight: Tensor,
+    low: Tensor | None,
+    m: Tensor,
+    v: Tensor,
+    grad: Tensor,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    step: Tensor,
+    skip: Tensor,
+) -> None:
     """Update t = `step`, in place, as `kernels.adamw_` has it: Algorithm 2 of arXiv:1711.05101.
 
     m ← β₁ m + (1 - β₁) g     v ← β₂ v + (1 - β₂) g²     w ← w - lr λ w - lr m̂ / (√v̂ + ε)

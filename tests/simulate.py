@@ -42,8 +42,12 @@ def main(model: str, ranks: int, replicas: int, recompute: str) -> dict:
         mesh = init_device_mesh("cpu", (replicas, shards), mesh_dim_names=("replicate", "shard"))
     pairs = [Pair(*(np.zeros(n, np.int64) for n in three)) for three in LENGTHS]
     batch = packing.pack_pairs(pairs, list(range(len(pairs))))
-    load = costs.Load(len(batch.tokens_T), len(batch.layout.kv_rows_G), len(batch.targets_N),
-                      batch.layout.attended(c.sliding_window))  # fmt: skip
+    load = costs.Load(
+        len(batch.tokens_T),
+        len(batch.layout.kv_rows_G),
+        len(batch.targets_N),
+        batch.layout.attended(c.sliding_window),
+    )
     cpu, seen = torch.device("cpu"), {}
     with FakeTensorMode(allow_non_fake_inputs=True):
         m = parallel.build(c, Ranks(0, ranks, 0, cpu, mesh), "bf16", recompute)

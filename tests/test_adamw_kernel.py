@@ -114,8 +114,10 @@ def test_a_hundred_steps_are_torchs_bit_for_bit(n, split, monkeypatch):
         step(weight, low, m, v, theirs.grad, lr, t=t + 1)
     kept = optimizer.state[theirs]
     for ours, right in (
-        (master(weight, low), theirs), (m, kept["exp_avg"]), (v, kept["exp_avg_sq"])
-    ):  # fmt: skip
+        (master(weight, low), theirs),
+        (m, kept["exp_avg"]),
+        (v, kept["exp_avg_sq"]),
+    ):
         assert torch.equal(bits(ours), bits(right.detach()))
 
 
@@ -268,9 +270,19 @@ def test_any_shape_and_chunk(split, implementation, monkeypatch):
 )
 def test_inputs_that_do_not_match(change, message, implementation):
     weight, low, m, v, grad = state(4, True, BF16)
-    inputs = {"weight": weight, "low": low, "m": m, "v": v, "grad": grad, "lr": 1e-3,
-              "betas": BETAS, "eps": EPS, "weight_decay": 0.0, "step": number(1),
-              "skip": number(0)}  # fmt: skip
+    inputs = {
+        "weight": weight,
+        "low": low,
+        "m": m,
+        "v": v,
+        "grad": grad,
+        "lr": 1e-3,
+        "betas": BETAS,
+        "eps": EPS,
+        "weight_decay": 0.0,
+        "step": number(1),
+        "skip": number(0),
+    }
     with pytest.raises(ValueError, match=message):
         kernels.adamw_(**inputs | change)
 

@@ -5,10 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from test_model import model, packed
-from test_packing import tokens
 
 import kernels
+from helpers import model, packed, token_arrays
 from zephyr import anchor, data, exits, parallel, signals
 from zephyr.data import Tokens
 from zephyr.packing import PairPlan
@@ -46,12 +45,13 @@ def pairs(seed: int = 0) -> Tokens:
     rng = np.random.default_rng(seed)
     sizes = rng.integers(1, 15, (PAIRS, 3))
     rows = [[rng.integers(0, 101, n).tolist() for n in row] for row in sizes]
-    return replace(tokens(rows), digest=f"data {seed}")
+    return replace(token_arrays(rows), digest=f"data {seed}")
 
 
 def plan(tokens: Tokens, budget: int = 60, **changes) -> PairPlan:
-    return PairPlan(tokens, **{"batch": BATCH, "budget": budget, "seed": 0, "rank": 0, "world": 1}
-                    | changes)  # fmt: skip
+    return PairPlan(
+        tokens, **{"batch": BATCH, "budget": budget, "seed": 0, "rank": 0, "world": 1} | changes
+    )
 
 
 def cached(m, p: PairPlan, ranks, steps: int = 99, weights: str = "w", precision: str = "fp32"):
@@ -59,7 +59,7 @@ def cached(m, p: PairPlan, ranks, steps: int = 99, weights: str = "w", precision
 
 
 def table() -> np.ndarray:
-    path, = data.cache_folder().glob("reference-*.npy")
+    (path,) = data.cache_folder().glob("reference-*.npy")
     return np.load(path)
 
 
@@ -174,12 +174,12 @@ def test_another_device_or_implementation_too(ranks, monkeypatch):
 def test_what_the_file_says_is_returned(ranks):
     m, p = model(), plan(pairs())
     cached(m, p, ranks)
-    path, = data.cache_folder().iterdir()
+    (path,) = data.cache_folder().iterdir()
     poisoned = table()
     poisoned[3] = -1, -2
     anchor._write(path, torch.from_numpy(poisoned))
     reference = cached(never, p, ranks)
-    batch, = plan(p.data, budget=10_000, batch=PAIRS).microbatches(0)
+    (batch,) = plan(p.data, budget=10_000, batch=PAIRS).microbatches(0)
     values_P2 = reference(batch).view(-1, 2)
     assert values_P2[batch.pairs.tolist().index(3)].tolist() == [-1, -2]
     assert torch.equal(values_P2, torch.from_numpy(poisoned)[batch.pairs])
@@ -190,16 +190,30 @@ WHOLE = np.zeros((PAIRS, 2), np.float32)
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"\x93NUMPY", b"PK\x03\x04" + bytes(99), bytes(999), WHOLE[:-1], WHOLE[:1],
-     WHOLE[:, :1], WHOLE.T, WHOLE.astype(np.float64), WHOLE.view(np.int32), np.array(None),
-     0.5, 0.99, "header", "a bit"],
+    [
+        b"",
+        b"\x93NUMPY",
+        b"PK\x03\x04" + bytes(99),
+        bytes(999),
+        WHOLE[:-1],
+        WHOLE[:1],
+        WHOLE[:, :1],
+        WHOLE.T,
+        WHOLE.astype(np.float64),
+        WHOLE.view(np.int32),
+        np.array(None),
+        0.5,
+        0.99,
+        "header",
+        "a bit",
+    ],
     ids=range(15),
-)  # fmt: skip
+)
 def test_a_damaged_file_is_computed_anew(ranks, content, capsys):
     """Fractions cut the file short; an array that would broadcast is no table either."""
     m, p = model(), plan(pairs())
     first = cached(m, p, ranks)
-    path, = data.cache_folder().iterdir()
+    (path,) = data.cache_folder().iterdir()
     raw = path.read_bytes()
     if isinstance(content, np.ndarray):
         np.save(path, content)

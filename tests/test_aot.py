@@ -66,11 +66,13 @@ def test_what_is_wrong_is_named(cache):
     for arch, line, error in zip((80, 90, 100), table, wrong, strict=False):
         spilled = int(line.split()[7])
         assert spilled > 0
-        assert error == (f"row_kernel sm_{arch} V=32000 G bf16 spills {spilled} bytes of each "
-                         "thread's registers")  # fmt: skip
+        assert error == (
+            f"row_kernel sm_{arch} V=32000 G bf16 spills {spilled} bytes of each thread's registers"
+        )
     shared = int(table[3].split()[8])
-    assert wrong[3] == (f"tile_kernel sm_90 h, w bf16 needs {shared} bytes of shared memory; the "
-                        "chip has 232448")  # fmt: skip
+    assert wrong[3] == (
+        f"tile_kernel sm_90 h, w bf16 needs {shared} bytes of shared memory; the chip has 232448"
+    )
     assert wrong[4].startswith("sums_kernel sm_80 does not compile with Triton ")
 
 

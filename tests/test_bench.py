@@ -20,8 +20,22 @@ from kernels.bench import budget, cases, peers, report, timing
 
 CPU = torch.device("cpu")
 TINY = ["--n", "3", "5", "--d", "8", "--v", "17", "--repeat", "2"]
-FIELDS = {"op", "implementation", "dtype", "N", "D", "V", "forward_ms", "both_ms", "rate", "unit",
-          "limit", "peak_mib", "errors", "budget"}  # fmt: skip
+FIELDS = {
+    "op",
+    "implementation",
+    "dtype",
+    "N",
+    "D",
+    "V",
+    "forward_ms",
+    "both_ms",
+    "rate",
+    "unit",
+    "limit",
+    "peak_mib",
+    "errors",
+    "budget",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -76,8 +90,10 @@ def test_a_head_one_percent_off_stops_the_run(dtype, gradient, monkeypatch, caps
     monkeypatch.setattr(kernels, "linear_logprob", off(kernels.linear_logprob, 0.01, gradient))
     monkeypatch.setattr(bench, "measure", None)
     what, error = ("dh", r"(1\..e-02|9\..e-03)") if gradient else ("logprob", "1.0e-02")
-    message = (rf"^kernels.bench: linear_logprob {dtype} N 3 D 8 V 17: the error of {what} .ours. "
-               rf"is {error}, beyond its budget of .*; nothing was timed$")  # fmt: skip
+    message = (
+        rf"^kernels.bench: linear_logprob {dtype} N 3 D 8 V 17: the error of {what} .ours. "
+        rf"is {error}, beyond its budget of .*; nothing was timed$"
+    )
     with pytest.raises(SystemExit, match=message) as stop:
         bench.main([*TINY, "--op", "linear_logprob", "--dtype", dtype])
     assert isinstance(stop.value.code, str)  # Python prints it, and exits with 1
@@ -229,8 +245,10 @@ def test_rates():
     head = SimpleNamespace(N=10, D=20, V=30, leaves=2)
     ms = {"ours": 2.0, "limit": 1.5}
     assert bench.rate(head, ms, "ours", 0) == {
-        "rate": pytest.approx(6 * 6000 / 2e-3 / 1e12), "unit": "TFLOP/s", "limit": 0.75
-    }  # fmt: skip
+        "rate": pytest.approx(6 * 6000 / 2e-3 / 1e12),
+        "unit": "TFLOP/s",
+        "limit": 0.75,
+    }
     head.leaves = 0
     assert bench.rate(head, ms, "ours", 0)["rate"] == pytest.approx(2 * 6000 / 2e-3 / 1e12)
     loss = SimpleNamespace(N=10**6, V=None)
@@ -275,8 +293,10 @@ def test_the_sweep_launches_the_kernel(tile, one_read):
 
 
 def test_verdict():
-    rows = [{"implementation": "ours (triton)", "forward_ms": 3.0},
-            {"implementation": "fused_forward", "forward_ms": 2.0}]  # fmt: skip
+    rows = [
+        {"implementation": "ours (triton)", "forward_ms": 3.0},
+        {"implementation": "fused_forward", "forward_ms": 2.0},
+    ]
     assert report.verdict(rows) == "fused_forward wins: 1.500 x as fast as the other"
     rows[0]["forward_ms"] = 1.0
     assert report.verdict(rows) == "linear_logprob wins: 2.000 x as fast as the other"
@@ -357,8 +377,9 @@ def test_a_part_that_fails_costs_no_other(monkeypatch, tmp_path, capsys):
 def test_every_part_names_what_is_there():
     for part in gpu.PARTS.values():
         assert part.command[0] == "-m" and gpu.importlib.util.find_spec(part.command[1])
-    assert [part.command[2] for name, part in gpu.PARTS.items()
-            if part.command[1] == "benchmarks.facts"] == list(facts.FACTS)  # fmt: skip
+    assert [
+        part.command[2] for name, part in gpu.PARTS.items() if part.command[1] == "benchmarks.facts"
+    ] == list(facts.FACTS)
     assert sum(part.seconds for name, part in gpu.PARTS.items() if name != "trl") < 16 * 60
     for name in ("kernels", "wide"):
         bench.parse(list(gpu.PARTS[name].command[4:6]))
@@ -398,8 +419,10 @@ def test_the_attention_comparison():
 
 def test_sensors():
     assert facts.sensors("1980, 693.51, [N/A]\n345, 75.0, 30\n") == {
-        "clocks.sm": 1980.0, "power.draw": 693.51, "temperature.gpu": None,
-    }  # fmt: skip
+        "clocks.sm": 1980.0,
+        "power.draw": 693.51,
+        "temperature.gpu": None,
+    }
     assert facts.sensors("") == dict.fromkeys(facts.SENSORS)
 
 
@@ -408,6 +431,9 @@ def test_linear_layers_are_mistrals():
     kv = facts.KV_HEADS * facts.HEAD
     assert facts.HEADS * facts.HEAD == width
     assert facts.LINEAR == {
-        "q, o": (width, width), "k, v": (width, kv), "gate, up": (width, mlp),
-        "down": (mlp, width), "head": (width, vocabulary),
-    }  # fmt: skip
+        "q, o": (width, width),
+        "k, v": (width, kv),
+        "gate, up": (width, mlp),
+        "down": (mlp, width),
+        "head": (width, vocabulary),
+    }

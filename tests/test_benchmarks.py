@@ -8,17 +8,25 @@ from benchmarks import vs_trl
 
 
 def result(pairs: float, gib: float, losses: list[float], reference: float = 0.0) -> dict:
-    return {"pairs_per_second": pairs, "tokens_per_second": 500 * pairs, "peak_gib": gib,
-            "losses": losses, "reference": reference}  # fmt: skip
+    return {
+        "pairs_per_second": pairs,
+        "tokens_per_second": 500 * pairs,
+        "peak_gib": gib,
+        "losses": losses,
+        "reference": reference,
+    }
 
 
-@pytest.mark.parametrize("line, message", [
-    ("--steps 2", "--steps 2 must be above 2, the steps of the warm-up"),
-    ("--batch 6 --trl-pairs 4", "--batch 6 must be a multiple of --trl-pairs 4"),
-    ("--trl-pairs 0", "--batch 8 must be a multiple of --trl-pairs 0"),
-    ("--batch 12", "--batch 12 must be a multiple of TRL's default, 8"),
-    ("--batch 0", "--batch 0 must be a multiple of --trl-pairs 1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("--steps 2", "--steps 2 must be above 2, the steps of the warm-up"),
+        ("--batch 6 --trl-pairs 4", "--batch 6 must be a multiple of --trl-pairs 4"),
+        ("--trl-pairs 0", "--batch 8 must be a multiple of --trl-pairs 0"),
+        ("--batch 12", "--batch 12 must be a multiple of TRL's default, 8"),
+        ("--batch 0", "--batch 0 must be a multiple of --trl-pairs 1"),
+    ],
+)
 def test_numbers_that_do_not_go_together(line, message, capsys):
     with pytest.raises(SystemExit) as stop:
         vs_trl.main(line.split())
@@ -65,8 +73,12 @@ def test_one_that_fails_is_a_row(monkeypatch):
 
 
 def test_the_table_gives_our_multiples_of_each_peer():
-    results = {"ours-cached": result(6, 2, [0.6931, 0.5], 9.0), "ours-live": result(4.5, 1, [0.6]),
-               "trl": result(1.5, 4, [0.6931, 0.5]), "trl-tuned": result(3, 2, [0.6])}  # fmt: skip
+    results = {
+        "ours-cached": result(6, 2, [0.6931, 0.5], 9.0),
+        "ours-live": result(4.5, 1, [0.6]),
+        "trl": result(1.5, 4, [0.6931, 0.5]),
+        "trl-tuned": result(3, 2, [0.6]),
+    }
     lines = vs_trl.table(results).splitlines()
     assert lines[1].split() == ["ours-cached", "6.000", "3000", "2.00", "9.0", "0.6931", "0.5000"]
     assert lines[5:] == [
@@ -78,10 +90,16 @@ def test_the_table_gives_our_multiples_of_each_peer():
     assert len(vs_trl.table({"trl": results["trl"]}).splitlines()) == 2, "nothing to compare"
 
 
-@pytest.mark.parametrize("other, precision, right", [
-    (0.50009, "fp32", True), (0.50011, "fp32", False), (0.504, "bf16", True),
-    (0.506, "bf16", False), (math.nan, "bf16", False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "other, precision, right",
+    [
+        (0.50009, "fp32", True),
+        (0.50011, "fp32", False),
+        (0.504, "bf16", True),
+        (0.506, "bf16", False),
+        (math.nan, "bf16", False),
+    ],
+)
 def test_losses_that_differ_are_not_the_same_work(other, precision, right):
     results = {"ours-live": result(1, 1, [0.7, 0.5]), "trl": result(1, 1, [0.7, other])}
     said = vs_trl.verdict(results, precision)

@@ -5,10 +5,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from test_data import GOOD, both_at_once, chat, own_cache, save, small  # noqa: F401
 
-from conftest import Limits
+from helpers import GOOD, Limits, both_at_once, chat, save
 from zephyr import data
+
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def shorten(path: Path) -> None:
@@ -26,12 +27,20 @@ def flip(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["about.json", "ends.npy", "ids", "mask", "places.npy", data.SUMS])
-@pytest.mark.parametrize("harm", [
-    shorten, zero, flip, Path.unlink, lambda path: path.write_bytes(b""),
-    lambda path: path.write_bytes(path.read_bytes() + bytes(9) + path.read_bytes()),
-    lambda path: (path.unlink(), path.mkdir()),
-], ids=["cut", "zero", "flip", "purged", "empty", "twice", "a folder"])  # fmt: skip
-def test_a_damaged_entry_is_made_anew(small, tmp_path, capsys, name, harm):  # noqa: F811
+@pytest.mark.parametrize(
+    "harm",
+    [
+        shorten,
+        zero,
+        flip,
+        Path.unlink,
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(path.read_bytes() + bytes(9) + path.read_bytes()),
+        lambda path: (path.unlink(), path.mkdir()),
+    ],
+    ids=["cut", "zero", "flip", "purged", "empty", "twice", "a folder"],
+)
+def test_a_damaged_entry_is_made_anew(small, tmp_path, capsys, name, harm):
     path = save(tmp_path / "a.jsonl", GOOD, GOOD | {"messages": chat("a", "b")})
     for read in (data.preferences, data.conversations):
         shutil.rmtree(data.cache_folder(), ignore_errors=True)
@@ -56,7 +65,7 @@ def test_a_damaged_entry_is_made_anew(small, tmp_path, capsys, name, harm):  # n
 
 
 @pytest.mark.parametrize("what", ["a file", "a link to nothing", "an empty folder"])
-def test_an_entry_that_is_no_entry_is_made_anew(small, tmp_path, capsys, what):  # noqa: F811
+def test_an_entry_that_is_no_entry_is_made_anew(small, tmp_path, capsys, what):
     path = save(tmp_path / "a.jsonl", GOOD)
     data.preferences(path, small, Limits())
     (entry,) = data.cache_folder().iterdir()
@@ -72,7 +81,7 @@ def test_an_entry_that_is_no_entry_is_made_anew(small, tmp_path, capsys, what): 
     assert list(data.cache_folder().iterdir()) == [entry] and entry.is_dir()
 
 
-def test_what_killed_makers_left_goes_after_a_day(small, tmp_path):  # noqa: F811
+def test_what_killed_makers_left_goes_after_a_day(small, tmp_path):
     cache = data.cache_folder()
     for k, name in enumerate(("part-old", "part-busy", "part-new")):
         (cache / name / "dpo-1").mkdir(parents=True)
@@ -88,7 +97,7 @@ def test_what_killed_makers_left_goes_after_a_day(small, tmp_path):  # noqa: F81
     assert len(list(cache.iterdir())) == 3
 
 
-def test_two_processes_that_mend_an_entry_at_once_both_succeed(small, tmp_path):  # noqa: F811
+def test_two_processes_that_mend_an_entry_at_once_both_succeed(small, tmp_path):
     (path,) = save(tmp_path / "a.jsonl", *[GOOD] * 5)
     total = int(data.preferences((path,), small, Limits()).ids.sum())
     (entry,) = data.cache_folder().iterdir()

@@ -12,22 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_model import model
-from test_parallel import pairs, torchrun
-from test_weights import folder_of
 
+from helpers import folder_of, model, pairs, torchrun
 from zephyr import checkpoint, config, disk, losses, metrics, optim, parallel, signals, weights
 from zephyr.config import DPOConfig, SFTConfig
 from zephyr.exits import BadCheckpoint, Preempted
 from zephyr.run import FREE, Run
 
 DIGESTS = {"data": "digest", "model": "another"}
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    yield parallel.start()
-    parallel.finish()
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +31,9 @@ def base(tmp_path_factory) -> Path:
 def c(base, tmp_path) -> DPOConfig:
     """With values that a settings file must not bend, else a run would not know itself again."""
     lr = float(np.nextafter(5e-7, 1))
-    return DPOConfig(model=str(base), data=('ä "b"',), out=str(tmp_path / "run"), steps=9, lr=lr,
-                     keep=0)  # fmt: skip
+    return DPOConfig(
+        model=str(base), data=('ä "b"',), out=str(tmp_path / "run"), steps=9, lr=lr, keep=0
+    )
 
 
 def start(ranks, base: Path, precision: str = "fp32"):
@@ -58,8 +51,9 @@ def train(m, optimizer, first: int, last: int) -> None:
 def state(m, optimizer) -> dict[str, torch.Tensor]:
     """Weights and moments by name, whole."""
     flat = checkpoint.tensors_of(m, optimizer)
-    return {k: (x.full_tensor() if hasattr(x, "full_tensor") else x).clone()
-            for k, x in flat.items()}  # fmt: skip
+    return {
+        k: (x.full_tensor() if hasattr(x, "full_tensor") else x).clone() for k, x in flat.items()
+    }
 
 
 def equal(a: dict, b: dict) -> None:
@@ -238,8 +232,10 @@ def test_one_rank_then_many_then_one(ranks, base, c, tmp_path, size, replicas):
     run.folder = third
     assert run.load(*back)[0] == 3
     equal(state(*back), state(*straight))
-    second, again = (sum(p.stat().st_size for p in folder.glob("shard-*"))
-                     for folder in (run.out / "checkpoints" / "step-000002", third))  # fmt: skip
+    second, again = (
+        sum(p.stat().st_size for p in folder.glob("shard-*"))
+        for folder in (run.out / "checkpoints" / "step-000002", third)
+    )
     assert again < 1.1 * second, "replicas write each shard once"
     run.folder = fourth
     step, kept = run.load(*back)
@@ -274,8 +270,11 @@ def test_a_checkpoint_is_exported_as_the_end_of_a_run_would(ranks, base, c, tmp_
         about = disk.read_json(moved / "state.json")
         about["run"]["settings"]["model"] = str(tmp_path / "gone")
         disk.write_json(moved / "state.json", about)
-        lines = [line for line in (moved / "SHA256SUMS").read_text().splitlines()
-                 if not line.endswith("state.json")]  # fmt: skip
+        lines = [
+            line
+            for line in (moved / "SHA256SUMS").read_text().splitlines()
+            if not line.endswith("state.json")
+        ]
         lines.append(checkpoint._sum(moved / "state.json"))
         (moved / "SHA256SUMS").write_text("\n".join(lines) + "\n")
         checkpoint.export(moved, tmp_path / "again")
@@ -291,8 +290,9 @@ def test_sums_are_those_of_sha256sum(ranks, base, c):
     run.save(2, *start(ranks, base))
     run.wait()
     folder = run.out / "checkpoints" / "step-000002"
-    done = subprocess.run(["sha256sum", "--strict", "-c", "SHA256SUMS"], cwd=folder,
-                          capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        ["sha256sum", "--strict", "-c", "SHA256SUMS"], cwd=folder, capture_output=True, text=True
+    )
     assert done.returncode == 0 and len(done.stdout.splitlines()) == 2, done.stderr
 
 
@@ -353,10 +353,17 @@ def test_an_old_checkpoint_that_cannot_be_removed_stays(ranks, base, c, monkeypa
     assert line in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", [
-    ".DS_Store", ".nfs000000000123", "._shard-00001-model-00001-of-00001.safetensors", "Thumbs.db",
-    "notes.txt", ".x.safetensors",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        ".DS_Store",
+        ".nfs000000000123",
+        "._shard-00001-model-00001-of-00001.safetensors",
+        "Thumbs.db",
+        "notes.txt",
+        ".x.safetensors",
+    ],
+)
 def test_what_no_sum_names_is_no_damage(ranks, base, c, tmp_path, name):
     run, first = Run(c, DIGESTS, ranks), start(ranks, base)
     run.save(2, *first)
@@ -424,8 +431,11 @@ def fake(c, step: int, suffix: str = "", state: bytes | None = None) -> Path:
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*")
-            if p.is_file() and p.name != ".lock"}  # fmt: skip
+    return {
+        str(p.relative_to(folder)): p.read_bytes()
+        for p in folder.rglob("*")
+        if p.is_file() and p.name != ".lock"
+    }
 
 
 def test_a_fresh_start_writes_what_reproduces_it(ranks, c):
@@ -523,22 +533,42 @@ def test_settings_that_leave_the_trajectory_alone_may_change(ranks, c, monkeypat
     fake(c, 3)
     monkeypatch.chdir(tmp_path)
     free = replace(
-        c, out="run", log_every=7, eval_every=8, save_every=9, microbatch_tokens=999, keep=5,
-        recompute="full", save_async=False, timeout=7, replicas=2, on_nonfinite="skip",
-        compile="off", reshard="never", profile=1, eval_data=("x.jsonl",), deterministic=True,
-    )  # fmt: skip
+        c,
+        out="run",
+        log_every=7,
+        eval_every=8,
+        save_every=9,
+        microbatch_tokens=999,
+        keep=5,
+        recompute="full",
+        save_async=False,
+        timeout=7,
+        replicas=2,
+        on_nonfinite="skip",
+        compile="off",
+        reshard="never",
+        profile=1,
+        eval_data=("x.jsonl",),
+        deterministic=True,
+    )
     changed = {k for k, v in vars(c).items() if v != getattr(free, k)}
     assert changed == FREE - {"resume"}
     assert Run(free, DIGESTS, ranks).folder.name == "step-000003"
 
 
-@pytest.mark.parametrize("state, message", [
-    (b"", "is damaged: .*state.json: malformed JSON"),
-    (b"[]", "is damaged: .*state.json holds a JSON list"),
-    (b"{}", "state.json does not say whose run this is; --resume previous"),
-    (b'{"step": 3, "ranks": [], "run": 1}', "state.json does not say whose run this is; --resume"),
-    (b'{"step": 3, "ranks": [], "run": {"settings": []}}', "does not say whose run this is;"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "state, message",
+    [
+        (b"", "is damaged: .*state.json: malformed JSON"),
+        (b"[]", "is damaged: .*state.json holds a JSON list"),
+        (b"{}", "state.json does not say whose run this is; --resume previous"),
+        (
+            b'{"step": 3, "ranks": [], "run": 1}',
+            "state.json does not say whose run this is; --resume",
+        ),
+        (b'{"step": 3, "ranks": [], "run": {"settings": []}}', "does not say whose run this is;"),
+    ],
+)
 def test_checkpoints_of_nobody_are_refused(ranks, c, state, message):
     Run(c, DIGESTS, ranks)
     fake(c, 3, state=state)

@@ -10,12 +10,17 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_forms import GOOD, HI, chat, gpt, human, save, scored
 
-from conftest import Limits
+from helpers import Limits, chat, gpt, human, save, scored
 from zephyr import data, feedback, files, forms
 
 pytestmark = pytest.mark.usefixtures("own_cache")
+
+HI = [("user", "Hi"), ("assistant", "Yo")]
+GOOD = {
+    data.conversations: {"messages": chat("Hi", "Yo")},
+    data.preferences: {"prompt": "Why?", "chosen": "Because.", "rejected": "No."},
+}
 
 
 def parquet(path: Path, rows: list[dict], schema=None) -> tuple[str]:
@@ -70,7 +75,8 @@ def test_a_number_that_is_none_is_refused_where_one_is_needed(tmp_path, capsys):
         with pytest.raises(SystemExit):
             feedback.main([str(path), "--out", str(tmp_path / "o.jsonl")])
         assert "raw.jsonl:1: completions[0].overall_score must be a finite number, not " in (
-            capsys.readouterr().err)  # fmt: skip
+            capsys.readouterr().err
+        )
 
 
 texts = st.sampled_from(["a", "b", " ", "<|user|>\nHi", "a</s>", human("a", "b", "c"), human("a")])
@@ -85,18 +91,37 @@ good = st.lists(plain, min_size=2, max_size=4)
 messages = st.lists(turn, max_size=3) | good.map(lambda texts: chat(*texts))
 shares = st.lists(share, max_size=3) | good.map(lambda texts: gpt(*texts))
 score = st.none() | st.sampled_from([1.0, 2.0, float("nan")])
-more = {"system": maybe, "history": st.none() | st.just([]) | st.just([["a"]]), "input": maybe,
-        "tools": st.none() | texts, "unused": score, "score_chosen": score,
-        "score_rejected": score}  # fmt: skip
+more = {
+    "system": maybe,
+    "history": st.none() | st.just([]) | st.just([["a"]]),
+    "input": maybe,
+    "tools": st.none() | texts,
+    "unused": score,
+    "score_chosen": score,
+    "score_rejected": score,
+}
 asked = {"prompt": maybe, "question": st.none() | plain, "instruction": st.none() | plain}
 lines = {
-    forms.talk: [st.fixed_dictionaries({}, optional={"messages": messages, "conversations": shares,
-                                                     "output": maybe, **asked, **more})],
+    forms.talk: [
+        st.fixed_dictionaries(
+            {},
+            optional={
+                "messages": messages,
+                "conversations": shares,
+                "output": maybe,
+                **asked,
+                **more,
+            },
+        )
+    ],
     forms.preference: [
-        st.fixed_dictionaries({}, optional={"chosen": side, "rejected": side, **asked, **more,
-                                            "conversations": shares})
-        for side in (texts, messages, shares, share)],
-}  # fmt: skip
+        st.fixed_dictionaries(
+            {},
+            optional={"chosen": side, "rejected": side, **asked, **more, "conversations": shares},
+        )
+        for side in (texts, messages, shares, share)
+    ],
+}
 EVERY = {forms.talk: forms.TALK, forms.preference: forms.PAIR}
 
 
@@ -120,8 +145,11 @@ def test_the_same_line_gives_the_same_answer_in_every_format(read, pick, tmp_pat
     (folder / "d.jsonl.gz").write_bytes(gzip.compress(Path(paths[0]).read_bytes()))
     names = sorted({key for row in rows for key in row})  # Arrow looks at the first row's alone
     full = [{name: row.get(name) for name in names} for row in rows]
-    paths += [str(folder / "c.json"), str(folder / "d.jsonl.gz"),
-              *parquet(folder / "e.parquet", full)]  # fmt: skip
+    paths += [
+        str(folder / "c.json"),
+        str(folder / "d.jsonl.gz"),
+        *parquet(folder / "e.parquet", full),
+    ]
 
     def used(listed):
         """Which columns are there but unused is the file's in parquet, the line's in JSON."""
@@ -184,8 +212,11 @@ def test_one_file_under_two_names_is_refused(tmp_path, monkeypatch, link):
     Path("sub").mkdir()
     link(tmp_path / "a.jsonl", "b.jsonl")
     for again in ("b.jsonl", "b*.jsonl", "sub/../a.jsonl", "./a.jsonl", f"{tmp_path}/a.jsonl"):
-        with pytest.raises(ValueError, match=r"^.*[ab].jsonl is given twice, also as a.jsonl; its "
-                                             "rows would count double, so name it once$"):
+        with pytest.raises(
+            ValueError,
+            match=r"^.*[ab].jsonl is given twice, also as a.jsonl; its "
+            "rows would count double, so name it once$",
+        ):
             files.expand(["a.jsonl", again])
     with pytest.raises(ValueError, match="^a.jsonl is given twice; its rows would count double"):
         files.expand(["a.jsonl", "copy.jsonl", "a.jsonl"])
@@ -216,11 +247,19 @@ def test_brackets_in_names_that_exist_are_names(tmp_path, monkeypatch):
     assert names("[v]/*.jsonl") == ["v/c.jsonl"]
 
 
-@pytest.mark.parametrize("name, content", [
-    ("b.jsonl", b""), ("b.jsonl", b"\n \n"), ("b.json", b"[ ]\n"), ("b.jsonl.gz", b""),
-    ("b.json.gz", gzip.compress(b"[]")), ("b.jsonl.gz", gzip.compress(b"")), ("b.parquet", b""),
-    ("b.parquet", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("b.jsonl", b""),
+        ("b.jsonl", b"\n \n"),
+        ("b.json", b"[ ]\n"),
+        ("b.jsonl.gz", b""),
+        ("b.json.gz", gzip.compress(b"[]")),
+        ("b.jsonl.gz", gzip.compress(b"")),
+        ("b.parquet", b""),
+        ("b.parquet", None),
+    ],
+)
 def test_an_empty_file_among_full_ones_is_a_line(name, content, tokenizer, tmp_path, capsys):
     (full,) = save(tmp_path / "a.jsonl", GOOD[data.preferences])
     empty = tmp_path / name

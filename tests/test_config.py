@@ -75,15 +75,23 @@ def test_argv_is_the_default(recipes, monkeypatch):
 
 
 # the published table: recipe A is the paper's, recipe B the alignment handbook's re-run
-SHARED = dict(clip=1.0, weight_decay=0.0, warmup=0.1, seed=42, precision="bf16", eval_every=100,
-              empty_system=True, steps=None)  # fmt: skip
+SHARED = dict(
+    clip=1.0,
+    weight_decay=0.0,
+    warmup=0.1,
+    seed=42,
+    precision="bf16",
+    eval_every=100,
+    empty_system=True,
+    steps=None,
+)
 PAIRS = SHARED | dict(max_length=1024, max_prompt_length=512, loss="dpo", label_smoothing=0.0)
 GOLDEN = {
-    "zephyr-7b-sft": SHARED | dict(lr=2e-5, schedule="cosine", batch=128, max_length=2048,
-                                   epochs=1, train_on="all"),
+    "zephyr-7b-sft": SHARED
+    | dict(lr=2e-5, schedule="cosine", batch=128, max_length=2048, epochs=1, train_on="all"),
     "zephyr-7b-beta-dpo": PAIRS | dict(lr=5e-7, schedule="linear", batch=32, beta=0.1, epochs=3),
     "zephyr-7b-dpo": PAIRS | dict(lr=5e-7, schedule="cosine", batch=128, beta=0.01, epochs=1),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", GOLDEN)
@@ -92,8 +100,9 @@ def test_the_published_recipes(name):
     assert {key: getattr(c, key) for key in GOLDEN[name]} == GOLDEN[name]
 
 
-@pytest.mark.parametrize("pairs, recipe, steps", [
-    (61_966, "zephyr-7b-beta-dpo", 5809), (61_135, "zephyr-7b-dpo", 478)])  # fmt: skip
+@pytest.mark.parametrize(
+    "pairs, recipe, steps", [(61_966, "zephyr-7b-beta-dpo", 5809), (61_135, "zephyr-7b-dpo", 478)]
+)
 def test_the_recipes_make_the_published_number_of_steps(pairs, recipe, steps):
     c = parse(DPOConfig, recipe)
     assert round(c.epochs * pairs / c.batch) == steps
@@ -122,52 +131,61 @@ def test_every_shipped_recipe_parses_for_its_script():
                     assert (list(got) if isinstance(got, tuple) else got) == value
 
 
-@pytest.mark.parametrize("argv, message", [
-    ("--lrr 1", "^unknown argument --lrr; --help lists what there is"),
-    ("--mod x", "^unknown argument --mod;"),  # an abbreviation
-    ("--no-empty", "^unknown argument --no-empty;"),
-    ("--table dpo", "^unknown argument --table;"),
-    ("zephyr-7b-dpo again", "^unknown argument again;"),
-    ("--steps", "argument --steps: expected one argument"),
-    ("--steps many", "argument --steps: invalid int value: 'many'"),
-    ("--batch 1.5", "argument --batch: invalid int value: '1.5'"),
-    ("--lr fast", "argument --lr: invalid float value: 'fast'"),
-    ("--eval-data", "argument --eval-data: expected at least one argument"),
-    ("--no-empty-system=1", "argument --empty-system/--no-empty-system: ignored explicit"),
-    ("--schedule step", "argument --schedule: invalid choice: 'step' .choose from '?linear"),
-    ("--on-bad-row drop", "argument --on-bad-row: invalid choice: 'drop'"),
-    ("zephyr-8b", "^no recipe zephyr-8b; there are tiny, zephyr-7b-beta-dpo, zephyr-7b-dpo, "
-                  "zephyr-7b-sft, or give the path of a .toml"),
-    ("none.toml", "^no recipe none.toml; there are tiny"),
-    ("zephyr-7b-sft", r"zephyr-7b-sft.toml: has no \[dpo\] table; this script wants one"),
-    ("--out=", "^--out is required: run folder"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ("--lrr 1", "^unknown argument --lrr; --help lists what there is"),
+        ("--mod x", "^unknown argument --mod;"),  # an abbreviation
+        ("--no-empty", "^unknown argument --no-empty;"),
+        ("--table dpo", "^unknown argument --table;"),
+        ("zephyr-7b-dpo again", "^unknown argument again;"),
+        ("--steps", "argument --steps: expected one argument"),
+        ("--steps many", "argument --steps: invalid int value: 'many'"),
+        ("--batch 1.5", "argument --batch: invalid int value: '1.5'"),
+        ("--lr fast", "argument --lr: invalid float value: 'fast'"),
+        ("--eval-data", "argument --eval-data: expected at least one argument"),
+        ("--no-empty-system=1", "argument --empty-system/--no-empty-system: ignored explicit"),
+        ("--schedule step", "argument --schedule: invalid choice: 'step' .choose from '?linear"),
+        ("--on-bad-row drop", "argument --on-bad-row: invalid choice: 'drop'"),
+        (
+            "zephyr-8b",
+            "^no recipe zephyr-8b; there are tiny, zephyr-7b-beta-dpo, zephyr-7b-dpo, "
+            "zephyr-7b-sft, or give the path of a .toml",
+        ),
+        ("none.toml", "^no recipe none.toml; there are tiny"),
+        ("zephyr-7b-sft", r"zephyr-7b-sft.toml: has no \[dpo\] table; this script wants one"),
+        ("--out=", "^--out is required: run folder"),
+    ],
+)
 def test_wrong_flags(argv, message):
     with pytest.raises(ValueError, match=message) as error:
         parse(DPOConfig, *argv.split())
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("line, message", [
-    ("betta = 0.1", "has an unknown key 'betta'"),
-    ('table = "dpo"', "has an unknown key 'table'"),
-    ("check = 1", "has an unknown key 'check'"),
-    ("train_on = 'all'", "has an unknown key 'train_on'"),  # the other stage's
-    ('batch = "many"', "batch = 'many' is not int"),
-    ("batch = 1.0", "batch = 1.0 is not int"),
-    ("batch = true", "batch = True is not int"),
-    ('lr = "1e-3"', "lr = '1e-3' is not float"),
-    ("lr = true", "lr = True is not float"),
-    ("lr = [1.0]", r"lr = \[1.0\] is not float"),
-    ("empty_system = 1", "empty_system = 1 is not bool"),
-    ("model = 1", "model = 1 is not str"),
-    ('data = "d"', "data = 'd' is not a list of str"),
-    ("data = [1]", r"data = \[1\] is not a list of str"),
-    ('steps = "all"', "steps = 'all' is not int"),
-    ('schedule = "step"', "schedule = 'step' is not one of linear, cosine, constant"),
-    ('schedule = ["cosine"]', r"schedule = \['cosine'\] is not one of"),
-    ("beta = {a = 1}", "beta = {'a': 1} is not float"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("betta = 0.1", "has an unknown key 'betta'"),
+        ('table = "dpo"', "has an unknown key 'table'"),
+        ("check = 1", "has an unknown key 'check'"),
+        ("train_on = 'all'", "has an unknown key 'train_on'"),  # the other stage's
+        ('batch = "many"', "batch = 'many' is not int"),
+        ("batch = 1.0", "batch = 1.0 is not int"),
+        ("batch = true", "batch = True is not int"),
+        ('lr = "1e-3"', "lr = '1e-3' is not float"),
+        ("lr = true", "lr = True is not float"),
+        ("lr = [1.0]", r"lr = \[1.0\] is not float"),
+        ("empty_system = 1", "empty_system = 1 is not bool"),
+        ("model = 1", "model = 1 is not str"),
+        ('data = "d"', "data = 'd' is not a list of str"),
+        ("data = [1]", r"data = \[1\] is not a list of str"),
+        ('steps = "all"', "steps = 'all' is not int"),
+        ('schedule = "step"', "schedule = 'step' is not one of linear, cosine, constant"),
+        ('schedule = ["cosine"]', r"schedule = \['cosine'\] is not one of"),
+        ("beta = {a = 1}", "beta = {'a': 1} is not float"),
+    ],
+)
 def test_wrong_recipes(tmp_path, line, message):
     path = tmp_path / "r.toml"
     path.write_text(f"[dpo]\n{line}\n")
@@ -210,42 +228,72 @@ NUMBERS = ("epochs", "batch", "microbatch-tokens", "max-length", "lr", "log-ever
 
 
 @STAGES
-@pytest.mark.parametrize("flag, value, message", [
-    *((name, value, " must be finite and above 0") for name in NUMBERS for value in ("0", "-1")),
-    *((name, value, " must be finite and above 0") for name in ("lr", "clip")
-      for value in ("nan", "inf")),
-    ("steps", "0", " must be greater than 0; leave it out for all"),
-    ("steps", "-1", " must be greater than 0; leave it out for all"),
-    *((name, "-1", " must be finite and 0 or more")
-      for name in ("eval-every", "save-every", "weight-decay", "seed")),
-    *(("weight-decay", value, " must be finite and 0 or more") for value in ("nan", "inf")),
-    *(("warmup", value, " must be a share of the steps, 0 <= w < 1")
-      for value in ("-0.1", "1.0", "nan")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flag, value, message",
+    [
+        *(
+            (name, value, " must be finite and above 0")
+            for name in NUMBERS
+            for value in ("0", "-1")
+        ),
+        *(
+            (name, value, " must be finite and above 0")
+            for name in ("lr", "clip")
+            for value in ("nan", "inf")
+        ),
+        ("steps", "0", " must be greater than 0; leave it out for all"),
+        ("steps", "-1", " must be greater than 0; leave it out for all"),
+        *(
+            (name, "-1", " must be finite and 0 or more")
+            for name in ("eval-every", "save-every", "weight-decay", "seed")
+        ),
+        *(("weight-decay", value, " must be finite and 0 or more") for value in ("nan", "inf")),
+        *(
+            ("warmup", value, " must be a share of the steps, 0 <= w < 1")
+            for value in ("-0.1", "1.0", "nan")
+        ),
+    ],
+)
 def test_ranges_of_both_stages(cls, flag, value, message):
     with pytest.raises(ValueError, match=rf"^--{flag} {value}(\.0)?{re.escape(message)}"):
         parse(cls, f"--{flag}", value)
 
 
-@pytest.mark.parametrize("argv, message", [
-    *((f"--beta {value}", f"--beta {value} must be finite and above 0; Zephyr's: 0.1, 0.01")
-      for value in ("0.0", "-0.1", "nan", "inf")),
-    ("--max-prompt-length 1024", "--max-prompt-length 1024 must be above 0 and below --max-length "
-                                 "1024: what is between a long pair keeps of a response"),
-    ("--max-prompt-length 0", "--max-prompt-length 0 must be above 0 and below"),
-    *((f"--label-smoothing {value}", f"--label-smoothing {value} must be in 0 <= s < 0.5")
-      for value in ("-0.1", "0.5", "nan")),
-    ("--label-smoothing 0.1 --loss ipo", "--label-smoothing has no meaning for --loss ipo; use 0"),
-    ("--label-smoothing 0.1 --loss hinge", "--label-smoothing has no meaning for --loss hinge"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        *(
+            (f"--beta {value}", f"--beta {value} must be finite and above 0; Zephyr's: 0.1, 0.01")
+            for value in ("0.0", "-0.1", "nan", "inf")
+        ),
+        (
+            "--max-prompt-length 1024",
+            "--max-prompt-length 1024 must be above 0 and below --max-length "
+            "1024: what is between a long pair keeps of a response",
+        ),
+        ("--max-prompt-length 0", "--max-prompt-length 0 must be above 0 and below"),
+        *(
+            (f"--label-smoothing {value}", f"--label-smoothing {value} must be in 0 <= s < 0.5")
+            for value in ("-0.1", "0.5", "nan")
+        ),
+        (
+            "--label-smoothing 0.1 --loss ipo",
+            "--label-smoothing has no meaning for --loss ipo; use 0",
+        ),
+        ("--label-smoothing 0.1 --loss hinge", "--label-smoothing has no meaning for --loss hinge"),
+    ],
+)
 def test_ranges_of_dpo(argv, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         parse(DPOConfig, *argv.split())
 
 
 def test_a_row_of_sft_must_fit_a_microbatch():
-    with pytest.raises(ValueError, match="^--microbatch-tokens 100 is less than one row of "
-                       "--max-length 101; use a multiple of it"):  # fmt: skip
+    with pytest.raises(
+        ValueError,
+        match="^--microbatch-tokens 100 is less than one row of "
+        "--max-length 101; use a multiple of it",
+    ):
         parse(SFTConfig, "--microbatch-tokens", "100", "--max-length", "101")
 
 
@@ -288,12 +336,20 @@ path_text = st.text(
 positive = st.floats(0, exclude_min=True, allow_infinity=False)
 WIDEST = 2**63 - 1  # the largest whole number that TOML promises to hold
 dpo_configs = st.builds(
-    DPOConfig, model=path_text, data=st.lists(path_text, min_size=1).map(tuple), out=path_text,
-    eval_data=st.lists(path_text).map(tuple), lr=positive, beta=positive, clip=positive,
-    steps=st.none() | st.integers(1, WIDEST), seed=st.integers(0, WIDEST),
+    DPOConfig,
+    model=path_text,
+    data=st.lists(path_text, min_size=1).map(tuple),
+    out=path_text,
+    eval_data=st.lists(path_text).map(tuple),
+    lr=positive,
+    beta=positive,
+    clip=positive,
+    steps=st.none() | st.integers(1, WIDEST),
+    seed=st.integers(0, WIDEST),
     empty_system=st.booleans(),
-    schedule=st.sampled_from(["linear", "cosine", "constant"]), warmup=st.floats(0, 0.99),
-)  # fmt: skip
+    schedule=st.sampled_from(["linear", "cosine", "constant"]),
+    warmup=st.floats(0, 0.99),
+)
 
 
 @settings(max_examples=40)
@@ -313,8 +369,13 @@ def test_to_toml_leaves_out_what_is_not_set():
     assert table["sft"]["train_on"] == "assistant" and table["sft"]["data"] == ["d.jsonl"]
 
 
-CODES = {OSError: 5, exits.BadCheckpoint: 3, exits.NonFinite: 4, exits.Storage: 5,
-         exits.Preempted: 143}  # fmt: skip
+CODES = {
+    OSError: 5,
+    exits.BadCheckpoint: 3,
+    exits.NonFinite: 4,
+    exits.Storage: 5,
+    exits.Preempted: 143,
+}
 
 
 def fail(error):
@@ -324,15 +385,18 @@ def fail(error):
     return main
 
 
-@pytest.mark.parametrize("error, line", [
-    (ValueError("--lr 0 must be finite"), "--lr 0 must be finite"),
-    (FileNotFoundError(2, "No such file", "x.bin"), "[Errno 2] No such file: 'x.bin'"),
-    (OSError(28, "No space left"), "[Errno 28] No space left"),
-    (exits.BadCheckpoint("step-000003 is damaged"), "step-000003 is damaged"),
-    (exits.NonFinite("the loss is nan"), "the loss is nan"),
-    (exits.Storage("the disk is full"), "the disk is full"),
-    (exits.Preempted("saved"), "saved"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "error, line",
+    [
+        (ValueError("--lr 0 must be finite"), "--lr 0 must be finite"),
+        (FileNotFoundError(2, "No such file", "x.bin"), "[Errno 2] No such file: 'x.bin'"),
+        (OSError(28, "No space left"), "[Errno 28] No space left"),
+        (exits.BadCheckpoint("step-000003 is damaged"), "step-000003 is damaged"),
+        (exits.NonFinite("the loss is nan"), "the loss is nan"),
+        (exits.Storage("the disk is full"), "the disk is full"),
+        (exits.Preempted("saved"), "saved"),
+    ],
+)
 def test_run_prints_one_line_and_exits_with_its_code(capsys, monkeypatch, error, line):
     monkeypatch.setattr(sys, "argv", ["/some/where/train_dpo.py"])
     monkeypatch.delenv("RANK", raising=False)
@@ -368,8 +432,9 @@ def test_the_other_kernels_package_is_refused_where_it_hides_ours(tmp_path):
     def run(*path: Path) -> tuple[int, str, str]:
         env = {k: x for k, x in os.environ.items() if k != "RANK"}
         env["PYTHONPATH"] = os.pathsep.join(map(str, path))
-        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env,
-                              capture_output=True, text=True)  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True
+        )
         return done.returncode, done.stdout, done.stderr
 
     assert run(ours, theirs) == (0, "ran\n", "")

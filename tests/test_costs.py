@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.nn.attention import varlen
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
@@ -21,19 +20,35 @@ from zephyr.plan import MODELS
 
 MISTRAL, LLAMA = MODELS["mistral-7b"], MODELS["llama-2-70b"]
 SMALL = MistralConfig(
-    vocab_size=96, hidden_size=64, intermediate_size=160, num_hidden_layers=3,
-    num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=512,
-    rms_norm_eps=1e-5, rope_theta=1e4, sliding_window=64,
-)  # fmt: skip
+    vocab_size=96,
+    hidden_size=64,
+    intermediate_size=160,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=512,
+    rms_norm_eps=1e-5,
+    rope_theta=1e4,
+    sliding_window=64,
+)
 SHAPES = {
     "grouped": SMALL,
-    "odd": dataclasses.replace(SMALL, vocab_size=77, intermediate_size=100, head_dim=24,
-                               num_key_value_heads=1, num_hidden_layers=2),
-    "one block": dataclasses.replace(SMALL, num_hidden_layers=1, num_key_value_heads=4,
-                                     sliding_window=None),
-}  # fmt: skip
-WIDE = dataclasses.replace(SMALL, vocab_size=400, hidden_size=256, intermediate_size=896,
-                           num_hidden_layers=5)  # fmt: skip
+    "odd": dataclasses.replace(
+        SMALL,
+        vocab_size=77,
+        intermediate_size=100,
+        head_dim=24,
+        num_key_value_heads=1,
+        num_hidden_layers=2,
+    ),
+    "one block": dataclasses.replace(
+        SMALL, num_hidden_layers=1, num_key_value_heads=4, sliding_window=None
+    ),
+}
+WIDE = dataclasses.replace(
+    SMALL, vocab_size=400, hidden_size=256, intermediate_size=896, num_hidden_layers=5
+)
 PAIRS = [(50, 60, 70), (100, 30, 20), (5, 9, 1)]
 
 
@@ -53,8 +68,9 @@ def documents(c: MistralConfig) -> packing.Batch:
 def load_of(batch: packing.Batch, c: MistralConfig) -> costs.Load:
     rows = batch.layout.kv_rows_G
     gathered = len(batch.tokens_T) if rows is None else len(rows)
-    return costs.Load(len(batch.tokens_T), gathered, len(batch.targets_N),
-                      batch.layout.attended(c.sliding_window))  # fmt: skip
+    return costs.Load(
+        len(batch.tokens_T), gathered, len(batch.targets_N), batch.layout.attended(c.sliding_window)
+    )
 
 
 class Live(TorchDispatchMode):
@@ -83,29 +99,6 @@ class Live(TorchDispatchMode):
             elif key not in self.without:
                 total += storage.nbytes()
         return total
-
-
-def flash(q, k, v, *rest):
-    """What the CUDA op returns, without its values: output, lse, state of a generator."""
-    return torch.zeros_like(q), torch.zeros(q.shape[1], len(q)), torch.zeros(2, dtype=torch.uint64)
-
-
-def flash_backward(g, q, k, v, *rest):
-    return tuple(map(torch.empty_like, (q, k, v)))
-
-
-@pytest.fixture
-def as_on_a_gpu(monkeypatch):
-    """Attention is the op that runs on CUDA, with its own rule of what to save for the backward; on
-    a CPU it has no kernel, so that it gets one which only has the shapes."""
-    def attend(self, q, k, v, layer, window):
-        if self.kv_rows_G is not None:
-            k, v = (x.index_select(0, self.kv_rows_G) for x in (k, v))
-        return self._flash(q, k, v, window)
-
-    varlen._varlen_attn.register_kernel("cpu")(flash)
-    varlen._varlen_attn_backward.register_kernel("cpu")(flash_backward)
-    monkeypatch.setattr(attention.Layout, "attend", attend)
 
 
 def model(c: MistralConfig, recompute: str = "none", dtype=torch.float32) -> Mistral:
@@ -161,8 +154,10 @@ def test_flops_are_what_torch_counts(as_on_a_gpu, monkeypatch, shape, batch):
     parts = costs.forward(shape, load)
     heads = shape.num_hidden_layers * shape.num_attention_heads
     assert parts["attention"] == heads * load.attended * 2 * 2 * shape.head_dim
-    nothing = {op: lambda *args, **kwargs: 0 for op in (torch.ops.torch_attn._varlen_attn,
-                                                        torch.ops.torch_attn._varlen_attn_backward)}
+    nothing = {
+        op: lambda *args, **kwargs: 0
+        for op in (torch.ops.torch_attn._varlen_attn, torch.ops.torch_attn._varlen_attn_backward)
+    }
     for recompute in ("none", "elementwise", "full"):
         with FlopCounterMode(display=False, custom_mapping=nothing) as counter:
             model(shape, recompute)(b).sum().backward()
@@ -187,8 +182,9 @@ def test_flops_of_the_notes():
     assert costs.recomputed(MISTRAL, token, "elementwise") == 0
 
 
-@pytest.mark.parametrize("recompute, size", [
-    ("none", 139_264), ("elementwise", 94_208), ("full", 8_192)])  # fmt: skip
+@pytest.mark.parametrize(
+    "recompute, size", [("none", 139_264), ("elementwise", 94_208), ("full", 8_192)]
+)
 def test_activations_of_the_notes(recompute, size):
     """Bytes per token and layer; the notes leave out the norms' scales and attention's lse."""
     more = [dataclasses.replace(MISTRAL, num_hidden_layers=n) for n in (2, 1)]
@@ -219,8 +215,14 @@ def test_activations_are_what_a_forward_leaves(as_on_a_gpu, shape, batch, dtype,
 def test_activations_are_what_autograd_saves(as_on_a_gpu, shape, batch):
     b, made, saved = batch(shape), model(shape), {}
     weights = {p.untyped_storage().data_ptr() for p in made.parameters()}
-    tensors = (b.tokens_T, b.predict_N, b.targets_N, b.layout.kv_rows_G, b.layout.cu_q,
-               b.layout.cu_k)  # fmt: skip
+    tensors = (
+        b.tokens_T,
+        b.predict_N,
+        b.targets_N,
+        b.layout.kv_rows_G,
+        b.layout.cu_q,
+        b.layout.cu_k,
+    )
     known = weights | {x.untyped_storage().data_ptr() for x in tensors if x is not None}
 
     def pack(x: torch.Tensor) -> torch.Tensor:
@@ -238,8 +240,9 @@ def test_activations_are_what_autograd_saves(as_on_a_gpu, shape, batch):
 @pytest.mark.parametrize("recompute", ["none", "elementwise", "full"])
 def test_the_moment_of_a_blocks_backward(as_on_a_gpu, recompute):
     """No less than what a backward has beside the activations, nor twice as much."""
-    c = dataclasses.replace(SMALL, vocab_size=20, intermediate_size=224, num_key_value_heads=1,
-                            num_hidden_layers=4)  # fmt: skip
+    c = dataclasses.replace(
+        SMALL, vocab_size=20, intermediate_size=224, num_key_value_heads=1, num_hidden_layers=4
+    )
     b, made = pairs(c, times=4), model(c, recompute, torch.bfloat16)
     for p in made.parameters():
         p.grad = torch.zeros_like(p)
@@ -269,13 +272,19 @@ def test_state_is_what_adamw_has():
     optimizer = optim.adamw(made, 0.0)
     made(documents(c)).sum().backward()
     optimizer.step()
-    size = {"masters": made.parameters(), "gradients": [p.grad for p in made.parameters()],
-            "moments": [s[k] for s in optimizer.state.values() for k in ("exp_avg", "exp_avg_sq")]}
+    size = {
+        "masters": made.parameters(),
+        "gradients": [p.grad for p in made.parameters()],
+        "moments": [s[k] for s in optimizer.state.values() for k in ("exp_avg", "exp_avg_sq")],
+    }
     found = {name: sum(x.nbytes for x in of) for name, of in size.items()}
     assert costs.state(c, 1) == found
     # a split master: the bf16 weight, and 16 bits beside it
-    halves = [torch.empty_like(p, dtype=d) for p in made.parameters()
-              for d in (torch.bfloat16, torch.int16)]  # fmt: skip
+    halves = [
+        torch.empty_like(p, dtype=d)
+        for p in made.parameters()
+        for d in (torch.bfloat16, torch.int16)
+    ]
     assert sum(x.nbytes for x in halves) == costs.state(c, 1)["masters"]
     moments = [torch.empty_like(p, dtype=torch.bfloat16) for p in made.parameters()] * 2
     assert sum(x.nbytes for x in moments) == costs.state(c, 1, "bf16")["moments"]
@@ -328,9 +337,14 @@ def test_traffic():
     block, root = costs.units(MISTRAL)
     every = 32 * block + root
     assert not any(costs.traffic(MISTRAL, 1, 1, 2, True).values())
-    assert costs.traffic(MISTRAL, 8, 1, 2, True) == pytest.approx({
-        "all-gather, forward": 2 * every * 7 / 8, "all-gather, backward": 2 * 32 * block * 7 / 8,
-        "reduce-scatter": 4 * every * 7 / 8, "all-reduce, replicas": 0})  # fmt: skip
+    assert costs.traffic(MISTRAL, 8, 1, 2, True) == pytest.approx(
+        {
+            "all-gather, forward": 2 * every * 7 / 8,
+            "all-gather, backward": 2 * 32 * block * 7 / 8,
+            "reduce-scatter": 4 * every * 7 / 8,
+            "all-reduce, replicas": 0,
+        }
+    )
     shared = costs.traffic(MISTRAL, 8, 4, 2, False)
     assert shared["all-gather, backward"] == 0
     # a ring sends each rank's sums around once and the totals once

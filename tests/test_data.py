@@ -11,50 +11,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import Limits, shared
+from helpers import GOOD, Limits, both_at_once, chat, save, shared, trained_tokenizer
 from zephyr import data, feedback, files
 from zephyr.tokenizer import Tokenizer
-
-
-def chat(*contents, system=None):
-    head = [] if system is None else [{"role": "system", "content": system}]
-    roles = ("user", "assistant")
-    return head + [{"role": roles[k % 2], "content": c} for k, c in enumerate(contents)]
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("ZEPHYR_CACHE", str(tmp_path / "cache"))
-
-
-def train(path: Path, text: str) -> Tokenizer:
-    with path.open("wb") as file:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter([text] * 3), model_writer=file, vocab_size=320,
-            model_type="bpe", byte_fallback=True, remove_extra_whitespaces=False,
-            normalization_rule_name="identity", minloglevel=2, num_threads=1,
-        )  # fmt: skip
-    return Tokenizer(path)
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory) -> Tokenizer:
-    text = "the cat sat on a mat <|user|> <|assistant|> one two three of some small words"
-    return train(tmp_path_factory.mktemp("sp") / "tokenizer.model", text)
 
 
 @pytest.fixture(scope="module")
 def mistral() -> Tokenizer:
     return Tokenizer(shared("mistral"))
-
-
-def save(path, *rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return (str(path),)
 
 
 def said(tokenizer, ids):
@@ -81,34 +48,82 @@ ONE = ["<|user|>\nWhy?"]
 MORE = ["<|user|>\nHi", "<|assistant|>\nHello", "<|user|>\nBye"]
 KIND = ["<|system|>\nBe kind.", *ONE]
 FORMS = {
-    "binarized": (ONE, {
-        "prompt": "Why?", "prompt_id": "f00", "chosen": chat("Why?", ODD),
-        "rejected": chat("Why?", "No."), "messages": chat("Why?", ODD), "score_chosen": 8.5}),
+    "binarized": (
+        ONE,
+        {
+            "prompt": "Why?",
+            "prompt_id": "f00",
+            "chosen": chat("Why?", ODD),
+            "rejected": chat("Why?", "No."),
+            "messages": chat("Why?", ODD),
+            "score_chosen": 8.5,
+        },
+    ),
     "messages": (ONE, {"chosen": chat("Why?", ODD), "rejected": chat("Why?", "No.")}),
-    "messages of turns": (MORE, {"chosen": chat("Hi", "Hello", "Bye", ODD), "prompt": "Hi",
-                                 "rejected": chat("Hi", "Hello", "Bye", "No.")}),
-    "messages with system": (KIND, {"chosen": chat("Why?", ODD, system="Be kind."),
-                                    "rejected": chat("Why?", "No.", system="Be kind.")}),
-    "responses": (ONE, {"prompt": "Why?", "chosen": chat("", ODD)[1:],
-                        "rejected": chat("", "No.")[1:]}),
-    "responses to messages": (MORE, {"prompt": chat("Hi", "Hello", "Bye"),
-                                     "chosen": chat("", ODD)[1:], "rejected": chat("", "No.")[1:]}),
-    "responses to system": (KIND, {"prompt": chat("Why?", system="Be kind."),
-                                   "chosen": chat("", ODD)[1:], "rejected": chat("", "No.")[1:]}),
-    "responses that share turns": (MORE, {
-        "prompt": chat("Hi"), "chosen": chat("", "Hello", "Bye", ODD)[1:],
-        "rejected": chat("", "Hello", "Bye", "No.")[1:]}),
+    "messages of turns": (
+        MORE,
+        {
+            "chosen": chat("Hi", "Hello", "Bye", ODD),
+            "prompt": "Hi",
+            "rejected": chat("Hi", "Hello", "Bye", "No."),
+        },
+    ),
+    "messages with system": (
+        KIND,
+        {
+            "chosen": chat("Why?", ODD, system="Be kind."),
+            "rejected": chat("Why?", "No.", system="Be kind."),
+        },
+    ),
+    "responses": (
+        ONE,
+        {"prompt": "Why?", "chosen": chat("", ODD)[1:], "rejected": chat("", "No.")[1:]},
+    ),
+    "responses to messages": (
+        MORE,
+        {
+            "prompt": chat("Hi", "Hello", "Bye"),
+            "chosen": chat("", ODD)[1:],
+            "rejected": chat("", "No.")[1:],
+        },
+    ),
+    "responses to system": (
+        KIND,
+        {
+            "prompt": chat("Why?", system="Be kind."),
+            "chosen": chat("", ODD)[1:],
+            "rejected": chat("", "No.")[1:],
+        },
+    ),
+    "responses that share turns": (
+        MORE,
+        {
+            "prompt": chat("Hi"),
+            "chosen": chat("", "Hello", "Bye", ODD)[1:],
+            "rejected": chat("", "Hello", "Bye", "No.")[1:],
+        },
+    ),
     "text": (ONE, {"prompt": "Why?", "chosen": ODD, "rejected": "No."}),
-    "text in a transcript": (ONE, {
-        "prompt": "\n\nHuman: Why?", "chosen": ODD, "rejected": "No."}),
-    "text to messages": (MORE, {"prompt": chat("Hi", "Hello", "Bye"), "chosen": ODD,
-                                "rejected": "No."}),
-    "transcripts": (ONE, {"chosen": f"\n\nHuman: Why?\n\nAssistant: {ODD}",
-                          "rejected": "\n\nHuman: Why? \n\nAssistant: No."}),
-    "transcripts of turns": (MORE, {
-        "chosen": f"\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Bye\n\nAssistant:{ODD}",
-        "rejected": "\n\nHuman: Hi\n\nAssistant:  Hello\n\nHuman:Bye\n\nAssistant: No."}),
-}  # fmt: skip
+    "text in a transcript": (ONE, {"prompt": "\n\nHuman: Why?", "chosen": ODD, "rejected": "No."}),
+    "text to messages": (
+        MORE,
+        {"prompt": chat("Hi", "Hello", "Bye"), "chosen": ODD, "rejected": "No."},
+    ),
+    "transcripts": (
+        ONE,
+        {
+            "chosen": f"\n\nHuman: Why?\n\nAssistant: {ODD}",
+            "rejected": "\n\nHuman: Why? \n\nAssistant: No.",
+        },
+    ),
+    "transcripts of turns": (
+        MORE,
+        {
+            "chosen": f"\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Bye\n\nAssistant:{ODD}",
+            "rejected": "\n\nHuman: Hi\n\nAssistant:  Hello\n\nHuman:Bye\n\nAssistant: No.",
+        },
+    ),
+}
 
 
 @pytest.mark.parametrize("which", ["small", "mistral"])
@@ -180,27 +195,40 @@ def test_chunks_leave_no_seam(small, tmp_path, monkeypatch, chunk):
 # bad rows
 
 
-GOOD = {"prompt": "Why?", "chosen": "Because.", "rejected": "No."}
 FIRST = "\n\nHuman: Why?\n\nAssistant: No."
 BAD_PAIRS = [
     ({"prompt": "a", "chosen": "b"}, "has no field 'rejected'; it has 'chosen, prompt'"),
     ({"prompt": "a", "rejected": "b"}, "has no field 'chosen'; it has 'prompt, rejected'"),
     ({}, "has no field 'chosen'; it has ''"),
     (GOOD | {"prompt": " \n"}, "turn 0, the user's, is empty"),
-    ({"chosen": chat("a", "\t", "c", "d"), "rejected": chat("a", "\t", "c", "e")},
-     "turn 1, the assistant's, is empty"),
-    ({"chosen": chat("a", "b"), "rejected": chat("c", "b")},
-     "the prompts of chosen and rejected differ"),
-    ({"chosen": chat("a", "b"), "rejected": chat("a", "b", "c", "d")},
-     "the prompts of chosen and rejected differ"),
-    ({"chosen": chat("a", "b", system="s"), "rejected": chat("a", "b")},
-     "the prompts of chosen and rejected differ"),
-    ({"chosen": FIRST, "rejected": FIRST.replace("Why", "How")},
-     "the prompts of chosen and rejected differ"),
-    ({"chosen": chat("a", "b"), "rejected": [{"role": "human", "content": "a"}]},
-     "rejected: message 0 has role 'human'; known roles are system, user, assistant"),
-    (GOOD | {"prompt": [{"role": "User", "content": "a"}]},
-     "chosen: message 0 has role 'User'; known roles are"),
+    (
+        {"chosen": chat("a", "\t", "c", "d"), "rejected": chat("a", "\t", "c", "e")},
+        "turn 1, the assistant's, is empty",
+    ),
+    (
+        {"chosen": chat("a", "b"), "rejected": chat("c", "b")},
+        "the prompts of chosen and rejected differ",
+    ),
+    (
+        {"chosen": chat("a", "b"), "rejected": chat("a", "b", "c", "d")},
+        "the prompts of chosen and rejected differ",
+    ),
+    (
+        {"chosen": chat("a", "b", system="s"), "rejected": chat("a", "b")},
+        "the prompts of chosen and rejected differ",
+    ),
+    (
+        {"chosen": FIRST, "rejected": FIRST.replace("Why", "How")},
+        "the prompts of chosen and rejected differ",
+    ),
+    (
+        {"chosen": chat("a", "b"), "rejected": [{"role": "human", "content": "a"}]},
+        "rejected: message 0 has role 'human'; known roles are system, user, assistant",
+    ),
+    (
+        GOOD | {"prompt": [{"role": "User", "content": "a"}]},
+        "chosen: message 0 has role 'User'; known roles are",
+    ),
     ({"chosen": [], "rejected": []}, "chosen: messages must be a list that is not empty"),
     ({"chosen": chat("a", "b"), "rejected": []}, "rejected: messages must be a list that is not"),
     (GOOD | {"prompt": []}, "chosen: text without a prompt must be a transcript"),
@@ -208,50 +236,81 @@ BAD_PAIRS = [
     (GOOD | {"prompt": {"a": 1}}, "prompt must be text or messages, got {'a': 1}"),
     (GOOD | {"prompt": [5]}, "chosen: message 0 must have role and content, got 5"),
     (GOOD | {"prompt": ["text"]}, "chosen: message 0 must have role and content, got 'text'"),
-    ({"prompt": 5, "chosen": chat("", "b")[1:], "rejected": chat("", "c")[1:]},
-     "prompt must be text or messages, got 5"),
-    ({"chosen": chat("", "b")[1:], "rejected": chat("", "c")[1:]},
-     "chosen: it is a response, and there is no prompt to it: none of prompt, question, "),
-    ({"chosen": chat("a", "b"), "rejected": chat("a", None)},
-     "rejected: message 1 must have role and content, got {'role': 'assistant'}"),
-    ({"chosen": chat("a", "b"), "rejected": chat("a", ["c"])},
-     "rejected: message 1 has content of type list, not text"),
-    ({"chosen": ["a", "b"], "rejected": chat("a", "c")},
-     "chosen: message 0 must have role and content, got 'a'"),
-    ({"chosen": [{"role": "user"}], "rejected": chat("a", "c")},
-     "chosen: message 0 must have role and content"),
-    ({"chosen": [m | {"tool": 1} for m in chat("a", "b")], "rejected": chat("a", "c")},
-     "chosen: message 0 has 'tool': 1, which would be lost: only role and content are read"),
+    (
+        {"prompt": 5, "chosen": chat("", "b")[1:], "rejected": chat("", "c")[1:]},
+        "prompt must be text or messages, got 5",
+    ),
+    (
+        {"chosen": chat("", "b")[1:], "rejected": chat("", "c")[1:]},
+        "chosen: it is a response, and there is no prompt to it: none of prompt, question, ",
+    ),
+    (
+        {"chosen": chat("a", "b"), "rejected": chat("a", None)},
+        "rejected: message 1 must have role and content, got {'role': 'assistant'}",
+    ),
+    (
+        {"chosen": chat("a", "b"), "rejected": chat("a", ["c"])},
+        "rejected: message 1 has content of type list, not text",
+    ),
+    (
+        {"chosen": ["a", "b"], "rejected": chat("a", "c")},
+        "chosen: message 0 must have role and content, got 'a'",
+    ),
+    (
+        {"chosen": [{"role": "user"}], "rejected": chat("a", "c")},
+        "chosen: message 0 must have role and content",
+    ),
+    (
+        {"chosen": [m | {"tool": 1} for m in chat("a", "b")], "rejected": chat("a", "c")},
+        "chosen: message 0 has 'tool': 1, which would be lost: only role and content are read",
+    ),
     (GOOD | {"chosen": None, "rejected": None}, "has no field 'chosen'; it has 'prompt'"),
     (GOOD | {"chosen": 1, "rejected": 2}, "chosen: messages must be a list"),
     (GOOD | {"chosen": {}, "rejected": {}}, "chosen: message 0 must have role and content"),
-    (GOOD | {"chosen": chat("a", "b")},
-     "chosen and rejected must both be text or both be messages"),
+    (
+        GOOD | {"chosen": chat("a", "b")},
+        "chosen and rejected must both be text or both be messages",
+    ),
     (GOOD | {"chosen": None}, "has no field 'chosen'; it has 'prompt, rejected'"),
-    ({"chosen": "Because.", "rejected": "No."}, "chosen: text without a prompt must be a "
-     "transcript that opens with '\\n\\nHuman:', got 'Because.'"),
+    (
+        {"chosen": "Because.", "rejected": "No."},
+        "chosen: text without a prompt must be a "
+        "transcript that opens with '\\n\\nHuman:', got 'Because.'",
+    ),
     ({"chosen": FIRST, "rejected": "Human: Why?"}, "rejected: text without a prompt must be"),
     ({"chosen": "", "rejected": ""}, "chosen: text without a prompt must be a transcript"),
     ({"chosen": "\n\nAssistant: a", "rejected": FIRST}, "chosen: text without a prompt must be"),
-    ({"chosen": "\n\nHuman: a", "rejected": FIRST},
-     "chosen must end with an assistant's message, the response"),
-    ({"chosen": FIRST, "rejected": FIRST + "\n\nHuman: a"},
-     "rejected must end with an assistant's message, the response"),
-    ({"chosen": FIRST.replace("Ass", "Human: b\n\nAss"), "rejected": FIRST},
-     "chosen: turn 1 is the user's where the assistant should speak"),
-    ({"chosen": FIRST + FIRST[13:], "rejected": FIRST},
-     "chosen: turn 2 is the assistant's where the user should speak"),
+    (
+        {"chosen": "\n\nHuman: a", "rejected": FIRST},
+        "chosen must end with an assistant's message, the response",
+    ),
+    (
+        {"chosen": FIRST, "rejected": FIRST + "\n\nHuman: a"},
+        "rejected must end with an assistant's message, the response",
+    ),
+    (
+        {"chosen": FIRST.replace("Ass", "Human: b\n\nAss"), "rejected": FIRST},
+        "chosen: turn 1 is the user's where the assistant should speak",
+    ),
+    (
+        {"chosen": FIRST + FIRST[13:], "rejected": FIRST},
+        "chosen: turn 2 is the assistant's where the user should speak",
+    ),
     ({"chosen": chat("a"), "rejected": chat("a")}, "chosen must end with an assistant's message"),
-    ({"chosen": chat("a", "b") + chat("c", system="d"), "rejected": chat("a", "b")},
-     "chosen: turn 2 is the system's where the user should speak"),
+    (
+        {"chosen": chat("a", "b") + chat("c", system="d"), "rejected": chat("a", "b")},
+        "chosen: turn 2 is the system's where the user should speak",
+    ),
     (GOOD | {"prompt": chat("a", "b")}, "chosen: turn 2 is the assistant's where the user"),
     (GOOD | {"prompt": chat(system="a")}, "chosen: turn 0 is the assistant's where the user"),
     (GOOD | {"chosen": "\ud800"}, "the lone surrogate \\ud800 is not text"),
     ([1], "a row is a JSON object, this is a list"),
-]  # fmt: skip
+]
 BAD_CONVERSATIONS = [
-    ({"message": chat("a", "b")},
-     "has no field 'messages', 'conversations' or 'instruction'; it has 'message'"),
+    (
+        {"message": chat("a", "b")},
+        "has no field 'messages', 'conversations' or 'instruction'; it has 'message'",
+    ),
     ({"messages": None}, "has no field 'messages', 'conversations' or 'instruction'; it has ''"),
     ({"messages": []}, "messages must be a list that is not empty"),
     ({"messages": "a"}, "messages must be a list that is not empty"),
@@ -265,7 +324,7 @@ BAD_CONVERSATIONS = [
     ({"messages": chat("a", " \u2003\n")}, "turn 1, the assistant's, is empty"),
     ({"messages": chat("", "b", system="c")}, "turn 0, the user's, is empty"),
     ({"messages": chat("\udfff", "b")}, "the lone surrogate \\udfff is not text"),
-]  # fmt: skip
+]
 ROWS = [(data.preferences, GOOD, *bad) for bad in BAD_PAIRS]
 ROWS += [(data.conversations, {"messages": chat("a", "b")}, *bad) for bad in BAD_CONVERSATIONS]
 
@@ -293,16 +352,22 @@ def test_more_than_one_percent_of_bad_rows_stops(small, tmp_path):
     path = save(tmp_path / "a.jsonl", *[GOOD] * 198, {}, [])
     assert data.preferences(path, small, skip).counts["skipped: bad row"] == 2
     path = save(tmp_path / "a.jsonl", *[GOOD] * 197, {}, [], {})
-    with pytest.raises(ValueError, match="^3 of 200 rows are bad, more than the 1 % that may be "
-                       "skipped; the first: .*a.jsonl:198: has no field"):  # fmt: skip
+    with pytest.raises(
+        ValueError,
+        match="^3 of 200 rows are bad, more than the 1 % that may be "
+        "skipped; the first: .*a.jsonl:198: has no field",
+    ):
         data.preferences(path, small, skip)
 
 
 def test_nothing_left_to_train_on(small, tmp_path):
     same, empty = GOOD | {"chosen": "No."}, GOOD | {"rejected": " \n"}
     path = save(tmp_path / "a.jsonl", same, same, empty)
-    with pytest.raises(ValueError, match="a.jsonl: no row is left to train on; dropped: chosen and "
-                       "rejected are the same 2; dropped: a response is empty 1$"):  # fmt: skip
+    with pytest.raises(
+        ValueError,
+        match="a.jsonl: no row is left to train on; dropped: chosen and "
+        "rejected are the same 2; dropped: a response is empty 1$",
+    ):
         data.preferences(path, small, Limits())
     (tmp_path / "a.jsonl").write_text("\n \n")
     for read in (data.preferences, data.conversations):
@@ -312,13 +377,23 @@ def test_nothing_left_to_train_on(small, tmp_path):
 
 def test_empty_and_equal_responses_are_dropped_and_counted(small, tmp_path):
     transcript = {"chosen": "\n\nHuman: Why?\n\nAssistant:", "rejected": FIRST}
-    path = save(tmp_path / "a.jsonl", GOOD | {"chosen": ""}, GOOD, GOOD | {"rejected": "\t "},
-                GOOD | {"chosen": "No."}, transcript)  # fmt: skip
+    path = save(
+        tmp_path / "a.jsonl",
+        GOOD | {"chosen": ""},
+        GOOD,
+        GOOD | {"rejected": "\t "},
+        GOOD | {"chosen": "No."},
+        transcript,
+    )
     tokens = data.preferences(path, small, Limits())
     assert response(small, tokens.pair(0).chosen) == "Because."
-    assert tokens.counts == {"dropped: a response is empty": 3, "kept": 1, "rows": 5,
-                             "dropped: chosen and rejected are the same": 1,
-                             "skipped: bad row": 0}  # fmt: skip
+    assert tokens.counts == {
+        "dropped: a response is empty": 3,
+        "kept": 1,
+        "rows": 5,
+        "dropped: chosen and rejected are the same": 1,
+        "skipped: bad row": 0,
+    }
     assert tokens.report("pairs") == (
         f"pairs: 1 of 5 rows, {len(tokens.ids)} tokens; dropped: a response is empty 3; "
         "dropped: chosen and rejected are the same 1"
@@ -385,9 +460,13 @@ texts = st.lists(st.sampled_from(WORDS), min_size=1, max_size=25).map(" ".join)
 
 @settings(max_examples=200, deadline=None)
 @given(
-    st.none() | st.just("") | texts, st.lists(texts, min_size=1, max_size=7), texts, texts,
-    st.integers(1, 150), st.integers(1, 100),
-)  # fmt: skip
+    st.none() | st.just("") | texts,
+    st.lists(texts, min_size=1, max_size=7),
+    texts,
+    texts,
+    st.integers(1, 150),
+    st.integers(1, 100),
+)
 def test_the_cut_is_recipe_b_and_leaves_a_well_formed_prompt(
     small, system, contents, chosen, rejected, limit, more
 ):
@@ -397,8 +476,11 @@ def test_the_cut_is_recipe_b_and_leaves_a_well_formed_prompt(
     c = Limits(max_length=limit + more, max_prompt_length=limit)
     wanted = recipe_b(small, spoken, chosen, rejected, c)
     if wanted is None:
-        with pytest.raises(ValueError, match=f"^--max-prompt-length {limit} leaves no room for a "
-                           "prompt beside the template's headers; use a larger one"):  # fmt: skip
+        with pytest.raises(
+            ValueError,
+            match=f"^--max-prompt-length {limit} leaves no room for a "
+            "prompt beside the template's headers; use a larger one",
+        ):
             cut(small, spoken, chosen, rejected, c)
         return
     (prompt, *responses), counts = cut(small, spoken, chosen, rejected, c)
@@ -481,9 +563,13 @@ def test_cut_pairs_from_a_file(small, tmp_path):
     tokens = data.preferences(path, small, Limits(max_length=160, max_prompt_length=80))
     assert len(tokens) == 2
     assert tokens.counts == {
-        "kept": 2, "rows": 3, "cut: prompt": 1, "cut: responses": 2, "skipped: bad row": 0,
+        "kept": 2,
+        "rows": 3,
+        "cut: prompt": 1,
+        "cut: responses": 2,
+        "skipped: bad row": 0,
         "dropped: chosen and rejected are the same": 1,
-    }  # fmt: skip
+    }
     assert [len(part) for part in tokens.pair(0)][0] == 80
     assert response(small, tokens.pair(0).rejected) == "cat"
     assert len(tokens.pair(1).rejected) == 80 and small.eos not in tokens.pair(1).rejected
@@ -562,13 +648,19 @@ def test_whatever_goes_into_the_arrays_makes_new_ones(small, tmp_path, monkeypat
         digests.add(tokens.digest)
         return len(digests) > before
 
-    for change in ({"max_length": 1000}, {"max_prompt_length": 500}, {"empty_system": False},
-                   {"on_bad_row": "skip"}):  # fmt: skip
+    for change in (
+        {"max_length": 1000},
+        {"max_prompt_length": 500},
+        {"empty_system": False},
+        {"on_bad_row": "skip"},
+    ):
         assert is_new(data.preferences(path, small, replace(Limits(), **change)))
     assert is_new(data.conversations(path, small, Limits()))
     assert is_new(data.conversations(path, small, Limits(empty_system=False)))
     assert not is_new(data.conversations(path, small, Limits(max_length=7)))
-    other = train(tmp_path / "tokenizer.model", "of some other text about the same cat " * 3)
+    other = trained_tokenizer(
+        tmp_path / "tokenizer.model", "of some other text about the same cat " * 3
+    )
     assert is_new(data.preferences(path, other, Limits()))
     save(tmp_path / "a.jsonl", GOOD | {"messages": chat("a", "c")})
     assert is_new(data.preferences(path, small, Limits()))
@@ -618,37 +710,6 @@ def test_a_failed_build_leaves_nothing_behind(small, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="not empty"):
         data.preferences(save(tmp_path / "a.jsonl", GOOD), small, Limits())
     assert not list(data.cache_folder().iterdir())
-
-
-TOGETHER = """
-import sys, time
-from pathlib import Path
-from zephyr import config, data
-from zephyr.tokenizer import Tokenizer
-model, rows, here, name = sys.argv[1:]
-write = data._write
-def both(*args):
-    write(*args)
-    (Path(here) / f"done.{name}").touch()
-    while len(list(Path(here).glob("done.*"))) < 2:
-        time.sleep(0.01)
-data._write = both
-c = config.DPOConfig(model=model, data=(rows,), out="")
-print(data.preferences(c.data, Tokenizer(model), c).ids.sum())
-"""
-
-
-def both_at_once(small, path, tmp_path) -> list[tuple[str, str]]:
-    """What two processes print that build the same arrays, each done before either may go on."""
-    both = [
-        subprocess.Popen([sys.executable, "-c", TOGETHER, small.path, path, tmp_path, name],
-                         cwd=Path(data.__file__).parent.parent, text=True,
-                         stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        for name in "ab"
-    ]  # fmt: skip
-    outputs = [process.communicate(timeout=60) for process in both]
-    assert [process.returncode for process in both] == [0, 0], outputs
-    return outputs
 
 
 def test_two_processes_that_build_at_once_both_succeed(small, tmp_path):
@@ -728,6 +789,8 @@ MEMORY = """
 import sys
 from zephyr import config, data
 from zephyr.tokenizer import Tokenizer
+
+pytestmark = pytest.mark.usefixtures("own_cache")
 model, rows = sys.argv[1:]
 c = config.DPOConfig(model=model, data=(rows,), out="")
 tokenizer = Tokenizer(model)
@@ -753,8 +816,11 @@ def test_memory_does_not_grow_with_the_file(small, tmp_path):
     size = path.stat().st_size
     assert size > 55e6
     done = subprocess.run(
-        [sys.executable, "-c", MEMORY, small.path, path], text=True, capture_output=True,
-        cwd=Path(data.__file__).parent.parent, timeout=60,
-    )  # fmt: skip
+        [sys.executable, "-c", MEMORY, small.path, path],
+        text=True,
+        capture_output=True,
+        cwd=Path(data.__file__).parent.parent,
+        timeout=60,
+    )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < size / 4

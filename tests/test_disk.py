@@ -58,8 +58,10 @@ def test_headers_say_what_is_where(tmp_path):
     ("write", "message"),
     [
         (lambda p: p.write_bytes(b""), "0 bytes, its first 8 announce a header of 0: tru"),
-        (lambda p: p.write_bytes(b"version https://git-lfs.github.com/spec/v1\n"),
-         "is a Git LFS pointer, not the data; run git lfs pull"),
+        (
+            lambda p: p.write_bytes(b"version https://git-lfs.github.com/spec/v1\n"),
+            "is a Git LFS pointer, not the data; run git lfs pull",
+        ),
         (lambda p: raw(p, {}, length=1 << 63), "announce a header of 9223372036854775808"),
         (lambda p: raw(p, {"a": entry(0, 8)}, b"1234567"), r"\d+ bytes where its header says \d+;"),
         (lambda p: raw(p, {"a": entry(0, 8)}, b"123456789"), "where its header says"),
@@ -75,23 +77,29 @@ def test_headers_say_what_is_where(tmp_path):
         (lambda p: raw(p, b'{"a": 1' + b"0" * 5000 + b"}"), "malformed JSON: Exceeds the limit"),
         (lambda p: raw(p, {"a": entry(0, -1)}), "malformed header of a$"),
         (lambda p: raw(p, {"a": entry(0, 8.0)}, bytes(8)), "malformed header of a$"),
-        (lambda p: raw(p, b'{"a": {"dtype": "F32", "shape": [NaN], "data_offsets": [0, 1e400]}}'),
-         "malformed header of a$"),
+        (
+            lambda p: raw(
+                p, b'{"a": {"dtype": "F32", "shape": [NaN], "data_offsets": [0, 1e400]}}'
+            ),
+            "malformed header of a$",
+        ),
         (lambda p: raw(p, {"a": entry(0, 0, shape=[0, 1 << 63])}), "malformed header of a$"),
         (lambda p: raw(p, {"a": entry(0, 8, shape=[2.0])}, bytes(8)), "malformed header of a$"),
         (lambda p: raw(p, {"a": entry(0, 8, shape=[1] * 9 + [2])}, bytes(8)), "malformed header"),
         (lambda p: raw(p, {"a": entry(0, 6, shape=[8], dtype="F6_E2M3")}, bytes(6)), "malformed"),
         (lambda p: raw(p, {"x" * 10**6: entry(0, 8, dtype="F7")}, bytes(8)), "not a valid"),
         (lambda p: os.mkfifo(p), "cannot read: it is not a file"),
-        (lambda p: raw(p, {f"t{i}": entry(0, 0, shape=[0]) for i in range(10_001)}),
-         "over 10,000 tensors; that is the limit"),
+        (
+            lambda p: raw(p, {f"t{i}": entry(0, 0, shape=[0]) for i in range(10_001)}),
+            "over 10,000 tensors; that is the limit",
+        ),
         (lambda p: raw(p, {"a": entry(0, 8, dtype="F7")}, bytes(8)), "not a valid safetensors"),
         (lambda p: raw(p, {"a": entry(0, 8, shape=[-2])}, bytes(8)), "not a valid safetensors"),
         (lambda p: raw(p, {"a": entry(0, 8, shape=[1 << 62, 4])}, bytes(8)), "not a valid"),
         (lambda p: raw(p, {"a": entry(0, 8), "b": entry(4, 12)}, bytes(12)), "not a valid"),
         (lambda p: raw(p, {"a": entry(8, 16)}, bytes(16)), "not a valid safetensors file"),
     ],
-)  # fmt: skip
+)
 def test_a_bad_file_is_refused(tmp_path, write, message):
     write(tmp_path / disk.SINGLE)
     where = re.escape(str(tmp_path / disk.SINGLE))
@@ -128,7 +136,7 @@ def test_a_header_over_the_limit_is_not_read(tmp_path):
         ({f"t{i}": f"model-{i}.safetensors" for i in range(1001)}, "lists 1003 files; 1000 is the"),
         ({"b": 3}, "weight_map must be an object of tensor: file name"),
     ],
-)  # fmt: skip
+)
 def test_a_bad_index_is_refused(tmp_path, changes, message):
     sharded(tmp_path, **changes)
     with pytest.raises(ValueError, match=message):
@@ -190,12 +198,14 @@ def test_json_is_read_with_suspicion(tmp_path):
     with pytest.raises(ValueError, match=r"config\.json: cannot read: No such file"):
         disk.read_json(path)
     for text, message in {
-        '{"a": 1,': "malformed JSON", '{"a": 1, "a": 2}': "key 'a' appears twice",
-        "3": "holds a JSON int, not an object", "[" * 100_000: "malformed JSON: nested too deeply$",
+        '{"a": 1,': "malformed JSON",
+        '{"a": 1, "a": 2}': "key 'a' appears twice",
+        "3": "holds a JSON int, not an object",
+        "[" * 100_000: "malformed JSON: nested too deeply$",
         '{"a": ' + "[" * 50 + "]" * 50 + "}": "malformed JSON: nested too deeply$",
         " " * disk.JSON_BYTES + "{}": "16,777,218 bytes; 16,777,216 is the limit",
         f'{{"{"a" * 10**6}": 1, "{"a" * 10**6}": 2}}': "the key 'aaa",
-    }.items():  # fmt: skip
+    }.items():
         path.write_text(text)
         with pytest.raises(ValueError, match=f"config.json.*{message}"):
             disk.read_json(path)
@@ -242,8 +252,9 @@ def test_a_new_folder_is_complete_and_readable_by_all(tmp_path):
     assert {oct(p.stat().st_mode & 0o777) for p in target.iterdir()} == {"0o644"}
     assert oct(target.stat().st_mode & 0o777) == "0o755"
     assert disk.read_json(target / disk.INDEX) == {
-        "metadata": {"total_size": 4 + 6 + 2}, "weight_map": {"a": A, "b": B, "c": B}
-    }  # fmt: skip
+        "metadata": {"total_size": 4 + 6 + 2},
+        "weight_map": {"a": A, "b": B, "c": B},
+    }
     assert load_file(target / B)["b"].tolist() == [[1], [1], [1]]
     assert [p.name for p in target.parent.iterdir()] == ["model"]
 

@@ -21,9 +21,15 @@ MACHINE = {"gpu": None, "cpu": "some", "cores": 2, "commit": "abc", "torch": "2.
 
 
 def result(losses: list[float], pairs: float = 1.0) -> dict:
-    return {"losses": losses, "pairs_per_second": pairs, "tokens_per_second": 780 * pairs,
-            "unshared_per_second": 950 * pairs, "peak_gib": 2.0, "reference": 0.0,
-            "hours": 61_135 / 3600 / pairs}  # fmt: skip
+    return {
+        "losses": losses,
+        "pairs_per_second": pairs,
+        "tokens_per_second": 780 * pairs,
+        "unshared_per_second": 950 * pairs,
+        "peak_gib": 2.0,
+        "reference": 0.0,
+        "hours": 61_135 / 3600 / pairs,
+    }
 
 
 @pytest.fixture
@@ -47,16 +53,19 @@ def table(monkeypatch, tmp_path):
     return main
 
 
-@pytest.mark.parametrize("line, message", [
-    ("--steps 2", "--steps 2 must be above 2, the steps of the warm-up"),
-    ("--batch 6 --trl-pairs 4", "--batch 6 must be a multiple of --trl-pairs 4"),
-    ("--batch 0", "--batch 0 must be a multiple of --trl-pairs 0"),
-    ("--minutes 0", "--minutes 0.0 must be above 0"),
-    ("--shape 70b", "argument --shape: invalid choice: '70b'"),
-    ("--contenders theirs", "argument --contenders: invalid choice: 'theirs'"),
-    ("--ours=--recompute=some", "--ours: argument --recompute: invalid choice: 'some'"),
-    ("--control=--reworm=0.1", "--control: unknown argument --reworm=0.1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("--steps 2", "--steps 2 must be above 2, the steps of the warm-up"),
+        ("--batch 6 --trl-pairs 4", "--batch 6 must be a multiple of --trl-pairs 4"),
+        ("--batch 0", "--batch 0 must be a multiple of --trl-pairs 0"),
+        ("--minutes 0", "--minutes 0.0 must be above 0"),
+        ("--shape 70b", "argument --shape: invalid choice: '70b'"),
+        ("--contenders theirs", "argument --contenders: invalid choice: 'theirs'"),
+        ("--ours=--recompute=some", "--ours: argument --recompute: invalid choice: 'some'"),
+        ("--control=--reworm=0.1", "--control: unknown argument --reworm=0.1"),
+    ],
+)
 def test_a_mistake_costs_one_line(line, message, capsys):
     with pytest.raises(SystemExit) as stop:
         dpo_7b.main(line.split())
@@ -93,9 +102,13 @@ def test_starting_weights_go_by_name():
         ours = {name: p.shape for name, p in Mistral(shape).named_parameters()}
         theirs = transformers.AutoModelForCausalLM.from_config(
             transformers.MistralConfig(
-                hidden_size=256, intermediate_size=896, num_hidden_layers=4, num_attention_heads=8,
-                num_key_value_heads=4, vocab_size=32000,
-            )  # fmt: skip
+                hidden_size=256,
+                intermediate_size=896,
+                num_hidden_layers=4,
+                num_attention_heads=8,
+                num_key_value_heads=4,
+                vocab_size=32000,
+            )
         )
     assert ours == {name: p.shape for name, p in theirs.named_parameters()}
     cpu, names = torch.device("cpu"), ["model.norm.weight", "lm_head.weight", *list(ours)[1:3]]
@@ -126,11 +139,17 @@ def test_rates_and_hours(monkeypatch):
     steps = [{"tokens": 8, "flops": 40.0, "unshared": 10, "unshared_flops": 60.0}] * 4
     monkeypatch.setattr(dpo_7b, "work", lambda o: steps)
     o = dpo_7b.parse(["--shape", "tiny", "--steps", "4", "--batch", "4"])
-    measured = {"seconds": [90.0, 50.0, 2.0, 4.0], "reference": 99.0,
-                "calls": [(4, 60.0), (4, 30.0), (3, 4.0), (1, 4.0)]}  # fmt: skip
+    measured = {
+        "seconds": [90.0, 50.0, 2.0, 4.0],
+        "reference": 99.0,
+        "calls": [(4, 60.0), (4, 30.0), (3, 4.0), (1, 4.0)],
+    }
     r = dpo_7b.rates(o, dict(measured), peak=20.0)
     assert (r["pairs_per_second"], r["tokens_per_second"], r["unshared_per_second"]) == (
-        1.5, 3.0, 3.75)  # fmt: skip
+        1.5,
+        3.0,
+        3.75,
+    )
     assert (r["mfu"], r["unshared_mfu"]) == (0.75, 1.125)
     assert r["hours"] == pytest.approx(dpo_7b.PAIRS / 3600 * (1 / 1.5 + 2))
     live = dpo_7b.rates(o, measured | {"calls": [], "reference": 0.0}, peak=None)
@@ -177,13 +196,22 @@ def test_a_peer_that_is_not_installed_is_left_out(table):
     table(results | {"trl": "left out: it needs trl"})
 
 
-@pytest.mark.parametrize("other, precision, right", [
-    (0.50009, "fp32", True), (0.50011, "fp32", False), (0.504, "bf16", True),
-    (0.506, "bf16", False), (math.nan, "bf16", False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "other, precision, right",
+    [
+        (0.50009, "fp32", True),
+        (0.50011, "fp32", False),
+        (0.504, "bf16", True),
+        (0.506, "bf16", False),
+        (math.nan, "bf16", False),
+    ],
+)
 def test_losses_that_differ_fail(table, other, precision, right):
-    results = {"ours": result([0.69, 0.5]), "control": result([0.69, 0.5]),
-               "trl": result([0.69, other])}  # fmt: skip
+    results = {
+        "ours": result([0.69, 0.5]),
+        "control": result([0.69, 0.5]),
+        "trl": result([0.69, other]),
+    }
     said = f"at step 2 the loss is {other:.6f} in trl, 0.5"
     with nullcontext() if right else pytest.raises(SystemExit, match=said):
         table(results, "--precision", precision)

@@ -57,6 +57,7 @@ def truth(logprob, response, reference, c, beta, smoothing, objective):
             losses.append((h - 0.5 / beta) ** 2)
             slope = 2 * (h - 0.5 / beta)
         else:
+
             def nll(x):  # -log σ(x)
                 return max(-x, 0) + math.log1p(math.exp(-abs(x)))
 
@@ -131,9 +132,13 @@ def test_margins_of_ten_thousand(margin, smoothing, device, implementation):
         np.testing.assert_allclose(ours.detach().cpu(), true, rtol=2e-6, atol=1e-37)
 
 
-@given(st.lists(st.integers(1, 12), min_size=2, max_size=12).filter(lambda n: len(n) % 2 == 0),
-       st.integers(0, 99), st.floats(0.01, 2), st.sampled_from(OBJECTIVES),
-       st.sampled_from(["torch", "triton"]))  # fmt: skip
+@given(
+    st.lists(st.integers(1, 12), min_size=2, max_size=12).filter(lambda n: len(n) % 2 == 0),
+    st.integers(0, 99),
+    st.floats(0.01, 2),
+    st.sampled_from(OBJECTIVES),
+    st.sampled_from(["torch", "triton"]),
+)
 def test_any_lengths(lengths, seed, beta, objective, implementation):
     inputs = tokens(lengths, seed)
     arguments = (beta, objective[1], objective[0])
@@ -141,9 +146,7 @@ def test_any_lengths(lengths, seed, beta, objective, implementation):
         patch.setenv("ZEPHYR_KERNELS", implementation)
         got = run(*inputs, *arguments)
     for ours, true in zip(got, truth(*inputs, *arguments), strict=True):
-        np.testing.assert_allclose(
-            ours.detach(), true, rtol=1e-4, atol=2e-5 * max(1, 1 / beta)
-        )
+        np.testing.assert_allclose(ours.detach(), true, rtol=1e-4, atol=2e-5 * max(1, 1 / beta))
 
 
 @pytest.mark.parametrize("choice", ["torch", pytest.param("triton", marks=pytest.mark.gpu)])

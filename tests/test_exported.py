@@ -12,24 +12,45 @@ import pytest
 import torch
 import transformers
 
-from conftest import pieces, shared
+from helpers import pieces, shared
 from zephyr import huggingface, tokenizer_json, toy, weights
 from zephyr.model import MistralConfig
 from zephyr.tokenizer import Tokenizer
 
 ODD = (
-    "", " ", "\n", "\n\n  hello \n", "a  b   c      d" + " " * 40 + "e", "  ", "\ttabs\t\t",
-    "<|user|>", "<|assistant|>\nforged", "[INST] <<SYS>> [/INST] <unk> <pad> <0x0A>",
-    "\u4f60\u597d\uff0c\u4e16\u754c\u3002", "\u3053\u3093\u306b\u3061 \ud55c\uad6d\uc5b4",
-    "\U0001f600\U0001f468\u200d\U0001f469\u200d\U0001f467", "e\u0301 \ufb01 \u00bd\u00a0\u2028x",
-    "\x00\x7f", "\u2581under\u2581", "aaaaaaaaaaaaaaaaaaaaaaa", "-----------",
-    "def f(x):\n        return x\r\n", "1234567890 3.14",
-)  # fmt: skip
+    "",
+    " ",
+    "\n",
+    "\n\n  hello \n",
+    "a  b   c      d" + " " * 40 + "e",
+    "  ",
+    "\ttabs\t\t",
+    "<|user|>",
+    "<|assistant|>\nforged",
+    "[INST] <<SYS>> [/INST] <unk> <pad> <0x0A>",
+    "\u4f60\u597d\uff0c\u4e16\u754c\u3002",
+    "\u3053\u3093\u306b\u3061 \ud55c\uad6d\uc5b4",
+    "\U0001f600\U0001f468\u200d\U0001f469\u200d\U0001f467",
+    "e\u0301 \ufb01 \u00bd\u00a0\u2028x",
+    "\x00\x7f",
+    "\u2581under\u2581",
+    "aaaaaaaaaaaaaaaaaaaaaaa",
+    "-----------",
+    "def f(x):\n        return x\r\n",
+    "1234567890 3.14",
+)
 SHAPE = {
-    "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
-    "rope_theta": 1e4, "sliding_window": 64, "head_dim": 8,
-}  # fmt: skip
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e4,
+    "sliding_window": 64,
+    "head_dim": 8,
+}
 
 
 def conversations() -> list[list[dict]]:
@@ -40,10 +61,13 @@ def conversations() -> list[list[dict]]:
             found.append(json.loads(line)["messages"])
     for k in range(200):
         system = [{"role": "system", "content": rng.choice(ODD)}] * (k % 2)
-        found.append(system + [
-            {"role": ("user", "assistant")[i % 2], "content": "".join(rng.choices(ODD, k=2))}
-            for i in range(rng.randint(1, 5))
-        ])  # fmt: skip
+        found.append(
+            system
+            + [
+                {"role": ("user", "assistant")[i % 2], "content": "".join(rng.choices(ODD, k=2))}
+                for i in range(rng.randint(1, 5))
+            ]
+        )
     return found
 
 
@@ -126,14 +150,28 @@ def test_what_a_reader_cannot_be_made_to_do(folder):
         ({"eos_token_id": None, "pad_token_id": 101}, {}),
         ({"eos_token_id": [5, 7]}, {"generation_config.json": {"eos_token_id": 7}}),
         ({}, {"special_tokens_map.json": {"eos_token": "<|im_end|>", "pad_token": "[PAD]"}}),
-        ({}, {"tokenizer_config.json": {
-            "add_eos_token": True, "tokenizer_class": "TokenizersBackend", "pad_token": "[PAD]",
-            "eos_token": "<|im_end|>", "chat_template": "{{ x }}"}}),
-        ({}, {"tokenizer.json": {"added_tokens": [{"id": 101, "content": "<|im_end|>"}]},
-              "added_tokens.json": {"<|im_end|>": 101}}),
+        (
+            {},
+            {
+                "tokenizer_config.json": {
+                    "add_eos_token": True,
+                    "tokenizer_class": "TokenizersBackend",
+                    "pad_token": "[PAD]",
+                    "eos_token": "<|im_end|>",
+                    "chat_template": "{{ x }}",
+                }
+            },
+        ),
+        (
+            {},
+            {
+                "tokenizer.json": {"added_tokens": [{"id": 101, "content": "<|im_end|>"}]},
+                "added_tokens.json": {"<|im_end|>": 101},
+            },
+        ),
     ],
     ids=["zero", "null", "list", "map", "settings", "added"],
-)  # fmt: skip
+)
 def test_generation_stops_whatever_the_base_says_of_special_tokens(tmp_path, config, files):
     base, saved = tmp_path / "base", tmp_path / "saved"
     base.mkdir()
@@ -166,11 +204,17 @@ def test_a_pipeline_sees_the_prompt_of_training(folder):
     assert found[0]["generated_token_ids"][:-3] == [ours.bos, *ours.encode("the cat")]
 
 
-@pytest.mark.parametrize("options", [
-    {"model_type": "unigram", "lines": tuple(Path(__file__).read_text("utf-8").splitlines())},
-    {"normalization_rule_name": "nfkc"}, {"user_defined_symbols": ("\ncat",)},
-    {"add_dummy_prefix": False}, {"remove_extra_whitespaces": True},
-], ids=("unigram", "nfkc", "user-defined", "no dummy prefix", "spaces removed"))  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"model_type": "unigram", "lines": tuple(Path(__file__).read_text("utf-8").splitlines())},
+        {"normalization_rule_name": "nfkc"},
+        {"user_defined_symbols": ("\ncat",)},
+        {"add_dummy_prefix": False},
+        {"remove_extra_whitespaces": True},
+    ],
+    ids=("unigram", "nfkc", "user-defined", "no dummy prefix", "spaces removed"),
+)
 def test_a_tokenizer_whose_ids_no_file_gives_is_refused(tmp_path, options):
     (tmp_path / "tokenizer.model").write_bytes(pieces(120, **options))
     with pytest.raises(ValueError, match="no tokenizer.json gives its ids, so other programs"):
@@ -204,9 +248,19 @@ def transformers_4(tmp_path_factory) -> Path:
 def test_transformers_4_gives_the_same_ids(folder, transformers_4):
     root = Path(__file__).parent.parent
     done = subprocess.run(
-        [sys.executable, "-c", READER, str(transformers_4), str(root), str(root / "tests"),
-         str(folder)],
-        input=json.dumps(conversations()), capture_output=True, text=True, cwd=root,
+        [
+            sys.executable,
+            "-c",
+            READER,
+            str(transformers_4),
+            str(root),
+            str(root / "tests"),
+            str(folder),
+        ],
+        input=json.dumps(conversations()),
+        capture_output=True,
+        text=True,
+        cwd=root,
         env=os.environ | {"USE_TORCH": "0"},
-    )  # fmt: skip
+    )
     assert done.stdout.endswith("equal\n"), done.stderr

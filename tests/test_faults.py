@@ -18,11 +18,11 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_train import run
 
 import train_dpo
 from benchmarks import tiny
 from benchmarks.chaos import Saves, faulty
+from helpers import run
 from zephyr import checkpoint, exits, metrics, optim, parallel
 from zephyr.checkpoint import STATE, SUMS
 from zephyr.exits import BadCheckpoint, Storage
@@ -88,15 +88,37 @@ server.set_forkserver_preload(["train_dpo", "torch._dynamo", "tensorboard"])
 class Process:
     """train_dpo.py in a process of its own, after `before`, as rank `rank` of `ranks`."""
 
-    def __init__(self, place: Path, out: Path, *flags: str, before: str = "",
-                 rank: int = 0, ranks: int = 1, port: int = 0):  # fmt: skip
+    def __init__(
+        self,
+        place: Path,
+        out: Path,
+        *flags: str,
+        before: str = "",
+        rank: int = 0,
+        ranks: int = 1,
+        port: int = 0,
+    ):
         self.log = out.with_name(f"{out.name}.{rank}.log")
-        argv = ["train_dpo.py", "--model", str(place / "base"), "--data",
-                str(place / "pairs.jsonl"), "--out", str(out), *FLAGS, *flags]  # fmt: skip
+        argv = [
+            "train_dpo.py",
+            "--model",
+            str(place / "base"),
+            "--data",
+            str(place / "pairs.jsonl"),
+            "--out",
+            str(out),
+            *FLAGS,
+            *flags,
+        ]
         own = {"ZEPHYR_CACHE": os.environ["ZEPHYR_CACHE"]}
         if ranks > 1:
-            own |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
-                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+            own |= {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(ranks),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            }
         code = f"""
 import os, sys, time
 log = os.open({str(self.log)!r}, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -165,8 +187,13 @@ def test_killed_in_a_save_an_evaluation_a_step_and_the_export(place, straight, t
     """Steps 5 to 8 are an epoch: it is resumed before, inside and after it."""
     out = tmp_path / "run"
     now = "--no-save-async"  # else a save may be under way, or may just have ended
-    for moment, steps in ((IN_A_SAVE, [2]), (IN_AN_EVALUATION, [2]), (IN_A_SAVE, [2]),
-                          (IN_A_STEP, [6, 8]), (IN_THE_EXPORT, [8, 10])):  # fmt: skip
+    for moment, steps in (
+        (IN_A_SAVE, [2]),
+        (IN_AN_EVALUATION, [2]),
+        (IN_A_SAVE, [2]),
+        (IN_A_STEP, [6, 8]),
+        (IN_THE_EXPORT, [8, 10]),
+    ):
         process = Process(place, out, now, before=moment)
         process.says("it hangs")
         if moment == IN_A_SAVE:
@@ -253,10 +280,20 @@ def half_written(out: Path) -> None:
         (out / f".{name}.abcdefgh").write_text("{")
 
 
-@pytest.mark.parametrize("left", [
-    nothing, no_link, dangling_link, old_link, half_pruned, half_saved, old_part, half_exported,
-    half_written,
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "left",
+    [
+        nothing,
+        no_link,
+        dangling_link,
+        old_link,
+        half_pruned,
+        half_saved,
+        old_part,
+        half_exported,
+        half_written,
+    ],
+)
 def test_what_a_kill_leaves_changes_nothing_and_goes(place, straight, killed, left):
     left(killed)
     run(train_dpo, place, killed, *FLAGS)
@@ -269,8 +306,18 @@ def test_one_of_two_ranks_is_killed(place, straight, tmp_path):
     out = tmp_path / "run"
     with socket.create_server(("127.0.0.1", 0)) as any_port:
         port = any_port.getsockname()[1]
-    pair = [Process(place, out, "--no-save-async", before=IN_A_STEP if rank else "", rank=rank,
-                    ranks=2, port=port) for rank in (0, 1)]  # fmt: skip
+    pair = [
+        Process(
+            place,
+            out,
+            "--no-save-async",
+            before=IN_A_STEP if rank else "",
+            rank=rank,
+            ranks=2,
+            port=port,
+        )
+        for rank in (0, 1)
+    ]
     pair[1].says("it hangs")
     pair[1].kill()
     began = time.monotonic()
@@ -318,7 +365,8 @@ def test_a_fault_in_each_call_of_a_save(place, tmp_path, ranks, fault, backgroun
                     assert said.endswith("the checkpoints before are intact"), said
             after = checkpoint.complete(tmp_path / "run")
             assert [checkpoint.verified(p)["step"] for p in after][-1] in (
-                [step] if done else [step, step - 2])
+                [step] if done else [step, step - 2]
+            )
             assert all(tree(p) == content for p, content in before.items()), calls[-1]
             assert done or not list(tmp_path.glob("run/checkpoints/*.part")), "a part is left"
             if int(after[-1].name[5:]) == step:
@@ -417,9 +465,19 @@ def link_of_another(path: Path) -> None:
 
 no_newline = cut(1)
 # the length of a shard's header, the header, the data, the end
-DAMAGE = [*map(at, (0, 1e-5, 1e-3, 0.02, 0.3, 0.6, 1)), *map(cut, (0, 1e-4, 0.5)), no_newline,
-          longer, gone, added, link_elsewhere, link_to_nothing, folder, of_another,
-          link_of_another]  # fmt: skip
+DAMAGE = [
+    *map(at, (0, 1e-5, 1e-3, 0.02, 0.3, 0.6, 1)),
+    *map(cut, (0, 1e-4, 0.5)),
+    no_newline,
+    longer,
+    gone,
+    added,
+    link_elsewhere,
+    link_to_nothing,
+    folder,
+    of_another,
+    link_of_another,
+]
 
 
 @pytest.mark.parametrize("name", [SHARD, STATE, SUMS])
@@ -434,8 +492,10 @@ def test_damage_is_named_and_the_checkpoint_before_is_taken(place, tmp_path, ran
         if (name, damage) == (SUMS, no_newline):
             continue  # which the sums do without
         damage(newest / name)
-        with (pytest.raises(BadCheckpoint) as caught,
-              Saves(place, tmp_path / "run", ranks, False) as saves):  # fmt: skip
+        with (
+            pytest.raises(BadCheckpoint) as caught,
+            Saves(place, tmp_path / "run", ranks, False) as saves,
+        ):
             saves.load()
         said = str(caught.value)
         assert "\n" not in said and str(newest) in said and "--resume previous" in said, said
@@ -593,10 +653,14 @@ def test_what_changes_the_trajectory_is_listed_and_what_does_not_may_change(
 ):
     before = tree(killed)
     changed = ("--lr", "2e-3", "--seed", "7", "--batch", "2", "--beta", "0.2")
-    with pytest.raises(ValueError, match=(
-        "^.*run holds another run: --batch was 4, is 2; --beta was 0.1, is 0.2; --lr was 0.001, "
-        "is 0.002; --seed was 42, is 7. Continue it as it was, or --resume fresh starts anew")
-    ):  # fmt: skip
+    with pytest.raises(
+        ValueError,
+        match=(
+            "^.*run holds another run: --batch was 4, is 2; --beta was 0.1, is 0.2; "
+            "--lr was 0.001, is 0.002; --seed was 42, is 7. Continue it as it was, or "
+            "--resume fresh starts anew"
+        ),
+    ):
         run(train_dpo, place, killed, *FLAGS, *changed)
     other = tmp_path / "place"
     shutil.copytree(place, other, ignore=shutil.ignore_patterns("straight"))

@@ -10,20 +10,28 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import shared
+from helpers import shared
 from zephyr.feedback import Counts, Rules, binarize, hold_out, main
 from zephyr.files import BadRow, BadRows, read_rows, write_rows
 
 
 def completion(text, score, ratings=None, model="m"):
     annotations = {f"aspect {i}": {"Rating": r} for i, r in enumerate(ratings or [])}
-    return {"model": model, "response": text, "overall_score": score, "annotations": annotations,
-            "custom_system_prompt": "Be brief."}
+    return {
+        "model": model,
+        "response": text,
+        "overall_score": score,
+        "annotations": annotations,
+        "custom_system_prompt": "Be brief.",
+    }
 
 
 def row(prompt, *scored, source="flan"):
-    return {"source": source, "instruction": prompt,
-            "completions": [c if isinstance(c, dict) else completion(*c) for c in scored]}
+    return {
+        "source": source,
+        "instruction": prompt,
+        "completions": [c if isinstance(c, dict) else completion(*c) for c in scored],
+    }
 
 
 def pairs_of(*rows, bad=None, **rules):
@@ -93,7 +101,8 @@ def test_ties_and_identical_texts_are_dropped():
 
 def test_empty_responses_are_no_candidates():
     pairs, counts = pairs_of(
-        row("p", ("", 9), ("a", 8), (" \n", 1), ("b", 2)), row("q", ("", 9), ("a", 8)))
+        row("p", ("", 9), ("a", 8), (" \n", 1), ("b", 2)), row("q", ("", 9), ("a", 8))
+    )
     assert [texts(pair) for pair in pairs] == [("a", "b")]
     assert counts.noted == {"as scored": 3, "empty response: dropped": 3}
     assert counts.dropped == {"fewer than two usable completions": 1}
@@ -108,22 +117,39 @@ def test_truthful_qa_is_dropped_unless_kept():
 
 def test_of_equal_prompts_the_first_is_taken():
     pairs, counts = pairs_of(
-        row("p", ("a", 1), ("b", 2)), row("p", ("c", 1), ("d", 2)), row("p ", ("e", 1), ("f", 2)))
+        row("p", ("a", 1), ("b", 2)), row("p", ("c", 1), ("d", 2)), row("p ", ("e", 1), ("f", 2))
+    )
     assert [texts(pair) for pair in pairs] == [("b", "a"), ("f", "e")]
     assert counts.dropped == {"duplicate prompt": 1}
     assert counts.noted.total() == 4
 
 
-LABEL_BUG = row("p", ("wrong 10", 10, ["1", "2", "N/A", "1"]), ("doubtful", 10, ["4", "4"]),
-                ("good", 7, ["4"]), ("poor", 0.5, ["1"]))
+LABEL_BUG = row(
+    "p",
+    ("wrong 10", 10, ["1", "2", "N/A", "1"]),
+    ("doubtful", 10, ["4", "4"]),
+    ("good", 7, ["4"]),
+    ("poor", 0.5, ["1"]),
+)
 
 
-@pytest.mark.parametrize("rule, chosen, score, noted", [
-    ("repair", "good", 7, {"as scored": 2, "score 10, ratings of 2 or less: made 1": 1,
-                           "score 10, ratings of 4 or less: dropped": 1}),
-    ("drop", "good", 7, {"as scored": 2, "score 10, ratings of 4 or less: dropped": 2}),
-    ("keep", "wrong 10", 10, {"as scored": 4}),
-])
+@pytest.mark.parametrize(
+    "rule, chosen, score, noted",
+    [
+        (
+            "repair",
+            "good",
+            7,
+            {
+                "as scored": 2,
+                "score 10, ratings of 2 or less: made 1": 1,
+                "score 10, ratings of 4 or less: dropped": 1,
+            },
+        ),
+        ("drop", "good", 7, {"as scored": 2, "score 10, ratings of 4 or less: dropped": 2}),
+        ("keep", "wrong 10", 10, {"as scored": 4}),
+    ],
+)
 def test_score_10_that_meant_1(rule, chosen, score, noted):
     (pair,), counts = pairs_of(LABEL_BUG, label_bug=rule)
     assert (texts(pair)[0], pair["score_chosen"]) == (chosen, score) and counts.noted == noted
@@ -134,8 +160,17 @@ def test_a_repaired_score_is_1():
     assert texts(pair) == ("b", "a") and pair["score_rejected"] == 1.0
 
 
-@pytest.mark.parametrize("score, ratings", [
-    (10, ["4", "4", "5"]), (10, []), (10, ["N/A", None]), (10.5, ["1"]), (9.9, ["1"]), (20, ["1"])])
+@pytest.mark.parametrize(
+    "score, ratings",
+    [
+        (10, ["4", "4", "5"]),
+        (10, []),
+        (10, ["N/A", None]),
+        (10.5, ["1"]),
+        (9.9, ["1"]),
+        (20, ["1"]),
+    ],
+)
 def test_the_repair_leaves_other_scores_alone(score, ratings):
     best = completion("a", score, ratings) | {"fine-grained_score": 0.1}
     (pair,), counts = pairs_of(row("p", best, ("b", 5)))
@@ -151,12 +186,27 @@ def test_annotations_may_be_missing(nothing):
 
 
 def test_mean_of_the_numeric_ratings():
-    pairs, counts = pairs_of(row(
-        "p", ("a", 10, ["1", "2", "N/A"]), ("b", None, ["5", 4.0, "4.5"]),
-        completion("c", 1, ["5", "nan", None, [], True]) | {"annotations": {
-            "x": {"Rating": "5"}, "y": {"Rating": "nan"}, "z": {"Type": ["1"]}, "v": "none",
-            "w": {"Rating": True}}},
-        ("d", 9), ("e", 9, ["N/A"])), score="mean", rejected="worst")
+    pairs, counts = pairs_of(
+        row(
+            "p",
+            ("a", 10, ["1", "2", "N/A"]),
+            ("b", None, ["5", 4.0, "4.5"]),
+            completion("c", 1, ["5", "nan", None, [], True])
+            | {
+                "annotations": {
+                    "x": {"Rating": "5"},
+                    "y": {"Rating": "nan"},
+                    "z": {"Type": ["1"]},
+                    "v": "none",
+                    "w": {"Rating": True},
+                }
+            },
+            ("d", 9),
+            ("e", 9, ["N/A"]),
+        ),
+        score="mean",
+        rejected="worst",
+    )
     assert texts(pairs[0]) == ("c", "a")
     assert (pairs[0]["score_chosen"], pairs[0]["score_rejected"]) == (5.0, 1.5)
     assert counts.noted == {"as scored": 3, "no numeric rating: dropped": 2}
@@ -167,24 +217,52 @@ def test_mean_of_the_numeric_ratings():
 GOOD = completion("a", 1)
 
 
-@pytest.mark.parametrize("broken, why", [
-    ({}, "instruction must be text, not null or missing"),
-    ({"instruction": " \n"}, r"instruction must be text, not ' \\n'"),
-    ({"instruction": ["p"]}, r"instruction must be text, not \['p'\]"),
-    ({"instruction": "p"}, "completions must be a list of two or more, not null or missing"),
-    ({"instruction": "p", "completions": {}}, "completions must be a list of two or more, not {}"),
-    ({"instruction": "p", "completions": [GOOD]}, "completions must be a list of two or more, not"),
-    (row("p", ("a", 1)) | {"completions": [GOOD, "b"]},
-     r"completions\[1\] must have a text as response, not 'b'"),
-    ({"instruction": "p", "completions": [GOOD, GOOD | {"response": None}]},
-     r"completions\[1\] must have a text as response, not {"),
-    ({"instruction": "p", "completions": [GOOD, GOOD | {"annotations": "5"}]},
-     r"completions\[1\].annotations must be an object, not '5'"),
-    *((row("p", ("a", 1), ("b", score)), r"completions\[1\].overall_score must be a finite number, "
-       f"not {shown}") for score, shown in [
-        (None, "null or missing"), ("N/A", "'N/A'"), (True, "True"), (float("nan"), "nan"),
-        (float("inf"), "inf"), ([1], r"\[1\]"), (10**400, "1000"), ("x" * 10**6, "'xxx")]),
-])
+@pytest.mark.parametrize(
+    "broken, why",
+    [
+        ({}, "instruction must be text, not null or missing"),
+        ({"instruction": " \n"}, r"instruction must be text, not ' \\n'"),
+        ({"instruction": ["p"]}, r"instruction must be text, not \['p'\]"),
+        ({"instruction": "p"}, "completions must be a list of two or more, not null or missing"),
+        (
+            {"instruction": "p", "completions": {}},
+            "completions must be a list of two or more, not {}",
+        ),
+        (
+            {"instruction": "p", "completions": [GOOD]},
+            "completions must be a list of two or more, not",
+        ),
+        (
+            row("p", ("a", 1)) | {"completions": [GOOD, "b"]},
+            r"completions\[1\] must have a text as response, not 'b'",
+        ),
+        (
+            {"instruction": "p", "completions": [GOOD, GOOD | {"response": None}]},
+            r"completions\[1\] must have a text as response, not {",
+        ),
+        (
+            {"instruction": "p", "completions": [GOOD, GOOD | {"annotations": "5"}]},
+            r"completions\[1\].annotations must be an object, not '5'",
+        ),
+        *(
+            (
+                row("p", ("a", 1), ("b", score)),
+                r"completions\[1\].overall_score must be a finite number, "
+                f"not {shown}",
+            )
+            for score, shown in [
+                (None, "null or missing"),
+                ("N/A", "'N/A'"),
+                (True, "True"),
+                (float("nan"), "nan"),
+                (float("inf"), "inf"),
+                ([1], r"\[1\]"),
+                (10**400, "1000"),
+                ("x" * 10**6, "'xxx"),
+            ]
+        ),
+    ],
+)
 def test_bad_rows_say_what_is_wrong(broken, why):
     good = row("good", ("a", 1), ("b", 2))
     with pytest.raises(BadRow, match=f"^raw.jsonl:2: {why}") as error:
@@ -211,8 +289,11 @@ def test_no_escape_sequence_and_no_depth_of_a_row_reaches_the_terminal(tmp_path,
     good[0] = json.dumps(row("p", ("a", 1), completion("b", 2, model="\x1b[2J\n")))
     good[1] = json.dumps(row("q", ("a", 1), completion("b", 2, model="deep")))
     good[1] = good[1].replace('"deep"', deep)
-    odd = ['{"instruction": ["\\u001b[2J"]}', f'{{"instruction": {deep}}}',
-           '{"instruction": "z", "completions": "\\u001b[2J\\n"}']  # fmt: skip
+    odd = [
+        '{"instruction": ["\\u001b[2J"]}',
+        f'{{"instruction": {deep}}}',
+        '{"instruction": "z", "completions": "\\u001b[2J\\n"}',
+    ]
     raw = tmp_path / "raw.jsonl"
     raw.write_text("\n".join(good + odd))
     code, out, error = command(capsys, raw, "--out", tmp_path / "o.jsonl", "--on-bad-row", "skip")
@@ -232,15 +313,28 @@ def test_a_bad_row_does_not_use_up_its_prompt():
 
 SCORE = st.sampled_from([1, 2.5, 7, 10]) | st.floats(-1e6, 1e6)
 COMPLETION = st.builds(
-    completion, st.sampled_from(["", " ", "a", "b", "c d", "e" * 50]), SCORE,
-    st.lists(st.sampled_from(["1", "2", "4", "5", "N/A"]), max_size=4))
+    completion,
+    st.sampled_from(["", " ", "a", "b", "c d", "e" * 50]),
+    SCORE,
+    st.lists(st.sampled_from(["1", "2", "4", "5", "N/A"]), max_size=4),
+)
 SETS_OF_ROWS = st.lists(
-    st.builds(lambda prompt, completions: row(prompt, *completions), st.text().filter(str.strip),
-              st.lists(COMPLETION, min_size=2, max_size=5)),
-    unique_by=lambda row: row["instruction"], max_size=8)
-RULES = st.fixed_dictionaries({
-    "score": st.sampled_from(["overall", "mean"]), "rejected": st.sampled_from(["random", "worst"]),
-    "label_bug": st.sampled_from(["repair", "drop", "keep"]), "seed": st.integers(0, 3)})
+    st.builds(
+        lambda prompt, completions: row(prompt, *completions),
+        st.text().filter(str.strip),
+        st.lists(COMPLETION, min_size=2, max_size=5),
+    ),
+    unique_by=lambda row: row["instruction"],
+    max_size=8,
+)
+RULES = st.fixed_dictionaries(
+    {
+        "score": st.sampled_from(["overall", "mean"]),
+        "rejected": st.sampled_from(["random", "worst"]),
+        "label_bug": st.sampled_from(["repair", "drop", "keep"]),
+        "seed": st.integers(0, 3),
+    }
+)
 
 
 @settings(max_examples=50, deadline=None)
@@ -295,8 +389,16 @@ def test_more_pairs_move_few_into_the_test():
 
 def raw_file(path, n=200, seed=0):
     rng = random.Random(seed)
-    write_rows(path, (row(f"question {i}", *((f"answer {i} {j} " * rng.randint(1, 9), rng.random())
-                                             for j in range(4))) for i in range(n)))
+    write_rows(
+        path,
+        (
+            row(
+                f"question {i}",
+                *((f"answer {i} {j} " * rng.randint(1, 9), rng.random()) for j in range(4)),
+            )
+            for i in range(n)
+        ),
+    )
     return path
 
 
@@ -327,11 +429,22 @@ def test_table(tmp_path, capsys):
     rows += [row("p0", ("a", 1), ("b", 2)), row("tie", ("a", 1), ("b", 1)), LABEL_BUG]
     rows += [row("one word", ("longer", 5, (), "x" * 50), ("a b c", 4, (), "y"))]
     write_rows(tmp_path / "raw.jsonl", rows)
-    code, out, _ = command(capsys, tmp_path / "raw.jsonl", "--out", tmp_path / "out.jsonl",
-                           "--test-out", tmp_path / "t.jsonl", "--test-size", 1,
-                           "--rejected", "worst")
+    code, out, _ = command(
+        capsys,
+        tmp_path / "raw.jsonl",
+        "--out",
+        tmp_path / "out.jsonl",
+        "--test-out",
+        tmp_path / "t.jsonl",
+        "--test-size",
+        1,
+        "--rejected",
+        "worst",
+    )
     assert code == 0
-    assert out == """\
+    assert (
+        out
+        == """\
 rows in                                             7
   duplicate prompt                                  1      14.3%
   tie: all scores equal                             1      14.3%
@@ -358,6 +471,7 @@ model                                          scored       mean     chosen   re
   big                                               3       2.00          3          0
   'small\\x1b'                                       3       1.00          0          3
 """
+    )
 
 
 def test_bad_rows_stop_or_are_listed(tmp_path, capsys):
@@ -365,15 +479,22 @@ def test_bad_rows_stop_or_are_listed(tmp_path, capsys):
     good = [json.dumps(row(f"p{i}", ("a", 1), ("b", 2))) for i in range(300)]
     good[7:7] = ["{broken", '{"instruction": "p"}']
     raw.write_text("\n".join(good))
-    assert command(capsys, raw, "--out", out) == (2, "", (
-        f"zephyr.feedback: {raw}:8: malformed JSON: Expecting property name enclosed in double "
-        "quotes: column 2 (char 1); --on-bad-row skip drops such rows\n"))
+    assert command(capsys, raw, "--out", out) == (
+        2,
+        "",
+        (
+            f"zephyr.feedback: {raw}:8: malformed JSON: Expecting property name enclosed in double "
+            "quotes: column 2 (char 1); --on-bad-row skip drops such rows\n"
+        ),
+    )
     assert os.listdir(tmp_path) == ["raw.jsonl"]
 
     code, text, _ = command(capsys, raw, "--out", out, "--on-bad-row", "skip")
     assert code == 0 and len(list(read_rows(out))) == 300
     assert [line.split() for line in text.splitlines()[:2]] == [
-        ["rows", "in", "302"], ["bad", "row", "2", "0.7%"]]
+        ["rows", "in", "302"],
+        ["bad", "row", "2", "0.7%"],
+    ]
     assert text.endswith(f"""
 skipped 2 bad rows of 302; the first 2:
   {raw}:8: malformed JSON: Expecting property name enclosed in double quotes: column 2 (char 1)
@@ -387,22 +508,39 @@ skipped 2 bad rows of 302; the first 2:
     assert os.listdir(tmp_path) == ["raw.jsonl"]
 
 
-@pytest.mark.parametrize("args, why", [
-    ("no.jsonl --out o.jsonl", "no.jsonl: no such file"),
-    ("raw.jsonl", "the following arguments are required: --out; --help lists the flags"),
-    ("raw.jsonl --out o.jsonl --score median", "argument --score: invalid choice: 'median'"),
-    ("raw.jsonl --out o.jsonl --colour", "unrecognized arguments: --colour; --help lists"),
-    ("raw.jsonl --out o.txt", "o.txt: rows are written as .jsonl or .jsonl.gz"),
-    ("raw.jsonl --out o.jsonl --test-size 5", "--test-out and --test-size, 1 or more, go together"),
-    ("raw.jsonl --out o.jsonl --test-out t.jsonl", "--test-out and --test-size, 1 or more, go"),
-    ("raw.jsonl --out o.jsonl --test-out t.jsonl --test-size -1", "--test-out and --test-size, 1"),
-    ("raw.jsonl --out ./raw.jsonl", "raw.jsonl is named twice; an output needs a file of its own"),
-    ("raw.jsonl --out o.jsonl --test-out o.jsonl --test-size 5", "o.jsonl is named twice"),
-    ("raw.jsonl --out o.jsonl --test-out t.jsonl --test-size 200",
-     "no pair is left to train on: 200 for the test"),
-    ("raw.jsonl --out o.jsonl --score mean", "no pair is left to train on: 0 for the test, "
-     "200 fewer than two usable completions, 800 no numeric rating: dropped"),
-])
+@pytest.mark.parametrize(
+    "args, why",
+    [
+        ("no.jsonl --out o.jsonl", "no.jsonl: no such file"),
+        ("raw.jsonl", "the following arguments are required: --out; --help lists the flags"),
+        ("raw.jsonl --out o.jsonl --score median", "argument --score: invalid choice: 'median'"),
+        ("raw.jsonl --out o.jsonl --colour", "unrecognized arguments: --colour; --help lists"),
+        ("raw.jsonl --out o.txt", "o.txt: rows are written as .jsonl or .jsonl.gz"),
+        (
+            "raw.jsonl --out o.jsonl --test-size 5",
+            "--test-out and --test-size, 1 or more, go together",
+        ),
+        ("raw.jsonl --out o.jsonl --test-out t.jsonl", "--test-out and --test-size, 1 or more, go"),
+        (
+            "raw.jsonl --out o.jsonl --test-out t.jsonl --test-size -1",
+            "--test-out and --test-size, 1",
+        ),
+        (
+            "raw.jsonl --out ./raw.jsonl",
+            "raw.jsonl is named twice; an output needs a file of its own",
+        ),
+        ("raw.jsonl --out o.jsonl --test-out o.jsonl --test-size 5", "o.jsonl is named twice"),
+        (
+            "raw.jsonl --out o.jsonl --test-out t.jsonl --test-size 200",
+            "no pair is left to train on: 200 for the test",
+        ),
+        (
+            "raw.jsonl --out o.jsonl --score mean",
+            "no pair is left to train on: 0 for the test, "
+            "200 fewer than two usable completions, 800 no numeric rating: dropped",
+        ),
+    ],
+)
 def test_mistakes_cost_one_line_and_write_nothing(tmp_path, monkeypatch, capsys, args, why):
     monkeypatch.chdir(tmp_path)
     raw_file(tmp_path / "raw.jsonl")
@@ -425,8 +563,10 @@ def test_parquet_rows_give_the_pairs_of_json_rows(tmp_path, capsys):
     from pyarrow import parquet
 
     raw = raw_file(tmp_path / "raw.jsonl")
-    rows = [r | {"completions": [c | {"annotations": {"x": {"Rating": "5"}}}
-                                 for c in r["completions"]]} for _, r in read_rows(raw)]
+    rows = [
+        r | {"completions": [c | {"annotations": {"x": {"Rating": "5"}}} for c in r["completions"]]}
+        for _, r in read_rows(raw)
+    ]
     write_rows(raw, rows)
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "raw.parquet")
     bytes_out = []
@@ -438,20 +578,37 @@ def test_parquet_rows_give_the_pairs_of_json_rows(tmp_path, capsys):
 
 def test_real_data(tmp_path, capsys):
     raw = [shared(f"ultrafeedback.{split}.jsonl.gz") for split in ("train", "test")]
-    code, out, _ = command(capsys, *raw, "--out", tmp_path / "o.jsonl",
-                           "--test-out", tmp_path / "t.jsonl", "--test-size", 100)
+    code, out, _ = command(
+        capsys,
+        *raw,
+        "--out",
+        tmp_path / "o.jsonl",
+        "--test-out",
+        tmp_path / "t.jsonl",
+        "--test-size",
+        100,
+    )
     assert code == 0
-    for line in ("rows in 805", "tie: all scores equal 73 9.1%", "pairs out 732 90.9%",
-                 "training 632 86.3%", "test 100 13.7%", "completions 3,220",
-                 "as scored 3,217 99.9%", "a chat template's mark at an end: dropped 3 0.1%"):
+    for line in (
+        "rows in 805",
+        "tie: all scores equal 73 9.1%",
+        "pairs out 732 90.9%",
+        "training 632 86.3%",
+        "test 100 13.7%",
+        "completions 3,220",
+        "as scored 3,217 99.9%",
+        "a chat template's mark at an end: dropped 3 0.1%",
+    ):
         assert line in [" ".join(text.split()) for text in out.splitlines()]
 
     completions = {}
     for path in raw:
         for _, r in read_rows(path):
-            completions[r["instruction"]] = {c["response"]: c["overall_score"]
-                                             for c in r["completions"]
-                                             if not c["response"].endswith("</s>")}
+            completions[r["instruction"]] = {
+                c["response"]: c["overall_score"]
+                for c in r["completions"]
+                if not c["response"].endswith("</s>")
+            }
     pairs = [r for name in ("o", "t") for _, r in read_rows(tmp_path / f"{name}.jsonl")]
     assert len({pair["prompt"] for pair in pairs}) == 732
     for pair in pairs:

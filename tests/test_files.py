@@ -34,8 +34,10 @@ def lines(rows=ROWS):
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.json.gz"])
 @pytest.mark.parametrize("escape", [True, False])
 def test_formats_read_the_same_rows(tmp_path, name, escape):
-    for data in ("\n".join(json.dumps(row, ensure_ascii=escape) for row in ROWS),
-                 json.dumps(ROWS, indent=1, ensure_ascii=escape)):
+    for data in (
+        "\n".join(json.dumps(row, ensure_ascii=escape) for row in ROWS),
+        json.dumps(ROWS, indent=1, ensure_ascii=escape),
+    ):
         if ".jsonl" in name and data.startswith("["):
             continue
         path = save(tmp_path / name, data.encode())
@@ -55,9 +57,12 @@ def test_parquet_is_read_over_row_groups(tmp_path):
 
 
 def test_parquet_damage(tmp_path, monkeypatch):
-    for data, why in [(b"", "is empty"), (b"PAR1 and no more", "cannot read past row 0: "),
-                      (b'{"a": 1}\n', "is not a parquet file; name it for what it is"),
-                      (b"version https://git-lfs.github.com/spec/v1", "is a Git LFS pointer")]:
+    for data, why in [
+        (b"", "is empty"),
+        (b"PAR1 and no more", "cannot read past row 0: "),
+        (b'{"a": 1}\n', "is not a parquet file; name it for what it is"),
+        (b"version https://git-lfs.github.com/spec/v1", "is a Git LFS pointer"),
+    ]:
         with pytest.raises(ValueError, match=f"a.parquet:? {why}"):
             list(read_rows(save(tmp_path / "a.parquet", data)))
     with pytest.raises(ValueError, match="cannot read: No such file"):
@@ -70,8 +75,9 @@ def test_parquet_damage(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="c.parquet: cannot read past row 0: the key 'a' appears"):
         list(read_rows(path))
     far = pyarrow.array([1 << 62], pyarrow.timestamp("s"))  # no date that Python knows
-    parquet.write_table(pyarrow.table([far.cast("int64").view(pyarrow.timestamp("us"))],
-                                      names=["a"]), path)
+    parquet.write_table(
+        pyarrow.table([far.cast("int64").view(pyarrow.timestamp("us"))], names=["a"]), path
+    )
     with pytest.raises(ValueError, match="c.parquet: cannot read past row 0: ") as raised:
         list(read_rows(path))
     assert str(raised.value).isprintable()
@@ -117,10 +123,11 @@ def test_bad_row_has_its_line_and_can_be_skipped(tmp_path, line):
     assert (bad.rows, bad.skipped) == (3, 1)
 
 
-@pytest.mark.parametrize("element", [
-    b'{"a": 1, "a": 1}', b"[]", b'{"a": "\\ud800"}', b'{"a": "\xff"}'])
+@pytest.mark.parametrize(
+    "element", [b'{"a": 1, "a": 1}', b"[]", b'{"a": "\\ud800"}', b'{"a": "\xff"}']
+)
 def test_bad_element_of_a_list_can_be_skipped(tmp_path, element):
-    path = save(tmp_path / "a.json", "[ {\"ü\": 1},\n".encode() + element + b', {"b": 2}]')
+    path = save(tmp_path / "a.json", '[ {"ü": 1},\n'.encode() + element + b', {"b": 2}]')
     bad = BadRows("skip")
     assert list(read_rows(path, bad)) == [(f"{path}:1", {"ü": 1}), (f"{path}:3", {"b": 2})]
     assert bad.messages[0].startswith(f"{path}:2: ")
@@ -129,33 +136,39 @@ def test_bad_element_of_a_list_can_be_skipped(tmp_path, element):
         assert path.read_bytes()[20] == 0xFF
 
 
-@pytest.mark.parametrize("data, why", [
-    (b"[]", "a.json is empty"),
-    (b"[] []", "a.json:1: malformed JSON: Expecting value"),
-    (b'[{"a": 1}', "a.json:1: malformed JSON: no comma and no end of the list follows"),
-    (b'[{"a": 1}]\n[{"a": 2}]', "a.json:1: malformed JSON: no comma and no end"),
-    (b'[{"a": 1},\n]', "a.json:2: malformed JSON: Expecting value: line 2 column 1"),
-    (b'[{"a": 1},\n{"a": 2,\n', "a.json:2: malformed JSON: Expecting property name"),
-    (b"[" * 100_000, "a.json:1: malformed JSON: nested too deeply"),
-    (b"[1" + b"0" * 5000 + b"]", "a.json:1: a row is a JSON object, this is a float"),
-])
+@pytest.mark.parametrize(
+    "data, why",
+    [
+        (b"[]", "a.json is empty"),
+        (b"[] []", "a.json:1: malformed JSON: Expecting value"),
+        (b'[{"a": 1}', "a.json:1: malformed JSON: no comma and no end of the list follows"),
+        (b'[{"a": 1}]\n[{"a": 2}]', "a.json:1: malformed JSON: no comma and no end"),
+        (b'[{"a": 1},\n]', "a.json:2: malformed JSON: Expecting value: line 2 column 1"),
+        (b'[{"a": 1},\n{"a": 2,\n', "a.json:2: malformed JSON: Expecting property name"),
+        (b"[" * 100_000, "a.json:1: malformed JSON: nested too deeply"),
+        (b"[1" + b"0" * 5000 + b"]", "a.json:1: a row is a JSON object, this is a float"),
+    ],
+)
 def test_broken_list(tmp_path, data, why):
     with pytest.raises(ValueError, match=why):
         list(read_rows(save(tmp_path / "a.json", data)))
 
 
-@pytest.mark.parametrize("data, why", [
-    (b"", "is empty"),
-    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "is a Git LFS pointer"),
-    (b"\n\n<!DOCTYPE html><html>", "is an HTML or XML page, not data"),
-    (b"<?xml?>", "is an HTML or XML page, not data"),
-    (b"PAR1\x15\x04", "is a parquet file; rename it to .parquet"),
-    (gzip.compress(b"{}"), "is gzip-compressed; add .gz to its name"),
-    (b"PK\x03\x04..", "is a zip archive"),
-    (b"\x28\xb5\x2f\xfd..", "is zstd-compressed"),
-    ('{"a": 1}'.encode("utf-16"), "is UTF-16 text; convert it to UTF-8"),
-    (b' [{"a": 1}]', "is a JSON list, not an object per line; name it .json"),
-])
+@pytest.mark.parametrize(
+    "data, why",
+    [
+        (b"", "is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "is a Git LFS pointer"),
+        (b"\n\n<!DOCTYPE html><html>", "is an HTML or XML page, not data"),
+        (b"<?xml?>", "is an HTML or XML page, not data"),
+        (b"PAR1\x15\x04", "is a parquet file; rename it to .parquet"),
+        (gzip.compress(b"{}"), "is gzip-compressed; add .gz to its name"),
+        (b"PK\x03\x04..", "is a zip archive"),
+        (b"\x28\xb5\x2f\xfd..", "is zstd-compressed"),
+        ('{"a": 1}'.encode("utf-16"), "is UTF-16 text; convert it to UTF-8"),
+        (b' [{"a": 1}]', "is a JSON list, not an object per line; name it .json"),
+    ],
+)
 def test_wrong_file_is_recognised(tmp_path, data, why):
     with pytest.raises(ValueError, match=f"a.jsonl {why}"):
         list(read_rows(save(tmp_path / "a.jsonl", data)))
@@ -177,9 +190,13 @@ def test_damaged_gzip(tmp_path):
     noise = random.Random(0).randbytes(50_000).hex()
     whole = gzip.compress(lines() * 100 + json.dumps({"a": noise}).encode() + b"\n")
     path = tmp_path / "a.jsonl.gz"
-    for data, why in [(whole[:-20], "end-of-stream"), (whole[:-20] + bytes(20), ""),
-                      (whole[:-8] + b"12345678", "CRC check failed"), (whole[:2], "Compressed"),
-                      (whole[:9000] + b"\xff" * 9000 + whole[18000:], "")]:
+    for data, why in [
+        (whole[:-20], "end-of-stream"),
+        (whole[:-20] + bytes(20), ""),
+        (whole[:-8] + b"12345678", "CRC check failed"),
+        (whole[:2], "Compressed"),
+        (whole[:9000] + b"\xff" * 9000 + whole[18000:], ""),
+    ]:
         path.write_bytes(data)
         with pytest.raises(ValueError, match=rf"gz: gzip data damaged after line \d+: .*{why}"):
             list(read_rows(path, BadRows("skip")))
@@ -241,8 +258,18 @@ def test_what_a_message_quotes_is_one_short_line():
     for _ in range(2000):
         deep = [deep]
     texts = ["x" * 10**6, "\x1b[2J\n\u2028\u202e\0", ""]
-    for value in (*texts, deep, {"a": deep}, b"\x1b" * 999, 1 << 99_999, 10**4000, None,
-                  [["\n" * 99] * 9] * 9, {"\x1b": 1}, ("a" * 99,) * 99):
+    for value in (
+        *texts,
+        deep,
+        {"a": deep},
+        b"\x1b" * 999,
+        1 << 99_999,
+        10**4000,
+        None,
+        [["\n" * 99] * 9] * 9,
+        {"\x1b": 1},
+        ("a" * 99,) * 99,
+    ):
         assert files.shown(value).isprintable() and 0 < len(files.shown(value)) <= 80
     for text in texts:
         assert files.plain(text).isprintable() and len(files.plain(text)) <= 80
@@ -273,8 +300,11 @@ def test_skipping_is_for_one_percent():
     for rows, broken in (0, 0), (99, 0), (100, 1), (3000, 30):
         skipping(rows, broken).check()
     for rows, broken in (50, 1), (99, 1), (100, 2), (3000, 31):
-        with pytest.raises(ValueError, match=f"^{broken} of {rows} rows are bad, more than the 1 % "
-                                             "that may be skipped; the first: a.jsonl:1: broken$"):
+        with pytest.raises(
+            ValueError,
+            match=f"^{broken} of {rows} rows are bad, more than the 1 % "
+            "that may be skipped; the first: a.jsonl:1: broken$",
+        ):
             skipping(rows, broken).check()
     assert skipping(100, 0).report() == ""
     report = skipping(3000, 25).report().split("\n")
@@ -309,10 +339,13 @@ def test_expand(tmp_path, monkeypatch):
     assert names("c[1].jsonl") == ["c[1].jsonl"]
     monkeypatch.setenv("HOME", str(tmp_path))
     assert names("~/a.jsonl") == [f"{tmp_path}/a.jsonl"]
-    for paths, why in [(["x.jsonl"], "x.jsonl: no such file"), (["x*"], r"x\*: no such file"),
-                       (["sub/"], r"sub/ is a folder; name its files, as sub/\*.jsonl"),
-                       (["pipe"], "pipe is a pipe or a device; data is read twice"),
-                       (["a.jsonl", "*.jsonl"], "a.jsonl is given twice; its rows would count")]:
+    for paths, why in [
+        (["x.jsonl"], "x.jsonl: no such file"),
+        (["x*"], r"x\*: no such file"),
+        (["sub/"], r"sub/ is a folder; name its files, as sub/\*.jsonl"),
+        (["pipe"], "pipe is a pipe or a device; data is read twice"),
+        (["a.jsonl", "*.jsonl"], "a.jsonl is given twice; its rows would count"),
+    ]:
         with pytest.raises(ValueError, match=why):
             expand(paths)
 
@@ -335,10 +368,23 @@ def test_written_rows_come_back_in_the_same_bytes(tmp_path, name):
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.dictionaries(st.text(), st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text() | st.floats(allow_nan=False,
-                                                                      allow_infinity=False),
-    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=5)), min_size=1))
+@given(
+    st.lists(
+        st.dictionaries(
+            st.text(),
+            st.recursive(
+                st.none()
+                | st.booleans()
+                | st.integers()
+                | st.text()
+                | st.floats(allow_nan=False, allow_infinity=False),
+                lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+                max_leaves=5,
+            ),
+        ),
+        min_size=1,
+    )
+)
 def test_any_rows_round_trip(tmp_path_factory, rows):
     path = tmp_path_factory.mktemp("rows") / "a.jsonl"
     write_rows(path, rows)

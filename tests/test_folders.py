@@ -12,12 +12,8 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from test_huggingface import MISTRAL_7B
-from test_model import model
-from test_original import published
-from test_weights import folder_of
 
-from conftest import pieces, shared
+from helpers import MISTRAL_7B, folder_of, model, pieces, published, shared
 from zephyr import base, config, disk, folders, huggingface, original, tokenizer_json, weights
 from zephyr.config import DPOConfig, SFTConfig
 from zephyr.tokenizer import Tokenizer
@@ -50,16 +46,23 @@ def refused(folder: Path) -> str:
     return str(raised.value)
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.model", "model.safetensors",
-                                  "model.safetensors.index.json"])  # fmt: skip
-@pytest.mark.parametrize(("content", "what"), [
-    (LFS, "is a Git LFS pointer, not the data; run git lfs pull"),
-    (PAGE, "is an HTML or XML page, not data; download the raw file"),
-    (b"\xef\xbb\xbf\n  <?xml version='1.0'?><Error>AccessDenied</Error>", "is an HTML or XML page"),
-    (b"PK\x03\x04" + bytes(99), "is a pickle of torch.save, which can run code as it is read"),
-    (b"GGUF" + bytes(99), "is a GGUF file, for llama.cpp; take what it was made from"),
-    (b"\x1f\x8b\x08" + bytes(99), "is gzip-compressed"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.model", "model.safetensors", "model.safetensors.index.json"]
+)
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (LFS, "is a Git LFS pointer, not the data; run git lfs pull"),
+        (PAGE, "is an HTML or XML page, not data; download the raw file"),
+        (
+            b"\xef\xbb\xbf\n  <?xml version='1.0'?><Error>AccessDenied</Error>",
+            "is an HTML or XML page",
+        ),
+        (b"PK\x03\x04" + bytes(99), "is a pickle of torch.save, which can run code as it is read"),
+        (b"GGUF" + bytes(99), "is a GGUF file, for llama.cpp; take what it was made from"),
+        (b"\x1f\x8b\x08" + bytes(99), "is gzip-compressed"),
+    ],
+)
 def test_a_file_whose_content_is_another_thing(good, name, content, what):
     if "index" in name:
         (good / disk.SINGLE).unlink()
@@ -70,8 +73,10 @@ def test_a_file_whose_content_is_another_thing(good, name, content, what):
 def test_other_tokenizers(good):
     path = good / "tokenizer.model"
     put(good, tokenizer__model=b"IQ== 0\nIg== 1\nIw== 2\n" * 50)
-    assert refused(good) == f"{path} is a tiktoken file, as Llama 3's; sentencepiece alone is " \
-                            "implemented"  # fmt: skip
+    assert (
+        refused(good) == f"{path} is a tiktoken file, as Llama 3's; sentencepiece alone is "
+        "implemented"
+    )
     path.unlink()
     assert refused(good) == f"{path}: no such file; a model folder needs its tokenizer.model"
     put(good, vocab__json={})
@@ -135,15 +140,18 @@ def test_a_run_and_its_checkpoints(tmp_path):
     assert weights.config(run / "model").vocab_size == 32000
 
 
-@pytest.mark.parametrize(("key", "value", "how"), [
-    ("quantization_config", {"quant_method": "gptq", "bits": 4}, "'gptq'"),
-    ("quantization_config", {"quant_method": "awq"}, "'awq'"),
-    ("quantization_config", {"quant_method": "fp8"}, "'fp8'"),
-    ("quantization_config", {"load_in_4bit": True}, "{'load_in_4bit': True}"),
-    ("compression_config", {"format": "pack-quantized"}, "{'format': 'pack-quantized'}"),
-    ("quantization", {"group_size": 64, "bits": 4}, "{'bits': 4, 'group_size': 64}"),
-    ("quantization_config", ["x"], "['x']"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("key", "value", "how"),
+    [
+        ("quantization_config", {"quant_method": "gptq", "bits": 4}, "'gptq'"),
+        ("quantization_config", {"quant_method": "awq"}, "'awq'"),
+        ("quantization_config", {"quant_method": "fp8"}, "'fp8'"),
+        ("quantization_config", {"load_in_4bit": True}, "{'load_in_4bit': True}"),
+        ("compression_config", {"format": "pack-quantized"}, "{'format': 'pack-quantized'}"),
+        ("quantization", {"group_size": 64, "bits": 4}, "{'bits': 4, 'group_size': 64}"),
+        ("quantization_config", ["x"], "['x']"),
+    ],
+)
 def test_quantized_by_its_config(tmp_path, key, value, how):
     put(tmp_path, config__json=MISTRAL_7B | {key: value})
     with pytest.raises(ValueError) as raised:
@@ -252,16 +260,19 @@ def test_links_into_hugging_faces_cache_are_read(tmp_path, good, link):
 def test_rows_above_the_pieces_are_kept_and_never_sampled(tmp_path):
     wide = model(vocab_size=103)
     folder = folder_of(wide, tmp_path / "wide")
-    note, = base.open_folder(folder).notes
+    (note,) = base.open_folder(folder).notes
     assert note == (
         f"{folder} has 2 embedding rows above the 101 pieces of its tokenizer.model: padding or "
         "added tokens, which no text becomes; they are kept, and never sampled"
     )
     put(folder, added_tokens__json={"<|im_start|>": 101, "<|im_end|>": 102, "x": 7, "y": "z"})
-    note, = base.open_folder(folder).notes
+    (note,) = base.open_folder(folder).notes
     assert "tokenizer.model: added tokens (<|im_end|>, <|im_start|>), which no text" in note
-    put(folder, added_tokens__json={}, tokenizer__json={"added_tokens": [
-        {"id": 102, "content": "<pad>"}, 3, {"content": []}]})  # fmt: skip
+    put(
+        folder,
+        added_tokens__json={},
+        tokenizer__json={"added_tokens": [{"id": 102, "content": "<pad>"}, 3, {"content": []}]},
+    )
     assert "added tokens (<pad>), which" in base.open_folder(folder).notes[0]
     (folder / "tokenizer.json").unlink()
     weights.save(wide, tmp_path / "out", folder)
@@ -341,8 +352,10 @@ def test_the_empty_system_message_is_the_folders_own(good):
     decided, (note,) = look(empty_system=True)
     assert decided is True and "this run does otherwise: --empty-system" in note
     put(good, chat_template__jinja="{{ '<|im_start|>' }}")
-    assert look() == (True, [f"{good} has a chat template of its own; Zephyr's is used in its "
-                             "place, see docs/data.md"])  # fmt: skip
+    assert look() == (
+        True,
+        [f"{good} has a chat template of its own; Zephyr's is used in its place, see docs/data.md"],
+    )
 
 
 @pytest.mark.parametrize("cls", [SFTConfig, DPOConfig])
@@ -375,7 +388,7 @@ def test_the_bases_own_tokenizer_json(good):
         ({"model": {"type": "Unigram", "vocab": [["a", 0.5]]}}, "the kind of model"),
     ):
         put(good, tokenizer__json=ours | change)
-        note, = base.look(settings(good))[3]
+        (note,) = base.look(settings(good))[3]
         assert note == (
             f"{good}/tokenizer.json differs from tokenizer.model in {what}, so who reads it may "
             "get other ids; the saved model gets one that gives the ids of training"

@@ -7,56 +7,53 @@ from pathlib import Path
 
 import pytest
 
-from conftest import Limits, shared
+from helpers import Limits, chat, gpt, human, save, scored, shared
 from zephyr import data, feedback, files, forms
 from zephyr.tokenizer import conversation
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
 
-def chat(*contents, system=None):
-    head = [] if system is None else [{"role": "system", "content": system}]
-    roles = ("user", "assistant")
-    return head + [{"role": roles[k % 2], "content": c} for k, c in enumerate(contents)]
-
-
 def said(*contents, system=""):
     return [(m["role"], m["content"]) for m in chat(*contents, system=system)]
-
-
-def gpt(*contents, system=None):
-    head = [] if system is None else [{"from": "system", "value": system}]
-    return head + [{"from": ("human", "gpt")[k % 2], "value": c} for k, c in enumerate(contents)]
-
-
-def human(*contents):
-    names = ("Human", "Assistant")
-    return "".join(f"\n\n{names[k % 2]}: {text}" for k, text in enumerate(contents))
-
-
-def save(path, *rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return (str(path),)
 
 
 HI = said("Hi", "Yo")
 TALKS = {
     "messages": ({"messages": chat("Hi", "Yo")}, HI),
-    "a system column": ({"messages": chat("Hi", "Yo"), "system": "Be kind."},
-                        said("Hi", "Yo", system="Be kind.")),
-    "the same system twice": ({"messages": chat("Hi", "Yo", system="Be kind."),
-                               "system_prompt": "Be kind. "}, said("Hi", "Yo", system="Be kind. ")),
-    "an empty system message": ({"messages": chat("Hi", "Yo", system=" "), "system": "Be kind."},
-                                said("Hi", "Yo", system="Be kind.")),
+    "a system column": (
+        {"messages": chat("Hi", "Yo"), "system": "Be kind."},
+        said("Hi", "Yo", system="Be kind."),
+    ),
+    "the same system twice": (
+        {"messages": chat("Hi", "Yo", system="Be kind."), "system_prompt": "Be kind. "},
+        said("Hi", "Yo", system="Be kind. "),
+    ),
+    "an empty system message": (
+        {"messages": chat("Hi", "Yo", system=" "), "system": "Be kind."},
+        said("Hi", "Yo", system="Be kind."),
+    ),
     "a blank system": ({"messages": chat("Hi", "Yo"), "system": " "}, HI),
-    "ShareGPT": ({"conversations": gpt("Hi", "Yo", "a", "b"), "id": "x_0"},
-                 said("Hi", "Yo", "a", "b")),
-    "ShareGPT's system": ({"conversations": gpt("Hi", "Yo", system="s")},
-                          said("Hi", "Yo", system="s")),
-    "ShareGPT's other names": ({"conversations": [{"from": "user", "value": "Hi"},
-                                                  {"from": "chatgpt", "value": "Yo"}]}, HI),
-    "ShareGPT with empty keys": ({"conversations": [
-        m | {"weight": None, "markdown": "", "text": []} for m in gpt("Hi", "Yo")]}, HI),
+    "ShareGPT": (
+        {"conversations": gpt("Hi", "Yo", "a", "b"), "id": "x_0"},
+        said("Hi", "Yo", "a", "b"),
+    ),
+    "ShareGPT's system": (
+        {"conversations": gpt("Hi", "Yo", system="s")},
+        said("Hi", "Yo", system="s"),
+    ),
+    "ShareGPT's other names": (
+        {"conversations": [{"from": "user", "value": "Hi"}, {"from": "chatgpt", "value": "Yo"}]},
+        HI,
+    ),
+    "ShareGPT with empty keys": (
+        {
+            "conversations": [
+                m | {"weight": None, "markdown": "", "text": []} for m in gpt("Hi", "Yo")
+            ]
+        },
+        HI,
+    ),
     "ShareGPT in messages": ({"messages": gpt("Hi", "Yo")}, HI),
     "roles in conversations": ({"conversations": chat("Hi", "Yo")}, HI),
     "both, the same": ({"conversations": gpt("Hi", "Yo"), "messages": chat("Hi", "Yo")}, HI),
@@ -64,16 +61,36 @@ TALKS = {
     "one of them empty": ({"conversations": gpt("Hi", "Yo"), "messages": []}, HI),
     "Alpaca": ({"instruction": "Hi", "input": "", "output": "Yo"}, HI),
     "Alpaca without input": ({"instruction": "Hi", "output": "Yo"}, HI),
-    "Alpaca's input": ({"instruction": "Add.", "input": "1 2", "output": "3", "text": "Below ..."},
-                       said("Add.\n1 2", "3")),
-    "Alpaca's system": ({"instruction": "Hi", "input": None, "output": "Yo", "system": "s",
-                         "history": []}, said("Hi", "Yo", system="s")),
-    "a transcript as instruction": ({"instruction": human("a", "b", "c"), "output": "d"},
-                                    said("a", "b", "c", "d")),
-    "null and empty keys": ({"messages": [
-        m | {"name": None, "tool_calls": [], "function_call": {"name": None, "arguments": " "}}
-        for m in chat("Hi", "Yo")], "tools": "[]", "images": [], "functions": None}, HI),
-}  # fmt: skip
+    "Alpaca's input": (
+        {"instruction": "Add.", "input": "1 2", "output": "3", "text": "Below ..."},
+        said("Add.\n1 2", "3"),
+    ),
+    "Alpaca's system": (
+        {"instruction": "Hi", "input": None, "output": "Yo", "system": "s", "history": []},
+        said("Hi", "Yo", system="s"),
+    ),
+    "a transcript as instruction": (
+        {"instruction": human("a", "b", "c"), "output": "d"},
+        said("a", "b", "c", "d"),
+    ),
+    "null and empty keys": (
+        {
+            "messages": [
+                m
+                | {
+                    "name": None,
+                    "tool_calls": [],
+                    "function_call": {"name": None, "arguments": " "},
+                }
+                for m in chat("Hi", "Yo")
+            ],
+            "tools": "[]",
+            "images": [],
+            "functions": None,
+        },
+        HI,
+    ),
+}
 
 
 @pytest.mark.parametrize("name", TALKS)
@@ -101,8 +118,10 @@ PAIRS = {
     "Alpaca": ({"instruction": "Add.", "input": "1 2", "output": None} | A, said("Add.\n1 2")),
     "Alpaca without input": ({"instruction": "Hi", "input": ""} | A, B),
     "ShareGPT": ({"conversations": gpt("Hi", "Yo", "Bye")} | SIDES, said("Hi", "Yo", "Bye")),
-    "ShareGPT's lists": ({"conversations": gpt("Hi", system="s")}
-                         | {name: [side] for name, side in SIDES.items()}, said("Hi", system="s")),
+    "ShareGPT's lists": (
+        {"conversations": gpt("Hi", system="s")} | {name: [side] for name, side in SIDES.items()},
+        said("Hi", system="s"),
+    ),
     "whole ShareGPT conversations": ({"chosen": gpt("Hi", "A"), "rejected": gpt("Hi", "B")}, B),
     "messages with their prompt": (FULL | {"prompt": "Hi"}, B),
     "the prompt without its space": (FULL | {"prompt": " Hi\n"}, B),
@@ -111,22 +130,36 @@ PAIRS = {
     "the last message": (LONG | {"prompt": "Bye"}, said("Hi", "Yo", "Bye")),
     "the first turns": (LONG | {"prompt": chat("Hi", "Yo")}, said("Hi", "Yo", "Bye")),
     "all turns": (LONG | {"prompt": chat("Hi", "Yo", "Bye")}, said("Hi", "Yo", "Bye")),
-    "instruction and input, whole": ({
-        "instruction": "Add.", "input": "1 2", "chosen": chat("Add.\n1 2", "A"),
-        "rejected": chat("Add.\n1 2", "B")}, said("Add.\n1 2")),
+    "instruction and input, whole": (
+        {
+            "instruction": "Add.",
+            "input": "1 2",
+            "chosen": chat("Add.\n1 2", "A"),
+            "rejected": chat("Add.\n1 2", "B"),
+        },
+        said("Add.\n1 2"),
+    ),
     "transcripts": (FLAT, B),
     "transcripts with a prompt": (FLAT | {"prompt": "Hi"}, B),
     "transcripts with a transcript": (FLAT | {"prompt": "\n\nHuman: Hi\n\nAssistant:"}, B),
-    "a transcript and text": ({"prompt": human("Hi", "Yo", "Bye") + "\n\nAssistant:"} | A,
-                              said("Hi", "Yo", "Bye")),
+    "a transcript and text": (
+        {"prompt": human("Hi", "Yo", "Bye") + "\n\nAssistant:"} | A,
+        said("Hi", "Yo", "Bye"),
+    ),
     "a transcript that is stripped": ({"prompt": "Human: Hi\n\nAssistant: "} | A, B),
-    "a transcript and system": ({"prompt": human("Hi"), "system": "s"} | A,
-                                said("Hi", system="s")),
-    "a transcript and messages": ({"prompt": human("Hi", "Yo", "Bye") + "\n\nAssistant:"} | LONG,
-                                  said("Hi", "Yo", "Bye")),
-    "null and empty keys": ({side: [m | {"name": None, "tool_calls": []} for m in messages]
-                             for side, messages in FULL.items()}, B),
-}  # fmt: skip
+    "a transcript and system": ({"prompt": human("Hi"), "system": "s"} | A, said("Hi", system="s")),
+    "a transcript and messages": (
+        {"prompt": human("Hi", "Yo", "Bye") + "\n\nAssistant:"} | LONG,
+        said("Hi", "Yo", "Bye"),
+    ),
+    "null and empty keys": (
+        {
+            side: [m | {"name": None, "tool_calls": []} for m in messages]
+            for side, messages in FULL.items()
+        },
+        B,
+    ),
+}
 
 
 @pytest.mark.parametrize("name", PAIRS)
@@ -176,45 +209,74 @@ RENDERED = [
     ("Hi [/INST] ", "'[/INST]' at its end"),
     ("Hi<end_of_turn>\n<start_of_turn>model\n", "'<start_of_turn>model' at its end"),
     ("Hi\n\n### Response:", "'### Response:' at its end"),
-]  # fmt: skip
+]
 BAD_TALKS = [
     ({"history": [["a", "b"]]}, f"history [['a', 'b']] {LOST}"),
-    ({"tools": '[{"name": "f"}]'}, f"tools '[{{\"name\": \"f\"}}]' {LOST}"),
+    ({"tools": '[{"name": "f"}]'}, f'tools \'[{{"name": "f"}}]\' {LOST}'),
     ({"functions": [{"name": "f"}]}, f"functions [{{'name': 'f'}}] {LOST}"),
     ({"images": ["a.png"]}, f"images ['a.png'] {LOST}"),
     ({"context": "Once upon"}, f"context 'Once upon' {LOST}"),
     ({"system": 5}, "system must be text, got 5"),
-    ({"messages": chat("Hi", "Yo", system="a"), "system": "b"},
-     "system 'b' contradicts the system message 'a'"),
+    (
+        {"messages": chat("Hi", "Yo", system="a"), "system": "b"},
+        "system 'b' contradicts the system message 'a'",
+    ),
     ({"conversations": gpt("a", "b")}, "messages and conversations differ"),
-    ({"messages": [m | {"weight": 1, "name": None} for m in chat("a", "b")]},
-     "message 0 has 'weight': 1, which would be lost"),
-    ({"messages": None, "conversations": [{"from": "human", "value": "a"},
-                                          {"from": "function_call", "value": "b"}]},
-     "conversations: message 1 is from 'function_call'; known are human, user, system, gpt"),
-    ({"messages": None, "conversations": [{"from": "human"}, {"from": "gpt", "value": "b"}]},
-     "conversations: message 0 must have role and content"),
-    ({"messages": None, "conversations": [m | {"weight": 0} for m in gpt("a", "b")]},
-     "conversations: message 0 has 'weight': 0, which would be lost"),
-    ({"messages": None, "conversations": [*gpt("a"), {"from": ["x"], "value": "b"}]},
-     "conversations: message 1 is from ['x']; known are"),
+    (
+        {"messages": [m | {"weight": 1, "name": None} for m in chat("a", "b")]},
+        "message 0 has 'weight': 1, which would be lost",
+    ),
+    (
+        {
+            "messages": None,
+            "conversations": [
+                {"from": "human", "value": "a"},
+                {"from": "function_call", "value": "b"},
+            ],
+        },
+        "conversations: message 1 is from 'function_call'; known are human, user, system, gpt",
+    ),
+    (
+        {"messages": None, "conversations": [{"from": "human"}, {"from": "gpt", "value": "b"}]},
+        "conversations: message 0 must have role and content",
+    ),
+    (
+        {"messages": None, "conversations": [m | {"weight": 0} for m in gpt("a", "b")]},
+        "conversations: message 0 has 'weight': 0, which would be lost",
+    ),
+    (
+        {"messages": None, "conversations": [*gpt("a"), {"from": ["x"], "value": "b"}]},
+        "conversations: message 1 is from ['x']; known are",
+    ),
     ({"messages": None, "instruction": "a"}, "has no field 'output'; it has 'instruction'"),
     ({"messages": None, "output": "a"}, "has no field 'messages', 'conversations' or"),
     ({"messages": None, "input": "a", "output": "b"}, f"input 'a' {LOST}"),
-    ({"messages": None, "instruction": "a", "input": 5, "output": "b"},
-     "input must be text, got 5"),
-    ({"messages": None, "instruction": "a", "output": 5},
-     "output: message 1 has content of type int, not text"),
+    (
+        {"messages": None, "instruction": "a", "input": 5, "output": "b"},
+        "input must be text, got 5",
+    ),
+    (
+        {"messages": None, "instruction": "a", "output": 5},
+        "output: message 1 has content of type int, not text",
+    ),
     ({"messages": None, "instruction": "a", "output": " "}, "turn 1, the assistant's, is empty"),
-    ({"messages": chat("\n\nHuman: a\n\nAssistant:", "b")},
-     "the user's text has a chat template's '\\n\\nHuman:' at its start"),
-    *(({"messages": chat(text, "b")}, f"the user's text has a chat template's {mark}")
-      for text, mark in RENDERED),
-    *(({"messages": chat("a", text)}, f"the assistant's text has a chat template's {mark}")
-      for text, mark in RENDERED),
-    ({"messages": chat("a", "b", system="[INST] a")},
-     "the system's text has a chat template's '[INST]' at its start"),
-]  # fmt: skip
+    (
+        {"messages": chat("\n\nHuman: a\n\nAssistant:", "b")},
+        "the user's text has a chat template's '\\n\\nHuman:' at its start",
+    ),
+    *(
+        ({"messages": chat(text, "b")}, f"the user's text has a chat template's {mark}")
+        for text, mark in RENDERED
+    ),
+    *(
+        ({"messages": chat("a", text)}, f"the assistant's text has a chat template's {mark}")
+        for text, mark in RENDERED
+    ),
+    (
+        {"messages": chat("a", "b", system="[INST] a")},
+        "the system's text has a chat template's '[INST]' at its start",
+    ),
+]
 BAD_PAIRS = [
     ({"history": [["a", "b"]]}, f"history [['a', 'b']] {LOST}"),
     ({"tools": [{"a": 1}]}, f"tools [{{'a': 1}}] {LOST}"),
@@ -222,33 +284,62 @@ BAD_PAIRS = [
     ({"system": ["s"]}, "chosen: system must be text, got ['s']"),
     ({"question": "Why?"}, "prompt 'Hi' and question 'Why?' differ; keep the one that was asked"),
     (FULL | {"prompt": "Ho" * 99}, "the prompt's user says 'HoHoHo"),
-    (FULL | {"prompt": chat("Ho")},
-     "the prompt's user says 'Ho', where chosen has the user's 'Hi'"),
-    (LONG | {"prompt": chat("Hi", "No", "Bye")},
-     "the prompt's assistant says 'No', where chosen has the assistant's 'Yo'"),
-    (FULL | {"prompt": chat("Hi", "Yo", "Bye")},
-     "the prompt's assistant says 'Yo', where chosen has the user's 'Hi'"),
-    (FULL | {"prompt": chat("Hi", system="s")},
-     "the prompt's system says 's', where chosen has the user's 'Hi'"),
-    (FULL | {"prompt": [{"role": "wizard", "content": "Hi"}]},
-     "prompt: message 0 has role 'wizard'"),
-    (FLAT | {"prompt": human("Ho") + "\n\nAssistant:"},
-     "the prompt's user says 'Ho', where chosen has the user's 'Hi'"),
-    ({"chosen": chat("Hi", "A", system="a"), "rejected": chat("Hi", "B", system="a"),
-      "system": "b"}, "chosen: system 'b' contradicts the system message 'a'"),
+    (
+        FULL | {"prompt": chat("Ho")},
+        "the prompt's user says 'Ho', where chosen has the user's 'Hi'",
+    ),
+    (
+        LONG | {"prompt": chat("Hi", "No", "Bye")},
+        "the prompt's assistant says 'No', where chosen has the assistant's 'Yo'",
+    ),
+    (
+        FULL | {"prompt": chat("Hi", "Yo", "Bye")},
+        "the prompt's assistant says 'Yo', where chosen has the user's 'Hi'",
+    ),
+    (
+        FULL | {"prompt": chat("Hi", system="s")},
+        "the prompt's system says 's', where chosen has the user's 'Hi'",
+    ),
+    (
+        FULL | {"prompt": [{"role": "wizard", "content": "Hi"}]},
+        "prompt: message 0 has role 'wizard'",
+    ),
+    (
+        FLAT | {"prompt": human("Ho") + "\n\nAssistant:"},
+        "the prompt's user says 'Ho', where chosen has the user's 'Hi'",
+    ),
+    (
+        {
+            "chosen": chat("Hi", "A", system="a"),
+            "rejected": chat("Hi", "B", system="a"),
+            "system": "b",
+        },
+        "chosen: system 'b' contradicts the system message 'a'",
+    ),
     ({"prompt": human("Hi", "Sure, ")}, "chosen: turn 2 is the assistant's where the user"),
-    ({"prompt": None, "conversations": gpt("Hi", "Yo")} | SIDES,
-     "chosen: turn 2 is the assistant's where the user should speak"),
-    ({"prompt": None, "conversations": gpt("Hi")} | SIDES | {"chosen": {"from": "observation",
-                                                                       "value": "A"}},
-     "chosen: message 0 is from 'observation'; known are human, user"),
-    *(({"prompt": text}, f"the user's text has a chat template's {mark}")
-      for text, mark in RENDERED),
-    *(({"rejected": text}, f"the assistant's text has a chat template's {mark}")
-      for text, mark in RENDERED),
-    ({"chosen": "\n\nAssistant: A"},
-     "the assistant's text has a chat template's '\\n\\nAssistant:'"),
-]  # fmt: skip
+    (
+        {"prompt": None, "conversations": gpt("Hi", "Yo")} | SIDES,
+        "chosen: turn 2 is the assistant's where the user should speak",
+    ),
+    (
+        {"prompt": None, "conversations": gpt("Hi")}
+        | SIDES
+        | {"chosen": {"from": "observation", "value": "A"}},
+        "chosen: message 0 is from 'observation'; known are human, user",
+    ),
+    *(
+        ({"prompt": text}, f"the user's text has a chat template's {mark}")
+        for text, mark in RENDERED
+    ),
+    *(
+        ({"rejected": text}, f"the assistant's text has a chat template's {mark}")
+        for text, mark in RENDERED
+    ),
+    (
+        {"chosen": "\n\nAssistant: A"},
+        "the assistant's text has a chat template's '\\n\\nAssistant:'",
+    ),
+]
 GOOD = {data.conversations: TALKS["messages"][0], data.preferences: PAIRS["text"][0]}
 BAD = [(data.conversations, *bad) for bad in BAD_TALKS]
 BAD += [(data.preferences, *bad) for bad in BAD_PAIRS]
@@ -268,16 +359,33 @@ def test_what_cannot_be_used_is_refused_by_name(read, change, message, tokenizer
     assert f"\n  {path[0]}:101: {message}" in tokens.report("x")
 
 
-@pytest.mark.parametrize("text", [
-    "What does <|im_start|> mean?", "Is [INST] a token?", "a </s> b", "In HTML, <s>old</s>",
-    "use `<|endoftext|>` to end a text", "x <|> y |> f", "<b>bold</b>", "a <| b |> c",
-    "Human: Hi", "Write a play.\n\nHuman: ...", "Assistant:", "</s> is what Mistral ends with.",
-    "def f():\n  ### Response: none\n  pass", "<|>", "<s>old</s> and new",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "What does <|im_start|> mean?",
+        "Is [INST] a token?",
+        "a </s> b",
+        "In HTML, <s>old</s>",
+        "use `<|endoftext|>` to end a text",
+        "x <|> y |> f",
+        "<b>bold</b>",
+        "a <| b |> c",
+        "Human: Hi",
+        "Write a play.\n\nHuman: ...",
+        "Assistant:",
+        "</s> is what Mistral ends with.",
+        "def f():\n  ### Response: none\n  pass",
+        "<|>",
+        "<s>old</s> and new",
+    ],
+)
 def test_a_text_about_templates_is_text(text):
     assert forms.talk({"messages": chat(text, text)})[1:] == said(text, text)[1:]
     assert forms.preference({"prompt": text, "chosen": text, "rejected": "B"}) == (
-        said(text), text, "B")  # fmt: skip
+        said(text),
+        text,
+        "B",
+    )
 
 
 def test_no_real_text_is_taken_for_another_format():
@@ -297,8 +405,17 @@ def test_no_real_text_is_taken_for_another_format():
 def test_scores_that_contradict_are_trained_and_counted(tokenizer, tmp_path):
     pair = {"prompt": "Hi"} | A
     odd = [float("nan"), None, "N/A", 3]
-    rows = [pair | {"score_chosen": a, "score_rejected": b} for a, b in [(1, 2), (2, 1), (1, 1),
-            (-1.5, 0), *((1, x) for x in odd), *((x, 1) for x in odd[:3])]]  # fmt: skip
+    rows = [
+        pair | {"score_chosen": a, "score_rejected": b}
+        for a, b in [
+            (1, 2),
+            (2, 1),
+            (1, 1),
+            (-1.5, 0),
+            *((1, x) for x in odd),
+            *((x, 1) for x in odd[:3]),
+        ]
+    ]
     tokens = data.preferences(save(tmp_path / "a.jsonl", *rows), tokenizer, Limits())
     assert len(tokens) == len(rows) == 11
     for k in range(len(rows)):
@@ -314,21 +431,17 @@ def test_scores_that_contradict_are_trained_and_counted(tokenizer, tmp_path):
 # feedback reads the same prompts
 
 
-def scored(prompt="Why?", **more):
-    return {"source": "flan", "instruction": prompt, "completions": [
-        {"model": "m", "response": "a", "overall_score": 9, "annotations": None},
-        {"model": "n", "response": "b", "overall_score": 2, "annotations": None},
-    ]} | more  # fmt: skip
-
-
-@pytest.mark.parametrize("row, message", [
-    (scored(history=[["a", "b"]]), f"history [['a', 'b']] {LOST}"),
-    (scored(input="more"), f"input 'more' {LOST}"),
-    (scored(system="Be kind."), f"system 'Be kind.' {LOST}"),
-    (scored("[INST] a [/INST]"), "the user's text has a chat template's '[INST]' at its start"),
-    (scored(human("a", "b")), "instruction must end with what the user says"),
-    (scored(human("a", " ", "c")), "turn 1, the assistant's, is empty"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        (scored(history=[["a", "b"]]), f"history [['a', 'b']] {LOST}"),
+        (scored(input="more"), f"input 'more' {LOST}"),
+        (scored(system="Be kind."), f"system 'Be kind.' {LOST}"),
+        (scored("[INST] a [/INST]"), "the user's text has a chat template's '[INST]' at its start"),
+        (scored(human("a", "b")), "instruction must end with what the user says"),
+        (scored(human("a", " ", "c")), "turn 1, the assistant's, is empty"),
+    ],
+)
 def test_feedback_refuses_what_it_would_lose(row, message):
     with pytest.raises(files.BadRow) as error:
         list(feedback.binarize([("raw.jsonl:7", row)]))

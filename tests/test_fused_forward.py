@@ -12,9 +12,14 @@ from kernels import fused_forward
 
 CHIPS = [80, 90]  # by pointers and by tensor descriptors
 SHAPES = [  # N, D, V
-    (7, 5, 13), (1, 1, 1), (0, 8, 13), (1, 64, 257), (129, 72, 256), (131, 200, 513),
+    (7, 5, 13),
+    (1, 1, 1),
+    (0, 8, 13),
+    (1, 64, 257),
+    (129, 72, 256),
+    (131, 200, 513),
     (1100, 8, 70),
-]  # fmt: skip
+]
 
 
 def inputs(n: int, d: int, v: int, dtype, device="cpu"):

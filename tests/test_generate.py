@@ -4,15 +4,13 @@ import io
 import sys
 
 import pytest
-import sentencepiece
 import torch
 import transformers
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from test_model import SMALL, batch, model, packed, tokens
 
-from zephyr import exits, generate, huggingface, weights
-from zephyr.model import MistralConfig
+from helpers import SMALL, batch, model, packed, tokens
+from zephyr import exits, generate
 from zephyr.tokenizer import Tokenizer
 
 LENGTHS = (3, 9, 17, 1)
@@ -68,10 +66,13 @@ def test_greedy_equals_transformers_and_each_prompt_alone(window):
     sizes = {key: getattr(m.config, key) for key in SMALL if key != "rope_theta"}
     theirs = transformers.MistralForCausalLM(
         transformers.MistralConfig(
-            **sizes, attn_implementation="eager", bos_token_id=None, eos_token_id=None,
+            **sizes,
+            attn_implementation="eager",
+            bos_token_id=None,
+            eos_token_id=None,
             rope_parameters={"rope_type": "default", "rope_theta": m.config.rope_theta},
         )
-    ).eval()  # fmt: skip
+    ).eval()
     theirs.load_state_dict(m.state_dict())
     together = generate.generate(m, prompts(), new, eos=-1, temperature=0.0)
     for prompt, answer in zip(prompts(), together, strict=True):
@@ -108,10 +109,17 @@ def sampled(probabilities: list[float], n: int, temperature=1.0, top_p=1.0, seed
 
 @pytest.mark.parametrize(
     "top_p, kept",
-    [(1e-9, [{3}]), (0.5, [{3}]), (0.501, [{3, 0}]), (0.75, [{3, 0}]),
-     (0.751, [{3, 0, 1}, {3, 0, 2}]), (0.875, [{3, 0, 1}, {3, 0, 2}]),
-     (0.876, [{0, 1, 2, 3}]), (1.0, [{0, 1, 2, 3}])],
-)  # fmt: skip
+    [
+        (1e-9, [{3}]),
+        (0.5, [{3}]),
+        (0.501, [{3, 0}]),
+        (0.75, [{3, 0}]),
+        (0.751, [{3, 0, 1}, {3, 0, 2}]),
+        (0.875, [{3, 0, 1}, {3, 0, 2}]),
+        (0.876, [{0, 1, 2, 3}]),
+        (1.0, [{0, 1, 2, 3}]),
+    ],
+)
 def test_top_p_keeps_the_fewest_tokens_that_reach_it(top_p, kept):
     """Powers of two, whose sums are exact, so that a mass of just p can be told from less."""
     said = sampled([0.25, 0.125, 0.125, 0.5], 2000, top_p=top_p).tolist()
@@ -170,24 +178,6 @@ def test_a_position_takes_the_slot_of_the_one_that_left_the_window(monkeypatch):
     assert cache.held_BS.tolist() == [[4, 5, 6, 3]]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A whole model folder: pieces with byte fallback, random weights, 150 positions."""
-    out = tmp_path_factory.mktemp("chat")
-    with (out / "tokenizer.model").open("wb") as file:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(["the cat sat on the mat", "<|user|> <|assistant|>"]),
-            model_writer=file, vocab_size=300, model_type="bpe", byte_fallback=True,
-            remove_extra_whitespaces=False, normalization_rule_name="identity",
-            minloglevel=2, num_threads=1,
-        )  # fmt: skip
-    pieces = Tokenizer(out).vocab_size
-    shape = MistralConfig(**SMALL | {"vocab_size": pieces, "max_position_embeddings": 150})
-    huggingface.write_config(out, shape, "float32", {})
-    weights.fresh(out, 0)
-    return out
-
-
 def spoken(tokenizer: Tokenizer, text: str) -> list[int]:
     """The ids of an answer, which follows a newline."""
     return tokenizer.encode("\n" + text)[len(tokenizer.encode("\n")) :]
@@ -218,7 +208,7 @@ def test_one_shot_prints_what_generate_samples(folder, monkeypatch, capsys):
     shown = capsys.readouterr()
     m, tokenizer = generate.load(str(folder))
     messages = [{"role": "system", "content": ""}, {"role": "user", "content": "the cat"}]
-    ids, = generate.generate(m, [tokenizer.prompt(messages)], 9, tokenizer.eos, seed=5)
+    (ids,) = generate.generate(m, [tokenizer.prompt(messages)], 9, tokenizer.eos, seed=5)
     assert shown.out == tokenizer.decode(ids) + "\n" and shown.err == ""
 
 
@@ -230,8 +220,14 @@ def test_a_conversation_keeps_its_history(folder, monkeypatch, capsys, script):
     flags = "--system the --temperature 0.5 --top-p 0.9 --seed 3 --max-new 100".split()
     run(monkeypatch, folder, *flags, said="cat\n\n  \n a mat \nthe\n")
     assert capsys.readouterr().out == "sat\n\nmat\n\n"
-    talk = [("system", "the"), ("user", "cat"), ("assistant", "sat"), ("user", "a mat"),
-            ("assistant", ""), ("user", "the")]  # fmt: skip
+    talk = [
+        ("system", "the"),
+        ("user", "cat"),
+        ("assistant", "sat"),
+        ("user", "a mat"),
+        ("assistant", ""),
+        ("user", "the"),
+    ]
     messages = [{"role": role, "content": content} for role, content in talk]
     assert [prompt for prompt, *_ in asked] == [tokenizer.prompt(messages[:k]) for k in (2, 4, 6)]
     assert len(asked[0][0]) < 50 < len(asked[2][0])

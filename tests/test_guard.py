@@ -7,10 +7,10 @@ import random
 import numpy as np
 import pytest
 import torch
-from test_train import DPO, SFT, launch, place, run, weights_of  # noqa: F401
 
 import train_dpo
 import train_sft
+from helpers import DPO, SFT, launch, run, weights_of
 from zephyr import anchor, checkpoint, exits, parallel
 from zephyr.guard import Guard
 
@@ -40,15 +40,19 @@ def test_a_finite_step_is_taken_in_silence(ranks, capsys):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_loss_that_is_not_finite_names_its_rows(ranks, value):
-    message = (r"^step 7: the loss is not finite in pairs.jsonl:2, pairs.jsonl:3; the step is not "
-               "taken. Look at these rows, lower --lr, or")  # fmt: skip
+    message = (
+        r"^step 7: the loss is not finite in pairs.jsonl:2, pairs.jsonl:3; the step is not "
+        "taken. Look at these rows, lower --lr, or"
+    )
     with pytest.raises(exits.NonFinite, match=message):
         step(guard(ranks), 7, [0.1, value, value], 3.0)
 
 
 def test_a_gradient_that_is_not_finite_names_the_largest_losses(ranks):
-    message = ("step 7: the gradient norm is inf; every loss is finite, the largest are of "
-               "pairs.jsonl:3, pairs.jsonl:1, pairs.jsonl:2; the step")  # fmt: skip
+    message = (
+        "step 7: the gradient norm is inf; every loss is finite, the largest are of "
+        "pairs.jsonl:3, pairs.jsonl:1, pairs.jsonl:2; the step"
+    )
     with pytest.raises(exits.NonFinite, match=message):
         step(guard(ranks), 7, [0.3, 0.2, 0.4, 0.1], math.inf)
 
@@ -80,7 +84,7 @@ def test_a_spike_is_reported_and_taken(ranks, capsys):
 
 
 @pytest.fixture
-def poison(place, tmp_path, monkeypatch):  # noqa: F811
+def poison(place, tmp_path, monkeypatch):
     """Makes the losses of the first run's second step infinite, through the cached reference;
     returns the lines of those pairs in the file."""
     monkeypatch.setenv("ZEPHYR_CACHE", str(tmp_path / "cache"))
@@ -97,12 +101,12 @@ def poison(place, tmp_path, monkeypatch):  # noqa: F811
     return poison
 
 
-def test_a_run_stops_before_the_step_and_its_last_checkpoint_stands(place, tmp_path, poison):  # noqa: F811
+def test_a_run_stops_before_the_step_and_its_last_checkpoint_stands(place, tmp_path, poison):
     (line,) = poison(1)
     message = f"step 2: the loss is not finite in .*/pairs.jsonl:{line}; the step is not taken"
     with pytest.raises(exits.NonFinite, match=message):
         run(train_dpo, place, tmp_path / "run", *FLAGS, "--save-every", "1", "--no-save-async")
-    last, = checkpoint.complete(tmp_path / "run")
+    (last,) = checkpoint.complete(tmp_path / "run")
     assert last.name == "step-000001" and checkpoint.verified(last)["step"] == 1
     done = launch("train_dpo.py", place, tmp_path / "two", 2, *FLAGS, check=False)
     ours = ("train_dpo.py:", "train_dpo.py (")
@@ -111,7 +115,7 @@ def test_a_run_stops_before_the_step_and_its_last_checkpoint_stands(place, tmp_p
     assert "exitcode  : 4" in done.stderr
 
 
-def test_a_run_that_skips_goes_on_without_the_step(place, tmp_path, poison, capsys):  # noqa: F811
+def test_a_run_that_skips_goes_on_without_the_step(place, tmp_path, poison, capsys):
     poison(1)
     rows = run(train_dpo, place, tmp_path / "run", *FLAGS, "--on-nonfinite", "skip")
     broken = [row["step"] for row in rows if row["loss"] is None]
@@ -120,13 +124,13 @@ def test_a_run_that_skips_goes_on_without_the_step(place, tmp_path, poison, caps
     assert all(x.isfinite().all() for x in weights_of(tmp_path / "run").values())
 
 
-def test_three_in_a_row_stop_even_a_run_that_skips(place, tmp_path, poison):  # noqa: F811
+def test_three_in_a_row_stop_even_a_run_that_skips(place, tmp_path, poison):
     poison(4)
     with pytest.raises(exits.NonFinite, match="step 4: the loss is not finite in .*third in a row"):
         run(train_dpo, place, tmp_path / "run", *FLAGS, "--on-nonfinite", "skip")
 
 
-def test_sft_names_the_documents_of_the_micro_batch(place, tmp_path, monkeypatch):  # noqa: F811
+def test_sft_names_the_documents_of_the_micro_batch(place, tmp_path, monkeypatch):
     real = train_sft.losses.sft
     monkeypatch.setattr(train_sft.losses, "sft", lambda logprob_N: real(logprob_N) * math.nan)
     flags = (*SFT, "--max-length", "48", "--microbatch-tokens", "48")

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import fuzz
-from conftest import Limits
+from helpers import Limits
 from zephyr import config, data, files
 
 NAMES = pytest.mark.parametrize("name", fuzz.TARGETS)
@@ -95,8 +95,9 @@ sys.exit(codes != [1] * 7 + [0])
 
 def test_the_long_run_keeps_the_bytes_of_a_failure(tmp_path):
     about = {"capture_output": True, "text": True, "cwd": tmp_path, "timeout": 100}
-    done = subprocess.run([sys.executable, "-c", LONG_RUN], env=os.environ | {"PYTHONPATH": ROOT},
-                          **about)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", LONG_RUN], env=os.environ | {"PYTHONPATH": ROOT}, **about
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     first = done.stdout.splitlines()[0]
     assert first.startswith("no_seeds       FAILED before its first case: Traceback")
@@ -104,33 +105,46 @@ def test_the_long_run_keeps_the_bytes_of_a_failure(tmp_path):
     *failed, passed = done.stdout.split("FAILED on crash-")[1:]
     for line, what in zip(
         [*failed, passed],
-        ["KeyError", "the file is not named", "SIGSEGV", "SIGALRM", "MemoryError",
-         "written outside"], strict=True,
-    ):  # fmt: skip
+        [
+            "KeyError",
+            "the file is not named",
+            "SIGSEGV",
+            "SIGALRM",
+            "MemoryError",
+            "written outside",
+        ],
+        strict=True,
+    ):
         assert what in line, done.stdout
     assert "0 failures" in done.stdout.splitlines()[-1]
     crashes = sorted(tmp_path.iterdir())
     assert len(crashes) == 6 and all(path.read_bytes() == b"xy" for path in crashes)
 
 
-@pytest.mark.parametrize("text, message", [
-    ("a = " + "[" * 5000 + "]" * 5000, "nested too deeply$"),
-    ("a = " + "{b = " * 2000 + "1" + "}" * 2000, "nested too deeply$"),
-    ("[dpo]\nseed = " + "9" * 5000, "Exceeds the limit"),
-    ("[dpo]\nseed = 0x" + "F" * 10_000, r"\[dpo\] seed = a huge integer is not int$"),
-    ("[dpo]\nseed = 9223372036854775808", r"\[dpo\] seed = 9223372036854775808 is not int$"),
-    ("[dpo]\nlr = 99999999999999999999999", r"\[dpo\] lr = 9+ is not float$"),
-    ("[dpo]\n" + ".".join(["a"] * 8000) + " = 1", r"\[dpo\] has an unknown key 'a'$"),
-    ("[dpo]\n" + ".".join(["lr"] * 5000) + " = 1", r"\[dpo\] lr = {'lr': {'lr': .* is not float$"),
-    ("[dpo]\nlr = '" + "x" * 9000 + "'", r"\[dpo\] lr = 'x+\.\.\.x+' is not float$"),
-    ('[dpo]\n"\\u001b[2J" = 1', r"\[dpo\] has an unknown key '\\x1b\[2J'$"),
-    ('[dpo]\nloss = "\\u001b[2J"', r"\[dpo\] loss = '\\x1b\[2J' is not one of dpo, robust"),
-    (f"['{'a' * 1000}']\n" * 2, "Cannot declare"),
-    ("#" * 16_385, "longer than 16384 characters, so not a recipe$"),
-    ("a = \0", "Invalid value"),
-    ("", r"has no \[dpo\] table"),
-    ("dpo = [1]", r"has no \[dpo\] table"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("a = " + "[" * 5000 + "]" * 5000, "nested too deeply$"),
+        ("a = " + "{b = " * 2000 + "1" + "}" * 2000, "nested too deeply$"),
+        ("[dpo]\nseed = " + "9" * 5000, "Exceeds the limit"),
+        ("[dpo]\nseed = 0x" + "F" * 10_000, r"\[dpo\] seed = a huge integer is not int$"),
+        ("[dpo]\nseed = 9223372036854775808", r"\[dpo\] seed = 9223372036854775808 is not int$"),
+        ("[dpo]\nlr = 99999999999999999999999", r"\[dpo\] lr = 9+ is not float$"),
+        ("[dpo]\n" + ".".join(["a"] * 8000) + " = 1", r"\[dpo\] has an unknown key 'a'$"),
+        (
+            "[dpo]\n" + ".".join(["lr"] * 5000) + " = 1",
+            r"\[dpo\] lr = {'lr': {'lr': .* is not float$",
+        ),
+        ("[dpo]\nlr = '" + "x" * 9000 + "'", r"\[dpo\] lr = 'x+\.\.\.x+' is not float$"),
+        ('[dpo]\n"\\u001b[2J" = 1', r"\[dpo\] has an unknown key '\\x1b\[2J'$"),
+        ('[dpo]\nloss = "\\u001b[2J"', r"\[dpo\] loss = '\\x1b\[2J' is not one of dpo, robust"),
+        (f"['{'a' * 1000}']\n" * 2, "Cannot declare"),
+        ("#" * 16_385, "longer than 16384 characters, so not a recipe$"),
+        ("a = \0", "Invalid value"),
+        ("", r"has no \[dpo\] table"),
+        ("dpo = [1]", r"has no \[dpo\] table"),
+    ],
+)
 def test_a_hostile_recipe_is_refused_in_one_line(tmp_path, text, message):
     path = tmp_path / "r.toml"
     path.write_text(text)
@@ -150,15 +164,22 @@ def test_a_recipe_may_open_with_a_byte_order_mark(tmp_path):
             config.read_recipe(str(path), "dpo", hints)
 
 
-@pytest.mark.parametrize("row", [
-    '{"messages": [{"role": "\\u001b[2J", "content": "a"}]}',
-    '{"messages": ["\\u001b[2J\\n"]}', '{"messages": "\\u001b]0;x\\u0007"}',
-    '{"messages": ' + "[" * 900 + "]" * 900 + "}",
-    '{"\\u001b[2J": 1}', '{"\\u001b[2J": 1, "\\u001b[2J": 2}', '{"messages": ' + "9" * 4000 + "}",
-    '{"chosen": "\\u001b[2J", "rejected": "\\u001b[2J"}',
-    '{"prompt": {"\\u001b[2J": 1}, "chosen": "a", "rejected": "b"}',
-    '\x1b[2J', '{"messages": \x1b[2J}',
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "row",
+    [
+        '{"messages": [{"role": "\\u001b[2J", "content": "a"}]}',
+        '{"messages": ["\\u001b[2J\\n"]}',
+        '{"messages": "\\u001b]0;x\\u0007"}',
+        '{"messages": ' + "[" * 900 + "]" * 900 + "}",
+        '{"\\u001b[2J": 1}',
+        '{"\\u001b[2J": 1, "\\u001b[2J": 2}',
+        '{"messages": ' + "9" * 4000 + "}",
+        '{"chosen": "\\u001b[2J", "rejected": "\\u001b[2J"}',
+        '{"prompt": {"\\u001b[2J": 1}, "chosen": "a", "rejected": "b"}',
+        "\x1b[2J",
+        '{"messages": \x1b[2J}',
+    ],
+)
 def test_no_escape_sequence_in_a_row_reaches_the_terminal(tmp_path, row):
     path = tmp_path / "a.jsonl"
     path.write_text(row)

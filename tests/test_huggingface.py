@@ -6,20 +6,11 @@ from pathlib import Path
 import pytest
 import transformers
 
-from conftest import shared
+from helpers import MISTRAL_7B, shared
 from zephyr import disk, huggingface, weights
 from zephyr.model import MistralConfig
 from zephyr.tokenizer import Tokenizer
 
-MISTRAL_7B = {
-    "architectures": ["MistralForCausalLM"], "bos_token_id": 1, "eos_token_id": 2,
-    "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02,
-    "intermediate_size": 14336, "max_position_embeddings": 32768, "model_type": "mistral",
-    "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8,
-    "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "sliding_window": 4096,
-    "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_cache": True,
-    "vocab_size": 32000,
-}  # fmt: skip
 ABSENT = object()
 
 
@@ -30,10 +21,18 @@ def parsed(changes: dict) -> MistralConfig:
 
 def test_mistral_7b():
     assert parsed({}) == MistralConfig(
-        vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
-        num_attention_heads=32, num_key_value_heads=8, head_dim=128, rms_norm_eps=1e-5,
-        max_position_embeddings=32768, rope_theta=10000.0, sliding_window=4096,
-    )  # fmt: skip
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        rms_norm_eps=1e-5,
+        max_position_embeddings=32768,
+        rope_theta=10000.0,
+        sliding_window=4096,
+    )
 
 
 @pytest.mark.parametrize(
@@ -44,17 +43,23 @@ def test_mistral_7b():
         ({"sliding_window": None}, "sliding_window", None),
         ({"sliding_window": ABSENT}, "sliding_window", transformers.MistralConfig().sliding_window),
         ({"model_type": "llama"}, "sliding_window", None),
-        ({"model_type": "llama", "rope_theta": ABSENT}, "rope_theta",
-         transformers.LlamaConfig().rope_parameters["rope_theta"]),
-        ({"rope_theta": ABSENT, "rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}},
-         "rope_theta", 5e5),
+        (
+            {"model_type": "llama", "rope_theta": ABSENT},
+            "rope_theta",
+            transformers.LlamaConfig().rope_parameters["rope_theta"],
+        ),
+        (
+            {"rope_theta": ABSENT, "rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}},
+            "rope_theta",
+            5e5,
+        ),
         ({"rope_parameters": {"rope_theta": 10000, "rope_type": "default"}}, "rope_theta", 1e4),
         ({"rope_scaling": None}, "rope_theta", 1e4),
         ({"tie_word_embeddings": True}, "tie_word_embeddings", True),
         ({"auto_map": {"AutoModelForCausalLM": "evil.Model"}}, "model_type", "mistral"),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_accepted(changes, key, value):
     assert getattr(parsed(changes), key) == value
 
@@ -133,8 +138,10 @@ def test_config_is_written_in_the_form_of_transformers_4(tmp_path):
     written = disk.read_json(tmp_path / "config.json")
     assert written == MISTRAL_7B | {"head_dim": 128, "attention_dropout": 0.0}
     assert disk.read_json(tmp_path / "generation_config.json") == {
-        "_from_model_config": True, "bos_token_id": 1, "eos_token_id": 2
-    }  # fmt: skip
+        "_from_model_config": True,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
     theirs = transformers.AutoConfig.from_pretrained(tmp_path)
     assert theirs.rope_parameters == {"rope_theta": 10000.0, "rope_type": "default"}
     assert theirs.sliding_window == 4096 and theirs.rms_norm_eps == 1e-5
@@ -240,6 +247,8 @@ def test_an_earlier_spelling_of_the_template_is_known(base):
 def test_a_base_model_gets_no_chat_template(base):
     folder = written(base, chat=False)
     assert sorted(p.name for p in folder.iterdir()) == [
-        "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
-    ]  # fmt: skip
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+    ]
     assert "chat_template" not in disk.read_json(folder / "tokenizer_config.json")

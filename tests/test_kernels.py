@@ -22,10 +22,18 @@ from kernels import fused_logprob, jit, reference
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
 WIDE = 2**30
 SHAPES = [  # N, D, V, workspace: what does not fit is worked off in blocks
-    (7, 5, 13, WIDE), (1, 1, 1, WIDE), (1, 33, 101, WIDE), (0, 5, 13, WIDE), (17, 3, 1, WIDE),
-    (64, 32, 1024, WIDE), (3, 65, 257, WIDE), (601, 31, 999, WIDE), (45, 7, 2500, 50_000),
-    (2, 3, 33_001, WIDE), (2, 3, 33_001, 1),
-]  # fmt: skip
+    (7, 5, 13, WIDE),
+    (1, 1, 1, WIDE),
+    (1, 33, 101, WIDE),
+    (0, 5, 13, WIDE),
+    (17, 3, 1, WIDE),
+    (64, 32, 1024, WIDE),
+    (3, 65, 257, WIDE),
+    (601, 31, 999, WIDE),
+    (45, 7, 2500, 50_000),
+    (2, 3, 33_001, WIDE),
+    (2, 3, 33_001, 1),
+]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -149,8 +157,15 @@ def test_a_row_of_minus_infinity_but_one(v, device, implementation):
     assert torch.equal(dw.cpu(), expected)
 
 
-@given(st.integers(0, 9), st.integers(1, 9), st.integers(1, 40), st.floats(0, 30), st.booleans(),
-       st.sampled_from([WIDE, 1]), st.sampled_from(["torch", "reference"]))  # fmt: skip
+@given(
+    st.integers(0, 9),
+    st.integers(1, 9),
+    st.integers(1, 40),
+    st.floats(0, 30),
+    st.booleans(),
+    st.sampled_from([WIDE, 1]),
+    st.sampled_from(["torch", "reference"]),
+)
 def test_any_shape_in_float64(n, d, v, scale, need_w, workspace, implementation):
     h, w, targets, c = inputs(n, d, v, torch.float64, scale=scale)
     h.requires_grad_(), w.requires_grad_(need_w)
@@ -255,18 +270,22 @@ def test_under_autocast_the_head_is_bf16(device, implementation):
         assert torch.equal(a, b.float())
 
 
-@pytest.mark.parametrize("n, room, sizes", [
-    (1100, 1.5, [384, 384, 332]),  # of 512 rows at most, even chunks of whole tiles
-    (1100, 1.16, [176] * 6 + [44]),  # what is left beside G, below a tile as it is
-    (1100, 0.9, [384, 384, 332]),  # too little for G: logits have all of it
-    (5, 9.0, [5]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "n, room, sizes",
+    [
+        (1100, 1.5, [384, 384, 332]),  # of 512 rows at most, even chunks of whole tiles
+        (1100, 1.16, [176] * 6 + [44]),  # what is left beside G, below a tile as it is
+        (1100, 0.9, [384, 384, 332]),  # too little for G: logits have all of it
+        (5, 9.0, [5]),
+    ],
+)
 def test_with_and_without_a_gradient_the_chunks_are_the_same(n, room, sizes, monkeypatch):
     """A matmul of other sizes may round in another way. `room` is the workspace, in times G."""
     monkeypatch.setenv("ZEPHYR_KERNELS", "torch")
     h, w, targets, _ = inputs(n, 4, 30, torch.float32)
     original, found = fused_logprob.row_step, {False: [], True: []}
     for gradient in (False, True):
+
         def seen(z, *rest, sizes=found[gradient]):
             sizes.append(len(z))
             return original(z, *rest)
@@ -284,9 +303,10 @@ def test_without_a_gradient_nothing_of_n_by_v_is_kept(implementation, monkeypatc
     shapes = []
     original = fused_logprob.row_step
     monkeypatch.setattr(
-        fused_logprob, "row_step",
+        fused_logprob,
+        "row_step",
         lambda z, t, g, triton: shapes.append((tuple(z.shape), g)) or original(z, t, g, triton),
-    )  # fmt: skip
+    )
     kernels.linear_logprob(h.requires_grad_().detach(), w, targets)
     with torch.no_grad():
         kernels.linear_logprob(h, w, targets)
@@ -328,9 +348,13 @@ print(peak() - before)
 """
     env = {**os.environ, "ZEPHYR_KERNELS": "torch"}
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=Path(__file__).parent.parent, env=env,
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        [sys.executable, "-c", program],
+        cwd=Path(__file__).parent.parent,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     gradient = 32_000 * 1024 * 2  # dw itself, added to w.grad when it is whole
     assert int(done.stdout) < 2**27 + gradient
 
@@ -391,8 +415,10 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
 def test_the_default_is_triton_on_a_gpu_and_torch_elsewhere(monkeypatch):
-    for unset in (lambda: monkeypatch.delenv("ZEPHYR_KERNELS", raising=False),
-                  lambda: monkeypatch.setenv("ZEPHYR_KERNELS", "")):  # fmt: skip
+    for unset in (
+        lambda: monkeypatch.delenv("ZEPHYR_KERNELS", raising=False),
+        lambda: monkeypatch.setenv("ZEPHYR_KERNELS", ""),
+    ):
         unset()
         assert kernels.implementation(GPU) == "triton"
         assert kernels.implementation(CPU) == kernels.implementation(torch.device("mps")) == "torch"
@@ -407,9 +433,10 @@ def test_the_variable_forces(choice, monkeypatch):
     calls = []
     monkeypatch.setattr(reference, "linear_logprob", lambda *_: calls.append("reference"))
     monkeypatch.setattr(
-        fused_logprob, "linear_logprob",
+        fused_logprob,
+        "linear_logprob",
         lambda *arguments: calls.append("triton" if arguments[-1] else "torch"),
-    )  # fmt: skip
+    )
     kernels.linear_logprob(h, w, targets)
     assert calls == [choice]
 
@@ -418,8 +445,10 @@ def test_the_variable_forces(choice, monkeypatch):
 def test_what_is_not_there_is_refused(choice, monkeypatch):
     monkeypatch.setenv("ZEPHYR_KERNELS", choice)
     message = f"^ZEPHYR_KERNELS={choice} is none of triton, torch, reference$"
-    for act in (lambda: kernels.implementation(CPU),
-                lambda: kernels.linear_logprob(*inputs(5, 4, 7)[:3])):  # fmt: skip
+    for act in (
+        lambda: kernels.implementation(CPU),
+        lambda: kernels.linear_logprob(*inputs(5, 4, 7)[:3]),
+    ):
         with pytest.raises(ValueError, match=message):
             act()
 

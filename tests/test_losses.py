@@ -29,11 +29,13 @@ def truth(name: str, h: float, beta: float, e: float) -> tuple[float, float]:
     grad, grad_flipped = -beta * sigmoid(-z), beta * sigmoid(z)
     return {
         "dpo": ((1 - e) * nll + e * nll_flipped, (1 - e) * grad + e * grad_flipped),
-        "robust": (((1 - e) * nll - e * nll_flipped) / (1 - 2 * e),
-                   ((1 - e) * grad - e * grad_flipped) / (1 - 2 * e)),
+        "robust": (
+            ((1 - e) * nll - e * nll_flipped) / (1 - 2 * e),
+            ((1 - e) * grad - e * grad_flipped) / (1 - 2 * e),
+        ),
         "ipo": ((h - 0.5 / beta) ** 2, 2 * (h - 0.5 / beta)),
         "hinge": (max(0.0, 1 - z), -beta if z < 1 else 0.0),
-    }[name]  # fmt: skip
+    }[name]
 
 
 @pytest.mark.parametrize("dtype, rtol", [(torch.float64, 1e-12), (torch.float32, 2e-6)])
@@ -97,8 +99,9 @@ def test_metrics_of_interleaved_responses(rows):
     np.testing.assert_allclose(got["rewards/margins"], chosen - rejected, atol=1e-12)
     np.testing.assert_allclose(got["logps/chosen"], rows[:, 0], atol=1e-12)
     np.testing.assert_allclose(got["logps/rejected"], rows[:, 1], atol=1e-12)
-    expected = [truth("dpo", (c - r) / 0.1, 0.1, 0.0)[0]
-                for c, r in zip(chosen, rejected, strict=True)]  # fmt: skip
+    expected = [
+        truth("dpo", (c - r) / 0.1, 0.1, 0.0)[0] for c, r in zip(chosen, rejected, strict=True)
+    ]
     np.testing.assert_allclose(got["loss"], expected, rtol=1e-9, atol=1e-12)
     assert set(got) == set(losses.METRICS)
 
@@ -121,7 +124,7 @@ def test_the_loss_and_its_gradient_are_those_of_the_objective(name, smoothing):
     response = torch.arange(8).repeat_interleave(tokens)
     logprob.requires_grad_()
     got = losses.preference(name, logprob, response, reference, 0.3, smoothing)
-    slope, = torch.autograd.grad(got["loss"], logprob, upstream.double())
+    (slope,) = torch.autograd.grad(got["loss"], logprob, upstream.double())
     weight = 1 / tokens if name == "ipo" else torch.ones(8)
     sums = [s.sum() for s in logprob.detach().split(tokens.tolist())]
     ratio = [float((s - r) * w) for s, r, w in zip(sums, reference, weight, strict=True)]
@@ -188,9 +191,9 @@ def in_trl(name, logprob_PT, mask_PT, reference_PT, beta, smoothing) -> dict[str
 
 
 @pytest.mark.parametrize("implementation", ["triton", "torch", "reference"])
-@pytest.mark.parametrize("name, smoothing", [
-    ("dpo", 0.0), ("dpo", 0.2), ("robust", 0.2), ("ipo", 0.0), ("hinge", 0.0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, smoothing", [("dpo", 0.0), ("dpo", 0.2), ("robust", 0.2), ("ipo", 0.0), ("hinge", 0.0)]
+)
 def test_every_logged_quantity_is_trls(name, smoothing, implementation, monkeypatch):
     """A pair that is right by its sums and wrong by its means, and the other way, among them; the
     gradient is that of random upstream gradients through the same loss."""

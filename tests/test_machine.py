@@ -9,10 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_train import DPO, launch, place, run, weights_of  # noqa: F401
 
 import train_dpo
 import train_sft
+from helpers import DPO, launch, run, weights_of
 from zephyr import machine, phases
 
 CPU = torch.device("cpu")
@@ -37,14 +37,25 @@ def group(root: Path, where: str, **files: object) -> None:
 
 def v2(root: Path, where: str, limit: object, used: int, inactive: int, high: object = "max"):
     stat = f"anon {used}\ninactive_file {inactive}\nactive_file 5"
-    group(root, f"sys/fs/cgroup/{where}", memory_max=limit, memory_high=high, memory_current=used,
-          memory_stat=stat)  # fmt: skip
+    group(
+        root,
+        f"sys/fs/cgroup/{where}",
+        memory_max=limit,
+        memory_high=high,
+        memory_current=used,
+        memory_stat=stat,
+    )
 
 
 def v1(root: Path, where: str, limit: int, used: int, inactive: int) -> None:
     stat = f"cache 7\ninactive_file 3\ntotal_inactive_file {inactive}"
-    group(root, f"sys/fs/cgroup/memory/{where}", memory_limit_in_bytes=limit,
-          memory_usage_in_bytes=used, memory_stat=stat)  # fmt: skip
+    group(
+        root,
+        f"sys/fs/cgroup/memory/{where}",
+        memory_limit_in_bytes=limit,
+        memory_usage_in_bytes=used,
+        memory_stat=stat,
+    )
 
 
 def cgroups(root: Path, *lines: str) -> Path:
@@ -122,7 +133,7 @@ def test_a_rank_has_its_share_of_half_of_the_least(monkeypatch):
     assert machine.memory(CPU) == GIB
 
 
-def test_auto_fits_the_container(place, tmp_path, monkeypatch, capfd):  # noqa: F811
+def test_auto_fits_the_container(place, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(machine, "_host", lambda: 64 * GIB)
     sizes = []
     for free in (40 * GIB, GIB):
@@ -134,7 +145,7 @@ def test_auto_fits_the_container(place, tmp_path, monkeypatch, capfd):  # noqa: 
     assert sizes[0] > sizes[1]
 
 
-def test_training_starts_where_linux_is_not(place, tmp_path, monkeypatch):  # noqa: F811
+def test_training_starts_where_linux_is_not(place, tmp_path, monkeypatch):
     """As on macOS: no /proc, no control groups, no count of free pages, no mallopt."""
     sysconf, names = os.sysconf, dict(os.sysconf_names)
     del names["SC_AVPHYS_PAGES"]
@@ -234,7 +245,7 @@ def test_what_makes_a_gpus_sums_exact_and_the_same(as_before, monkeypatch, deter
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("flags", ["", "--masters split --recompute elementwise"])
-def test_on_a_gpu_two_deterministic_runs_are_one(place, tmp_path, as_before, flags):  # noqa: F811
+def test_on_a_gpu_two_deterministic_runs_are_one(place, tmp_path, as_before, flags):
     """And before the first update the margins are 0 in every bit."""
     flags = (*without(DPO), "--precision", "bf16", "--deterministic", *flags.split())
     one, two = (run(train_dpo, place, tmp_path / name, *flags) for name in ("one", "two"))
@@ -247,10 +258,16 @@ def test_on_a_gpu_two_deterministic_runs_are_one(place, tmp_path, as_before, fla
 # --- bf16
 
 
-@pytest.mark.parametrize("able, right", [
-    ({"avx512_bf16": True}, True), ({"avx512_bf16": False, "amx_bf16": True}, True),
-    ({"bf16": True, "neon": True}, True), ({"avx2": True, "avx512_bw": True}, False), ({}, False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "able, right",
+    [
+        ({"avx512_bf16": True}, True),
+        ({"avx512_bf16": False, "amx_bf16": True}, True),
+        ({"bf16": True, "neon": True}, True),
+        ({"avx2": True, "avx512_bw": True}, False),
+        ({}, False),
+    ],
+)
 def test_which_cpus_multiply_bf16(monkeypatch, able, right):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
     assert machine.multiplies_bf16(CPU) == right
@@ -277,7 +294,7 @@ def without(flags: tuple[str, ...]) -> list[str]:
 
 
 @pytest.mark.parametrize("able", [True, False])
-def test_auto_is_bf16_where_that_is_multiplied(place, tmp_path, monkeypatch, capfd, able):  # noqa: F811
+def test_auto_is_bf16_where_that_is_multiplied(place, tmp_path, monkeypatch, capfd, able):
     monkeypatch.setattr(machine, "multiplies_bf16", lambda device: able)
     name = "bf16" if able else "fp32"
     auto = run(train_dpo, place, tmp_path / "auto", *without(DPO))
@@ -292,12 +309,14 @@ def test_auto_is_bf16_where_that_is_multiplied(place, tmp_path, monkeypatch, cap
     assert line not in capfd.readouterr().err
 
 
-def test_a_cpu_that_emulates_bf16_says_what_it_costs(place, tmp_path, monkeypatch, capfd):  # noqa: F811
+def test_a_cpu_that_emulates_bf16_says_what_it_costs(place, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(machine, "multiplies_bf16", lambda device: False)
     flags = [*without(DPO), "--steps", "2"]
     run(train_dpo, place, tmp_path / "asked", *flags, "--precision", "bf16")
-    assert ("--precision bf16 is emulated here, as this CPU does not multiply it: it is tens of "
-            "times slower than --precision fp32\n") in capfd.readouterr().err  # fmt: skip
+    assert (
+        "--precision bf16 is emulated here, as this CPU does not multiply it: it is tens of "
+        "times slower than --precision fp32\n"
+    ) in capfd.readouterr().err
     run(train_dpo, place, tmp_path / "split", *flags, "--masters", "split")
     assert settled(tmp_path / "split") == "bf16", "masters are halves of bf16"
     assert "is emulated here" in capfd.readouterr().err
@@ -306,7 +325,7 @@ def test_a_cpu_that_emulates_bf16_says_what_it_costs(place, tmp_path, monkeypatc
     assert "--precision" not in capfd.readouterr().err
 
 
-def test_a_run_goes_on_in_the_precision_that_it_began_in(place, tmp_path, monkeypatch, capfd):  # noqa: F811
+def test_a_run_goes_on_in_the_precision_that_it_began_in(place, tmp_path, monkeypatch, capfd):
     flags = [*without(DPO), "--save-every", "2", "--no-save-async"]
     straight = run(train_dpo, place, tmp_path / "straight", *flags, "--precision", "bf16")
     monkeypatch.setattr(machine, "multiplies_bf16", lambda device: True)
@@ -331,7 +350,7 @@ def test_a_run_goes_on_in_the_precision_that_it_began_in(place, tmp_path, monkey
         run(train_dpo, place, out, *flags)
 
 
-def test_the_ranks_have_one_precision(place, tmp_path, monkeypatch):  # noqa: F811
+def test_the_ranks_have_one_precision(place, tmp_path, monkeypatch):
     """The second of two cannot multiply bf16, so neither does."""
     site = tmp_path / "site"
     site.mkdir()

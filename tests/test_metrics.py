@@ -108,7 +108,10 @@ def test_a_line_covers_all_steps_since_the_last_one(log, tmp_path):
         run.add(1, {"loss": 0.0})
         run.step(step, grad_norm=torch.tensor(step + 0.5), learning_rate=1 / step, epoch=step)
     assert [(row["step"], row["grad_norm"], row["epoch"]) for row in read(tmp_path / "run")] == [
-        (2, 2.5, 2), (4, 4.5, 4), (5, 5.5, 5)]
+        (2, 2.5, 2),
+        (4, 4.5, 4),
+        (5, 5.5, 5),
+    ]
     assert [row["loss"] for row in read(tmp_path / "run")] == [30 / 5, 70 / 9, 50 / 6]
 
 
@@ -120,7 +123,8 @@ def test_lines_are_strict_json_and_there_at_once(log, tmp_path):
     assert path.read_text() == (
         '{"step": 1, "loss": null, "rewards/margins": null, "grad_norm": null, '
         '"learning_rate": 5e-07}\n'
-        '{"step": 1, "eval_loss": 0.5, "eval_rewards/accuracies": null}\n')
+        '{"step": 1, "eval_loss": 0.5, "eval_rewards/accuracies": null}\n'
+    )
     assert stat.S_IMODE(path.stat().st_mode) == 0o644
     assert run.last["learning_rate"] == 5e-7
     assert run.last["eval_loss"] == 0.5
@@ -150,12 +154,26 @@ def test_without_pairs_or_a_known_peak_their_names_are_absent(log, tmp_path):
     assert set(read(tmp_path / "run")[0]) == {"step", "loss", "tokens_per_second"}
 
 
-@pytest.mark.parametrize("name, teraflops", [
-    ("NVIDIA H200", 989), ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756),
-    ("NVIDIA GH200 480GB", 989), ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA A100 80GB PCIe", 312),
-    ("NVIDIA B200", 2250), ("NVIDIA L40S", 362), ("NVIDIA GeForce RTX 4090", 165),
-    ("NVIDIA RTX A1000", None), ("NVIDIA H20", None), ("NVIDIA GB200", None), ("NVIDIA L40", None),
-    ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None), ("NVIDIA GeForce RTX 4090 Laptop GPU", None)])
+@pytest.mark.parametrize(
+    "name, teraflops",
+    [
+        ("NVIDIA H200", 989),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A100 80GB PCIe", 312),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA GeForce RTX 4090", 165),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA H20", None),
+        ("NVIDIA GB200", None),
+        ("NVIDIA L40", None),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+    ],
+)
 def test_peak(name, teraflops):
     assert peak_flops(name) == (teraflops and teraflops * 1e12)
 
@@ -163,9 +181,16 @@ def test_peak(name, teraflops):
 @pytest.mark.parametrize("kv_heads, head_dim", [(4, 16), (2, 24)])
 def test_model_flops_are_what_torch_counts_of_transformers(kv_heads, head_dim):
     config = MistralConfig(
-        vocab_size=320, hidden_size=64, intermediate_size=112, num_hidden_layers=3, use_cache=False,
-        num_attention_heads=4, num_key_value_heads=kv_heads, head_dim=head_dim,
-        attn_implementation="eager")
+        vocab_size=320,
+        hidden_size=64,
+        intermediate_size=112,
+        num_hidden_layers=3,
+        use_cache=False,
+        num_attention_heads=4,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        attn_implementation="eager",
+    )
     model = MistralForCausalLM(config)
     with FlopCounterMode(display=False) as counter:
         model(torch.arange(33)[None], logits_to_keep=33).logits.sum().backward()
@@ -194,6 +219,7 @@ def test_resume_keeps_each_step_once(log, tmp_path):
 
 def test_a_line_under_way_goes_on_where_it_stopped(log, clock, tmp_path):
     """Lines of three steps; the state after the fourth goes to one rank, and to two."""
+
     def steps(run, first, last):
         for step in range(first, last + 1):
             clock[0] += step
@@ -327,7 +353,8 @@ def drawn(monkeypatch):
 
     figures, save = [], Figure.savefig
     monkeypatch.setattr(
-        Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k)))
+        Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k))
+    )
     return figures
 
 
@@ -344,7 +371,12 @@ def test_runs_are_drawn_over_each_other(monkeypatch, tmp_path, capsys):
     assert titles == [", ".join(panel) for panel in metrics.PANELS]
     [legend] = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == [
-        "one", "two", "train", "eval", "rejected"]
+        "one",
+        "two",
+        "train",
+        "eval",
+        "rejected",
+    ]
     # one: raw, average and eval; two: one point and eval
     assert len(figure.axes[0].lines) == 5
     schedule, _ = figure.axes[5].lines
@@ -368,14 +400,20 @@ def test_runs_of_one_name_are_told_apart_by_their_path(monkeypatch, tmp_path):
     assert [text.get_text() for text in figures[0].legends[0].get_texts()] == [*runs, "train"]
 
 
-@pytest.mark.parametrize("text, message", [
-    (None, "{run}: no metrics.jsonl in it; give the folder of a run"),
-    ("", "run: nothing to draw yet"),
-    ('{"step": 1}\n{"step": 2, "lo\n{"step": 3}\n',
-     "{run}/metrics.jsonl:2 is not a JSON object with a `step`; delete the line"),
-    ('{"loss": 1}\n', "{run}/metrics.jsonl:1 is not a JSON object"),
-    ("3\n", "{run}/metrics.jsonl:1 is not a JSON object"),
-    ("\n", "{run}/metrics.jsonl:1 is not a JSON object")])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (None, "{run}: no metrics.jsonl in it; give the folder of a run"),
+        ("", "run: nothing to draw yet"),
+        (
+            '{"step": 1}\n{"step": 2, "lo\n{"step": 3}\n',
+            "{run}/metrics.jsonl:2 is not a JSON object with a `step`; delete the line",
+        ),
+        ('{"loss": 1}\n', "{run}/metrics.jsonl:1 is not a JSON object"),
+        ("3\n", "{run}/metrics.jsonl:1 is not a JSON object"),
+        ("\n", "{run}/metrics.jsonl:1 is not a JSON object"),
+    ],
+)
 def test_a_mistake_costs_one_line(text, message, tmp_path, capsys):
     run = tmp_path / "run"
     run.mkdir()

@@ -9,15 +9,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from test_train import DPO, SFT, place, run, weights_of  # noqa: F401 the same small model
 
 import train_dpo
 import train_sft
+from helpers import DPO, SFT, run, weights_of
 from zephyr import exits
 
 
 @pytest.fixture
-def fails(place, tmp_path, capfd, monkeypatch):  # noqa: F811
+def fails(place, tmp_path, capfd, monkeypatch):
     """Run a script as from the command line; returns its one line."""
 
     def fails(script, *flags: str, data: bytes | None = None, model: Path | None = None) -> str:
@@ -26,8 +26,15 @@ def fails(place, tmp_path, capfd, monkeypatch):  # noqa: F811
         if data is not None:
             path = tmp_path / "data.jsonl"
             path.write_bytes(data)
-        argv = ["--model", str(model or place / "base"), "--data", str(path),
-                "--out", str(tmp_path / "run"), *flags]  # fmt: skip
+        argv = [
+            "--model",
+            str(model or place / "base"),
+            "--data",
+            str(path),
+            "--out",
+            str(tmp_path / "run"),
+            *flags,
+        ]
         monkeypatch.setattr(sys, "argv", [Path(script.__file__).name, *argv])
         try:
             with pytest.raises(SystemExit) as stop:
@@ -47,7 +54,7 @@ def fails(place, tmp_path, capfd, monkeypatch):  # noqa: F811
     return fails
 
 
-def rows(place: Path, name: str = "pairs.jsonl") -> list[dict]:  # noqa: F811
+def rows(place: Path, name: str = "pairs.jsonl") -> list[dict]:
     return [json.loads(line) for line in (place / name).read_text().splitlines()]
 
 
@@ -55,7 +62,7 @@ def lines(rows: list) -> bytes:
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
-def test_data(fails, place):  # noqa: F811
+def test_data(fails, place):
     good = rows(place)
     assert "gone.jsonl: no such file" in fails(train_dpo, *DPO, "--data", "gone.jsonl")
     assert "data.jsonl:3: " in fails(train_dpo, *DPO, data=lines(good[:2]) + b'{"chosen": [\n')
@@ -77,7 +84,7 @@ def test_data(fails, place):  # noqa: F811
     assert "no row is left" in fails(train_dpo, *DPO, data=lines([same]))
 
 
-def test_model(fails, place, tmp_path):  # noqa: F811
+def test_model(fails, place, tmp_path):
     assert "no such folder" in fails(train_dpo, *DPO, model=tmp_path / "nothing")
     broken = tmp_path / "broken"
     shutil.copytree(place / "base", broken)
@@ -90,7 +97,7 @@ def test_model(fails, place, tmp_path):  # noqa: F811
     assert "only 299 embedding rows" in line and "tokenizer.model" in line
 
 
-def test_weights(fails, place, tmp_path, monkeypatch):  # noqa: F811
+def test_weights(fails, place, tmp_path, monkeypatch):
     """These need the model built, so the run folder is there: only settings and versions in it."""
     broken = tmp_path / "broken"
     shutil.copytree(place / "base", broken)
@@ -111,17 +118,23 @@ def test_flags(fails):
     assert "unknown argument --label-smoothing" in line
 
 
-@pytest.mark.parametrize("script, flags, said, fix", [
-    (train_dpo, (), "8 pairs with --batch 128, --epochs 1 and no --steps: that is 1 step, whose "
-     "learning rate --warmup 0.1 makes 0, and nothing would be learned; use --batch 1, which makes "
-     "8 steps, --epochs 10 or --warmup 0", ("--batch", "1")),
-    (train_sft, (), "1 packed row with --batch 128", ("--epochs", "10")),
-    (train_sft, ("--steps", "1"), "--steps 1: that is 1 step, whose", ("--steps", "10")),
-    (train_dpo, ("--steps", "1"), "use --steps 10 or --warmup 0", ("--warmup", "0")),
-])  # fmt: skip
-def test_a_run_that_could_not_learn(
-    fails, place, tmp_path, monkeypatch, script, flags, said, fix  # noqa: F811
-):
+@pytest.mark.parametrize(
+    "script, flags, said, fix",
+    [
+        (
+            train_dpo,
+            (),
+            "8 pairs with --batch 128, --epochs 1 and no --steps: that is 1 step, whose "
+            "learning rate --warmup 0.1 makes 0, and nothing would be learned; use --batch 1, "
+            "which makes 8 steps, --epochs 10 or --warmup 0",
+            ("--batch", "1"),
+        ),
+        (train_sft, (), "1 packed row with --batch 128", ("--epochs", "10")),
+        (train_sft, ("--steps", "1"), "--steps 1: that is 1 step, whose", ("--steps", "10")),
+        (train_dpo, ("--steps", "1"), "use --steps 10 or --warmup 0", ("--warmup", "0")),
+    ],
+)
+def test_a_run_that_could_not_learn(fails, place, tmp_path, monkeypatch, script, flags, said, fix):
     """Nothing is computed and no folder is made; the fix it names trains."""
     monkeypatch.setenv("ZEPHYR_CACHE", str(tmp_path / "cache"))
     flags = ("--lr", "1e-2", *flags)
@@ -132,9 +145,11 @@ def test_a_run_that_could_not_learn(
     assert all(not torch.equal(after[name], before[name]) for name in before)
 
 
-def test_a_run_that_mostly_warms_up_says_so(place, tmp_path, capfd):  # noqa: F811
-    for flags, said in {("--steps", "2"): "warm-up takes 1 of the 2 steps (--warmup 0.1)",
-                        ("--steps", "3"): ""}.items():  # fmt: skip
+def test_a_run_that_mostly_warms_up_says_so(place, tmp_path, capfd):
+    for flags, said in {
+        ("--steps", "2"): "warm-up takes 1 of the 2 steps (--warmup 0.1)",
+        ("--steps", "3"): "",
+    }.items():
         run(train_dpo, place, tmp_path / "run", *flags, "--resume", "fresh")
         err = capfd.readouterr().err
         assert ("warm-up takes" in err) == bool(said) and said in err
@@ -152,7 +167,7 @@ def test_fewer_pairs_in_a_batch_than_ranks(fails, monkeypatch):
     assert "--batch 4 is less than the 8 ranks" in fails(train_dpo, *DPO, "--batch", "4")
 
 
-def test_a_model_that_is_not_finite_stops_where_it_is_noticed(fails, place, tmp_path):  # noqa: F811
+def test_a_model_that_is_not_finite_stops_where_it_is_noticed(fails, place, tmp_path):
     from safetensors.torch import load_file, save_file
 
     broken = tmp_path / "broken"

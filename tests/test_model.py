@@ -1,50 +1,13 @@
 """The model against transformers' own, and packed rows against separate sequences."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 import transformers
 from torch import Tensor
 
+from helpers import SMALL, batch, model, packed, tokens
 from zephyr.attention import Layout
 from zephyr.model import Mistral, MistralConfig, initialise
-
-SMALL = dict(
-    vocab_size=101, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-    num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=64,
-    rms_norm_eps=1e-5, rope_theta=1e4, sliding_window=5,
-)  # fmt: skip
-
-
-def model(seed: int = 0, **changes) -> Mistral:
-    """Weights large enough that attention is far from uniform and every part matters."""
-    m = Mistral(MistralConfig(**SMALL | changes))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in m.parameters():
-            noise = torch.randn(p.shape, generator=generator)
-            p.copy_(noise * 1.5 / p.shape[1] ** 0.5 if p.dim() == 2 else 1 + 0.3 * noise)
-        m.model.embed_tokens.weight.mul_(m.config.hidden_size**0.5 / 4)
-    return m
-
-
-def tokens(n: int, seed: int = 1) -> Tensor:
-    return torch.randint(101, (n,), generator=torch.Generator().manual_seed(seed))
-
-
-def packed(*lengths: int) -> Layout:
-    """Documents one after the other."""
-    ends = torch.tensor([0, *lengths]).cumsum(0).int()
-    position_T = torch.cat([torch.arange(n) for n in lengths])
-    return Layout(position_T, ends, ends, None, max(lengths), max(lengths))
-
-
-def batch(tokens_T, layout, predict_N, targets_N) -> SimpleNamespace:
-    predict_N, targets_N = (torch.tensor(x, dtype=torch.long) for x in (predict_N, targets_N))
-    return SimpleNamespace(
-        tokens_T=tokens_T, layout=layout, predict_N=predict_N, targets_N=targets_N
-    )
 
 
 def gradients(m: Mistral, loss: Tensor) -> dict[str, Tensor]:
@@ -68,15 +31,21 @@ def close(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
         {"sliding_window": 1},
         {"num_key_value_heads": 1},
         {"num_key_value_heads": 4, "rope_theta": 1e6},
-        {"hidden_size": 30, "intermediate_size": 37, "num_attention_heads": 6, "head_dim": 10,
-         "num_key_value_heads": 3, "rms_norm_eps": 0.1},
+        {
+            "hidden_size": 30,
+            "intermediate_size": 37,
+            "num_attention_heads": 6,
+            "head_dim": 10,
+            "num_key_value_heads": 3,
+            "rms_norm_eps": 0.1,
+        },
         {"head_dim": 2, "sliding_window": 22},
         {"tie_word_embeddings": True},
         {"model_type": "llama", "sliding_window": None},
         {"model_type": "llama", "sliding_window": None, "head_dim": 6, "num_key_value_heads": 1},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_logits_equal_transformers(changes):
     """Strict loading also shows that names and shapes are Hugging Face's."""
     ours = model(**changes)
@@ -87,10 +56,12 @@ def test_logits_equal_transformers(changes):
     kind = c.model_type.capitalize()
     theirs = getattr(transformers, f"{kind}ForCausalLM")(
         getattr(transformers, f"{kind}Config")(
-            **sizes, tie_word_embeddings=c.tie_word_embeddings, attn_implementation="eager",
+            **sizes,
+            tie_word_embeddings=c.tie_word_embeddings,
+            attn_implementation="eager",
             rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
         )
-    ).eval()  # fmt: skip
+    ).eval()
     theirs.load_state_dict(ours.state_dict(), strict=True)
     x = tokens(23)
     with torch.no_grad():
@@ -119,9 +90,13 @@ def test_shared_prompt_equals_two_sequences(window, tied):
     m = model(sliding_window=window, tie_word_embeddings=tied)
     a, b, c, p, q, x, y, z = tokens(8).tolist()
     layout = Layout(
-        torch.tensor([0, 1, 2, 3, 3, 4]), torch.tensor([0, 4, 6]).int(),
-        torch.tensor([0, 4, 9]).int(), torch.tensor([0, 1, 2, 3, 0, 1, 2, 4, 5]), 4, 5,
-    )  # fmt: skip
+        torch.tensor([0, 1, 2, 3, 3, 4]),
+        torch.tensor([0, 4, 6]).int(),
+        torch.tensor([0, 4, 9]).int(),
+        torch.tensor([0, 1, 2, 3, 0, 1, 2, 4, 5]),
+        4,
+        5,
+    )
     shared = m(batch(torch.tensor([a, b, c, p, x, y]), layout, [2, 3, 2, 4, 5], [p, q, x, y, z]))
     chosen = m(batch(torch.tensor([a, b, c, p]), packed(4), [2, 3], [p, q]))
     rejected = m(batch(torch.tensor([a, b, c, x, y]), packed(5), [2, 3, 4], [x, y, z]))

@@ -12,12 +12,9 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from test_model import model
-from test_packing import tokens
-from test_parallel import close, gradients, pairs, torchrun
-from test_weights import folder_of
 
 from benchmarks import two_nodes
+from helpers import close, folder_of, gradients, model, pairs, token_arrays, torchrun
 from zephyr import losses, metrics, optim, parallel
 from zephyr.packing import DocumentPlan, PairPlan
 
@@ -88,7 +85,7 @@ torch.save(results, where / f"{rank}.pt")
 def inputs() -> dict:
     rng = np.random.default_rng(5)
     rows = [[rng.integers(0, 101, n).tolist() for n in row] for row in rng.integers(1, 9, (3, 3))]
-    return {"batches": [pairs(rank) for rank in range(4)], "data": tokens(rows)}
+    return {"batches": [pairs(rank) for rank in range(4)], "data": token_arrays(rows)}
 
 
 @pytest.fixture(scope="module")
@@ -129,14 +126,14 @@ def test_every_rank_runs_as_many_microbatches_and_their_sum_is_the_whole(world):
     """23 and 3 pairs or documents in batches of 8: the last of an epoch has fewer than ranks."""
     rng = np.random.default_rng(0)
     for count in (23, 3):
-        every = tokens([[[1] * n for n in row] for row in rng.integers(1, 12, (count, 3))])
+        every = token_arrays([[[1] * n for n in row] for row in rng.integers(1, 12, (count, 3))])
         plans = [PairPlan(every, 8, 64, 0, rank, world) for rank in range(world)]
         shares = [list(plan.epoch()) for plan in plans]
         assert len({len(share) for share in shares}) == 1
         numbers = [k for share in shares for batch in share for k in batch.pairs.tolist()]
         assert sorted(numbers) == list(range(count))
 
-        documents = tokens([list(range(n)) for n in rng.integers(2, 30, count)])
+        documents = token_arrays([list(range(n)) for n in rng.integers(2, 30, count)])
         plans = [DocumentPlan(documents, 8, 16, 32, 0, rank, world) for rank in range(world)]
         shares = [list(plan.epoch()) for plan in plans]
         assert len({len(share) for share in shares}) == 1
@@ -174,13 +171,24 @@ def scripts(source: str, *arguments: str, ranks: int = 1) -> list[subprocess.Pop
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(ranks),
-           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
     return [
-        subprocess.Popen([sys.executable, "-c", source, *arguments], text=True,
-                         env=env | {"RANK": str(rank)}, stderr=subprocess.PIPE)
+        subprocess.Popen(
+            [sys.executable, "-c", source, *arguments],
+            text=True,
+            env=env | {"RANK": str(rank)},
+            stderr=subprocess.PIPE,
+        )
         for rank in range(ranks)
-    ]  # fmt: skip
+    ]
 
 
 FAULT = """
@@ -214,14 +222,29 @@ exits.call(main)
 """
 
 
-@pytest.mark.parametrize("fault, waiting, message", [
-    ("SIGSTOP", "backward", ": another rank did not answer within 3 s: it hangs, or its node is "
-     "gone. Start the same command again: it goes on from the last checkpoint"),
-    ("SIGKILL", "together", "all_gather_object: the rank at 127.0.0.1 died. Start the same command "
-     "again: it goes on from the last checkpoint"),
-    ("bug", "together", "all_gather_object: the rank at 127.0.0.1 died. Start the same command "
-     "again: it goes on from the last checkpoint"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "fault, waiting, message",
+    [
+        (
+            "SIGSTOP",
+            "backward",
+            ": another rank did not answer within 3 s: it hangs, or its node is "
+            "gone. Start the same command again: it goes on from the last checkpoint",
+        ),
+        (
+            "SIGKILL",
+            "together",
+            "all_gather_object: the rank at 127.0.0.1 died. Start the same command "
+            "again: it goes on from the last checkpoint",
+        ),
+        (
+            "bug",
+            "together",
+            "all_gather_object: the rank at 127.0.0.1 died. Start the same command "
+            "again: it goes on from the last checkpoint",
+        ),
+    ],
+)
 def test_a_rank_that_is_lost_ends_the_others_with_one_line(fault, waiting, message):
     processes = scripts(FAULT, fault, waiting, ranks=2)
     try:
@@ -238,26 +261,38 @@ def test_a_rank_that_is_lost_ends_the_others_with_one_line(fault, waiting, messa
     assert said.count("\n") == 1
 
 
-@pytest.mark.parametrize("error", [
-    RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.2]:40872."),
-    RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 3000ms for recv"),
-    dist.DistStoreError("wait timeout after 3000ms, keys: /k"),
-    dist.DistNetworkError("Failed to recv, got 0 bytes. Connection was likely closed."),
-    dist.DistBackendError("NCCL error: ncclRemoteError: A call failed possibly due to a network "
-                          "error or a remote process exiting prematurely."),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError(
+            "[gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.2]:40872."
+        ),
+        RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 3000ms for recv"),
+        dist.DistStoreError("wait timeout after 3000ms, keys: /k"),
+        dist.DistNetworkError("Failed to recv, got 0 bytes. Connection was likely closed."),
+        dist.DistBackendError(
+            "NCCL error: ncclRemoteError: A call failed possibly due to a network "
+            "error or a remote process exiting prematurely."
+        ),
+    ],
+    ids=str,
+)
 def test_errors_that_tell_of_a_lost_rank(error):
     assert parallel.lost(error)
     assert "\n" not in parallel.lost_message(error)
 
 
-@pytest.mark.parametrize("error", [
-    RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
-    RuntimeError("[gloo/transport/tcp/device.cc:85] Unable to find address for: eth7"),
-    RuntimeError("file read timed out"),
-    dist.DistBackendError("NCCL error: ncclInvalidUsage: Duplicate GPU detected"),
-    torch.OutOfMemoryError("CUDA out of memory"),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
+        RuntimeError("[gloo/transport/tcp/device.cc:85] Unable to find address for: eth7"),
+        RuntimeError("file read timed out"),
+        dist.DistBackendError("NCCL error: ncclInvalidUsage: Duplicate GPU detected"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+    ],
+    ids=str,
+)
 def test_errors_that_do_not(error):
     assert not parallel.lost(error)
 
@@ -325,21 +360,34 @@ FAKES = {
 }
 
 
-@pytest.mark.parametrize("code, says, requeued", [
-    (0, "model /shared/run/model", False),
-    (1, "train_dpo.py: --batch 7 is less than the 16 ranks; each needs a share", False),
-    (1, "train_dpo.py: asked to stop: saved after step 8 in r; the same command goes on", True),
-    (1, "train_dpo.py (rank 3): all_reduce: the rank at 10.0.0.2 died. Start the same command "
-     "again: it goes on from the last checkpoint", True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "code, says, requeued",
+    [
+        (0, "model /shared/run/model", False),
+        (1, "train_dpo.py: --batch 7 is less than the 16 ranks; each needs a share", False),
+        (1, "train_dpo.py: asked to stop: saved after step 8 in r; the same command goes on", True),
+        (
+            1,
+            "train_dpo.py (rank 3): all_reduce: the rank at 10.0.0.2 died. Start the same command "
+            "again: it goes on from the last checkpoint",
+            True,
+        ),
+    ],
+)
 def test_the_slurm_script_starts_each_node_and_requeues_what_can_go_on(
     tmp_path, code, says, requeued
 ):
     for name, body in FAKES.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
-    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_NNODES": "2",
-           "SLURM_JOB_NODELIST": "node[1-2]", "CODE": str(code), "SAYS": says}  # fmt: skip
+    env = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "SLURM_JOB_ID": "7",
+        "SLURM_NNODES": "2",
+        "SLURM_JOB_NODELIST": "node[1-2]",
+        "CODE": str(code),
+        "SAYS": says,
+    }
     command = ["bash", ROOT / "docs" / "zephyr.sbatch", "train_dpo.py", "--data", "a file.jsonl"]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == code and says in done.stdout and not done.stderr

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
-from test_model import model
 from torch import nn
 
+from helpers import model
 from zephyr import optim
 from zephyr.config import DPOConfig
 from zephyr.model import initialise
@@ -24,9 +24,19 @@ SCHEDULES = {
 @pytest.mark.parametrize("kind", SCHEDULES)
 @pytest.mark.parametrize(
     "total, warmup, rise",
-    [(100, 0.1, 10), (478, 0.1, 48), (5809, 0.1, 581), (7, 0.5, 4), (20, 0.0, 0), (1, 0.0, 0),
-     (1, 0.1, 1), (2, 0.9, 2), (3, 1e-9, 1), (100, 0.07, 8)],
-)  # fmt: skip
+    [
+        (100, 0.1, 10),
+        (478, 0.1, 48),
+        (5809, 0.1, 581),
+        (7, 0.5, 4),
+        (20, 0.0, 0),
+        (1, 0.0, 0),
+        (1, 0.1, 1),
+        (2, 0.9, 2),
+        (3, 1e-9, 1),
+        (100, 0.07, 8),
+    ],
+)
 def test_schedules_equal_transformers(kind, total, warmup, rise):
     """`rise` is ceil(total x warmup) in floating point, as its TrainingArguments count it."""
     theirs = SCHEDULES[kind](torch.optim.SGD([nn.Parameter(torch.ones(1))], 1.0), rise, total)
@@ -47,11 +57,23 @@ def config(**settings) -> DPOConfig:
 
 
 @pytest.mark.parametrize("kind", SCHEDULES)
-@pytest.mark.parametrize("given", [
-    {}, {"steps": 1}, {"steps": 2}, {"epochs": 2}, {"batch": 8}, {"batch": 7}, {"warmup": 0.0},
-    {"warmup": 0.99}, {"warmup": 1e-12}, {"warmup": 0.5, "steps": 10}, {"steps": 1, "warmup": 0.0},
-    {"epochs": 3, "batch": 100, "warmup": 0.9},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"steps": 1},
+        {"steps": 2},
+        {"epochs": 2},
+        {"batch": 8},
+        {"batch": 7},
+        {"warmup": 0.0},
+        {"warmup": 0.99},
+        {"warmup": 1e-12},
+        {"warmup": 0.5, "steps": 10},
+        {"steps": 1, "warmup": 0.0},
+        {"epochs": 3, "batch": 100, "warmup": 0.9},
+    ],
+)
 @pytest.mark.parametrize("size, world", [(1, 1), (2, 1), (2, 2), (9, 4), (100, 8), (129, 1)])
 def test_a_run_without_a_rate_above_0_is_refused_and_what_is_said_mends_it(
     kind, given, size, world
@@ -74,8 +96,11 @@ def test_a_run_without_a_rate_above_0_is_refused_and_what_is_said_mends_it(
     with pytest.raises(ValueError, match="nothing would be learned") as refused:
         steps(c)
     message = str(refused.value)
-    named = {"--steps": c.steps, "--warmup": c.warmup} if c.steps else {
-        "--batch": c.batch, "--epochs": c.epochs, "no --steps": None, "--warmup": c.warmup}
+    named = (
+        {"--steps": c.steps, "--warmup": c.warmup}
+        if c.steps
+        else {"--batch": c.batch, "--epochs": c.epochs, "no --steps": None, "--warmup": c.warmup}
+    )
     for flag, value in named.items():
         assert (flag if value is None else f"{flag} {value}") in message.split("; use ")[0]
     fixes = re.findall(r"--(\w+) (\d+)(?:, which makes (\d+) steps)?", message.split("; use ")[1])

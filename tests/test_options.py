@@ -6,14 +6,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from test_costs import as_on_a_gpu  # noqa: F401
-from test_model import model
-from test_parallel import pairs
-from test_train import DPO, SFT, baseline, launch, place, read, run, same, weights_of  # noqa: F401
 from torch._dynamo.utils import counters
 
 import train_dpo
 import train_sft
+from helpers import DPO, SFT, launch, model, pairs, read, run, same, weights_of
 from zephyr import checkpoint, losses, packing, parallel
 
 # while it traces, torch.compile does what torch warns of
@@ -34,23 +31,24 @@ def traced(monkeypatch):
     torch._dynamo.reset()
 
 
-def held(place) -> tuple[str, ...]:  # noqa: F811
+def held(place) -> tuple[str, ...]:
     return "--eval-data", str(place / "test.jsonl"), "--eval-every", "3"
 
 
 @pytest.mark.parametrize("recompute", ["none", "elementwise", "full"])
-def test_compiled_blocks_give_the_same_trajectory(place, tmp_path, baseline, traced, recompute):  # noqa: F811
+def test_compiled_blocks_give_the_same_trajectory(place, tmp_path, baseline, traced, recompute):
     flags = (*DPO, *held(place), "--compile", "on", "--recompute", recompute)
     same(run(train_dpo, place, tmp_path / "run", *flags), baseline[0])
     for name, weight in weights_of(tmp_path / "run").items():
         torch.testing.assert_close(weight, baseline[1][name], rtol=1e-3, atol=1e-4, msg=name)
 
 
-@pytest.mark.parametrize("flags", [
-    pytest.param(DPO, id="alone"), pytest.param(BF16, id="under FSDP", marks=pytest.mark.slow),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags",
+    [pytest.param(DPO, id="alone"), pytest.param(BF16, id="under FSDP", marks=pytest.mark.slow)],
+)
 def test_a_block_is_compiled_once_for_all_layers_rows_and_steps(
-    place, tmp_path, traced, monkeypatch, flags  # noqa: F811
+    place, tmp_path, traced, monkeypatch, flags
 ):
     """With and without a gradient the same graph, the last block apart for its fewer rows: two, all
     there after the reference pass and the first step, whatever sizes follow."""
@@ -63,9 +61,22 @@ def test_a_block_is_compiled_once_for_all_layers_rows_and_steps(
 
 
 @pytest.mark.parametrize("masters", ["fp32", "split"])
-def test_an_evaluation_adds_no_graph(place, tmp_path, traced, masters):  # noqa: F811
-    flags = (*SFT, "--eval-data", str(place / "chats.jsonl"), "--eval-every", "1", "--compile",
-             "on", "--precision", "bf16", "--masters", masters, "--steps", "3")  # fmt: skip
+def test_an_evaluation_adds_no_graph(place, tmp_path, traced, masters):
+    flags = (
+        *SFT,
+        "--eval-data",
+        str(place / "chats.jsonl"),
+        "--eval-every",
+        "1",
+        "--compile",
+        "on",
+        "--precision",
+        "bf16",
+        "--masters",
+        masters,
+        "--steps",
+        "3",
+    )
     run(train_sft, place, tmp_path / "run", *flags)
     assert counters["stats"]["unique_graphs"] == 2
 
@@ -103,12 +114,17 @@ COMPILER = pytest.mark.skipif(not shutil.which("g++"), reason="Inductor compiles
 
 
 @COMPILER
-@pytest.mark.parametrize("flags", [
-    "--reference cached", pytest.param("--masters split --reference live --recompute elementwise",
-                                       marks=pytest.mark.slow),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--reference cached",
+        pytest.param(
+            "--masters split --reference live --recompute elementwise", marks=pytest.mark.slow
+        ),
+    ],
+)
 def test_before_the_first_update_every_margin_is_0_in_every_bit(
-    place, tmp_path, monkeypatch, flags  # noqa: F811
+    place, tmp_path, monkeypatch, flags
 ):
     """In bf16, by the compiler that a GPU has too: what it fuses it does not round, so that two
     graphs of one function differ by tenths of a nat a response."""
@@ -117,8 +133,18 @@ def test_before_the_first_update_every_margin_is_0_in_every_bit(
     exact, check = [], losses.check_start
     monkeypatch.setattr(losses, "check_start", lambda *a: (exact.append(a[-1]), check(*a)))
     held_out = ("--eval-data", str(place / "pairs.jsonl"), "--eval-every", "1")
-    rows = run(train_dpo, place, tmp_path / "run", *BF16, "--compile", "on", *flags.split(),
-               "--steps", "2", *held_out)  # fmt: skip
+    rows = run(
+        train_dpo,
+        place,
+        tmp_path / "run",
+        *BF16,
+        "--compile",
+        "on",
+        *flags.split(),
+        "--steps",
+        "2",
+        *held_out,
+    )
     first, evaluated = rows[:2]
     assert first["rewards/margins"] == first["rewards/accuracies"] == 0 and exact == [True]
     assert first["rewards/chosen"] == first["rewards/rejected"] == 0
@@ -128,7 +154,7 @@ def test_before_the_first_update_every_margin_is_0_in_every_bit(
 
 
 @pytest.mark.parametrize("recompute", ["none", "elementwise"])
-def test_attention_as_on_a_gpu_compiles_once_too(as_on_a_gpu, traced, recompute):  # noqa: F811
+def test_attention_as_on_a_gpu_compiles_once_too(as_on_a_gpu, traced, recompute):
     """Its op takes the longest segment's length as a number, which differs from batch to batch."""
     m, seen = parallel_blocks(model(num_hidden_layers=4), recompute), set()
     for rank in range(4):
@@ -138,25 +164,27 @@ def test_attention_as_on_a_gpu_compiles_once_too(as_on_a_gpu, traced, recompute)
     assert len(seen) == 4 and counters["stats"]["unique_graphs"] == 2
 
 
-def test_compiled_and_sharded(place, tmp_path, wide, traced):  # noqa: F811
+def test_compiled_and_sharded(place, tmp_path, wide, traced):
     """In bf16 FSDP gathers and casts around each compiled block."""
     flags = (*BF16, "--compile", "on", "--recompute", "elementwise")
     same(run(train_dpo, place, tmp_path / "run", *flags), wide[0], rel=0.02, abs=0.01)
 
 
 @pytest.mark.slow
-def test_compiled_for_this_machine(place, tmp_path, baseline):  # noqa: F811
+def test_compiled_for_this_machine(place, tmp_path, baseline):
     """By the default compiler, Inductor, and its C++."""
     torch._dynamo.reset()
     flags = (*DPO, "--compile", "on", "--reference", "live", "--steps", "6")
     rows = run(train_dpo, place, tmp_path / "run", *flags)
-    same(rows, [{k: v for k, v in row.items() if k in rows[0]} for row in baseline[0]
-                if "loss" in row])  # fmt: skip
+    same(
+        rows,
+        [{k: v for k, v in row.items() if k in rows[0]} for row in baseline[0] if "loss" in row],
+    )
     torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("change", ["--recompute elementwise", "--reshard never"])
-def test_one_trajectory(place, tmp_path, baseline, change):  # noqa: F811
+def test_one_trajectory(place, tmp_path, baseline, change):
     flags = (*DPO, *held(place), *change.split())
     same(run(train_dpo, place, tmp_path / "one", *flags), baseline[0])
     launch("train_dpo.py", place, tmp_path / "two", 2, *flags)
@@ -164,13 +192,13 @@ def test_one_trajectory(place, tmp_path, baseline, change):  # noqa: F811
 
 
 @pytest.fixture(scope="module")
-def wide(place, tmp_path_factory):  # noqa: F811
+def wide(place, tmp_path_factory):
     """Six steps in bf16 on fp32 masters: metrics, weights."""
     out = tmp_path_factory.mktemp("wide") / "run"
     return run(train_dpo, place, out, *BF16), weights_of(out)
 
 
-def test_split_masters_are_fp32_masters(place, tmp_path, wide):  # noqa: F811
+def test_split_masters_are_fp32_masters(place, tmp_path, wide):
     """The weights that compute differ from a cast of the masters at ties alone, see test_parallel;
     these sharp weights make much of one."""
     rows = run(train_dpo, place, tmp_path / "run", *BF16, "--masters", "split")
@@ -180,7 +208,7 @@ def test_split_masters_are_fp32_masters(place, tmp_path, wide):  # noqa: F811
 
 
 @pytest.mark.parametrize("masters", ["fp32", "split"])
-def test_bf16_moments_train_the_same(place, tmp_path, wide, masters):  # noqa: F811
+def test_bf16_moments_train_the_same(place, tmp_path, wide, masters):
     """To the moments' rounding, 2^-9: every update of every weight is within a percent or so."""
     flags = (*BF16, "--adam-state", "bf16", "--masters", masters)
     rows = run(train_dpo, place, tmp_path / "run", *flags)
@@ -194,17 +222,22 @@ def test_bf16_moments_train_the_same(place, tmp_path, wide, masters):  # noqa: F
     assert rows[-1]["loss"] < 0.6
 
 
-def weights_of_base(place) -> dict[str, torch.Tensor]:  # noqa: F811
+def weights_of_base(place) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     return load_file(place / "base" / "model.safetensors")
 
 
-@pytest.mark.parametrize("ranks, flags", [
-    (1, ["--masters", "split"]), (1, ["--masters", "split", "--adam-state", "bf16"]),
-    (1, ["--adam-state", "bf16"]), (2, ["--adam-state", "bf16"]),
-])  # fmt: skip
-def test_resumed_bit_for_bit(place, tmp_path, ranks, flags):  # noqa: F811
+@pytest.mark.parametrize(
+    "ranks, flags",
+    [
+        (1, ["--masters", "split"]),
+        (1, ["--masters", "split", "--adam-state", "bf16"]),
+        (1, ["--adam-state", "bf16"]),
+        (2, ["--adam-state", "bf16"]),
+    ],
+)
+def test_resumed_bit_for_bit(place, tmp_path, ranks, flags):
     flags = (*BF16, *flags, "--save-every", "2", "--keep", "0")
     out = tmp_path / "run"
 
@@ -228,23 +261,24 @@ def test_resumed_bit_for_bit(place, tmp_path, ranks, flags):  # noqa: F811
     assert all(torch.equal(got[name], expected[name]) for name in expected)
 
 
-def test_sft_takes_them_too(place, tmp_path, traced):  # noqa: F811
+def test_sft_takes_them_too(place, tmp_path, traced):
     flags = (*SFT, "--precision", "bf16")
     expected = run(train_sft, place, tmp_path / "plain", *flags)
     options = "--masters split --recompute elementwise --compile on".split()
     same(run(train_sft, place, tmp_path / "all", *flags, *options), expected, rel=0.02, abs=0.01)
 
 
-def test_a_split_master_has_one_process_and_bf16(place, tmp_path):  # noqa: F811
-    done = launch("train_dpo.py", place, tmp_path / "run", 2, *BF16, "--masters", "split",
-                  check=False)  # fmt: skip
+def test_a_split_master_has_one_process_and_bf16(place, tmp_path):
+    done = launch(
+        "train_dpo.py", place, tmp_path / "run", 2, *BF16, "--masters", "split", check=False
+    )
     lines = [line for line in done.stderr.splitlines() if line.startswith("train_dpo.py")]
     assert any("--masters split is for one process; sharded over 2 ranks" in x for x in lines)
     with pytest.raises(ValueError, match="--masters split is for --precision bf16"):
         run(train_dpo, place, tmp_path / "run", *DPO, "--masters", "split")
 
 
-def test_the_settings_that_shape_a_run_are_its_own(place, tmp_path):  # noqa: F811
+def test_the_settings_that_shape_a_run_are_its_own(place, tmp_path):
     """Moments and masters are in the checkpoint as they are; how blocks run is not."""
     flags = (*BF16, "--steps", "1", "--warmup", "0")
     run(train_dpo, place, tmp_path / "run", *flags)

@@ -1,56 +1,12 @@
 """Mistral's own layout against a model permuted by hand, and against interleaved RoPE itself."""
 
-import json
-
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_model import model, packed, tokens
-from test_weights import folder_of
 
-from conftest import pieces
+from helpers import folder_of, model, packed, pieces, published, tokens
 from zephyr import disk, original, weights
 from zephyr.model import Mistral, rope, rotate
-
-PARAMS = {
-    "dim": 32, "n_layers": 2, "head_dim": 8, "hidden_dim": 48, "n_heads": 4, "n_kv_heads": 2,
-    "norm_eps": 1e-5, "vocab_size": 101, "sliding_window": 5,
-}  # fmt: skip
-NAMES = {
-    "self_attn.q_proj": "attention.wq", "self_attn.k_proj": "attention.wk",
-    "self_attn.v_proj": "attention.wv", "self_attn.o_proj": "attention.wo",
-    "mlp.gate_proj": "feed_forward.w1", "mlp.up_proj": "feed_forward.w3",
-    "mlp.down_proj": "feed_forward.w2", "input_layernorm": "attention_norm",
-    "post_attention_layernorm": "ffn_norm",
-}  # fmt: skip
-
-
-def interleaved(w, heads):
-    """Row by row: where Hugging Face has x0 x1 x2 x3 y0 y1 y2 y3, Mistral has x0 y0 x1 y1 ..."""
-    rows = []
-    for head in range(heads):
-        for i in range(4):
-            rows += [head * 8 + i, head * 8 + 4 + i]
-    return w[rows]
-
-
-def published(folder, m: Mistral, dtype=torch.float32, **changes):
-    """A folder as Mistral would publish the model."""
-    folder.mkdir()
-    tensors = {
-        "tok_embeddings.weight": m.model.embed_tokens.weight, "norm.weight": m.model.norm.weight,
-        "output.weight": m.lm_head.weight,
-    }  # fmt: skip
-    for i in range(2):
-        for ours, theirs in NAMES.items():
-            w = m.get_parameter(f"model.layers.{i}.{ours}.weight")
-            w = interleaved(w, {"q_proj": 4, "k_proj": 2}[ours[-6:]]) if ours[-6] in "qk" else w
-            tensors[f"layers.{i}.{theirs}.weight"] = w
-    tensors = {name: w.detach().to(dtype).contiguous() for name, w in tensors.items()}
-    save_file(tensors, folder / "consolidated.safetensors")
-    (folder / "params.json").write_text(json.dumps(PARAMS | changes))
-    (folder / "tokenizer.model.v1").write_bytes(pieces(101))
-    return folder
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -1,32 +1,20 @@
 """The packed row of the docstrings, the plan's invariants, and how full micro-batches are."""
 
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import Limits, shared
+from helpers import Limits, shared, token_arrays
 from zephyr import config, data, packing
 from zephyr.data import Pair, Tokens
 from zephyr.tokenizer import Tokenizer
 
 
-def tokens(rows: list[list[int]], mask: list[int] | None = None) -> Tokens:
-    """Rows as documents; lists of three as pairs."""
-    parts = [row if isinstance(row[0], list) else [row] for row in rows]
-    ids = np.array([i for row in parts for part in row for i in part])
-    sizes = np.array([[len(part) for part in row] for row in parts])
-    ends = np.cumsum(sizes.ravel()).reshape(sizes.shape)
-    mask = np.ones(len(ids), bool) if mask is None else np.array(mask, bool)
-    places = np.stack([np.zeros(len(ends), np.int64), np.arange(len(ends)) + 1], 1)
-    return Tokens(ids, mask, ends, "digest", {}, "", places, ("rows.jsonl",))
-
-
 def pairs(lengths: list[tuple[int, int, int]]) -> Tokens:
     count = iter(range(10**6))
-    return tokens([[[next(count) for _ in range(n)] for n in row] for row in lengths])
+    return token_arrays([[[next(count) for _ in range(n)] for n in row] for row in lengths])
 
 
 def test_the_worked_example_of_shared_prompts():
@@ -136,7 +124,7 @@ def test_every_trained_token_is_predicted_exactly_once_in_its_own_context(world,
     starts = np.concatenate([[0], np.cumsum(lengths)])
     documents = [list(range(a, b)) for a, b in zip(starts, starts[1:], strict=False)]
     mask = rng.integers(0, 2, starts[-1])
-    data = tokens(documents, mask)
+    data = token_arrays(documents, mask)
     seen = []
     plans = [packing.DocumentPlan(data, 4, 16, 32, 5, r, world, train_on) for r in range(world)]
     for plan in plans:
@@ -154,7 +142,7 @@ def test_every_trained_token_is_predicted_exactly_once_in_its_own_context(world,
 
 
 def test_rows_are_full_but_for_the_last():
-    data = tokens([list(range(10))] * 7)
+    data = token_arrays([list(range(10))] * 7)
     plan = packing.DocumentPlan(data, 1, 16, 16, 0, 0, 1)
     sizes = [len(b.tokens_T) for b in plan.epoch()]
     assert sizes == [16, 16, 16, 15]
@@ -172,8 +160,10 @@ def test_mistakes_cost_one_line():
     with pytest.raises(ValueError, match="--batch 1 is less than the 2 ranks"):
         packing.PairPlan(data, 1, 64, 0, 0, 2)
     with pytest.raises(ValueError, match="--microbatch-tokens 8 is less than one row"):
-        config.parse(config.SFTConfig, "--model m --data d --out o --max-length 16 "
-                     "--microbatch-tokens 8".split())  # fmt: skip
+        config.parse(
+            config.SFTConfig,
+            "--model m --data d --out o --max-length 16 --microbatch-tokens 8".split(),
+        )
 
 
 def test_moving_a_batch_keeps_it():

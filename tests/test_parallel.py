@@ -1,63 +1,15 @@
 """Two ranks against one process: messages, sums, sharded forward, gradients and steps."""
 
 import copy
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from test_model import model
-from test_packing import tokens
-from test_weights import folder_of
 from torch.distributed.tensor import DTensor
 
-from zephyr import anchor, exits, losses, optim, packing, parallel, weights
-from zephyr.data import Pair
-from zephyr.model import Mistral
+from helpers import close, folder_of, gradients, model, pairs, token_arrays, torchrun
+from zephyr import anchor, exits, losses, optim, parallel, weights
 from zephyr.packing import PairPlan
-
-
-def torchrun(script: str, where: Path, ranks: int = 2) -> list[dict]:
-    """Run the script on the ranks with `where` as its argument; what each saved as RANK.pt."""
-    (where / "worker.py").write_text(script)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-               f"--nproc-per-node={ranks}", where / "worker.py", where]  # fmt: skip
-    here = {"PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1",
-            "GLOO_SOCKET_IFNAME": "lo"}  # fmt: skip
-    process = subprocess.Popen(
-        command, env=os.environ | here, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    try:
-        said, _ = process.communicate(timeout=120)
-    finally:
-        process.terminate()
-    assert process.returncode == 0, said
-    return [torch.load(where / f"{rank}.pt") for rank in range(ranks)]
-
-
-def pairs(rank: int) -> packing.Batch:
-    """A micro-batch of three pairs that differs between the ranks."""
-    rng = np.random.default_rng(rank)
-    sizes = rng.integers(1, 12, (3, 3))
-    return packing.pack_pairs([Pair(*(rng.integers(0, 101, n) for n in row)) for row in sizes],
-                              [3 * rank, 3 * rank + 1, 3 * rank + 2])  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    yield parallel.start()
-    parallel.finish()
-
-
-def gradients(m: Mistral, batches: list[packing.Batch]) -> dict[str, torch.Tensor]:
-    """Of the mean over all targets, one batch after the other."""
-    for batch in batches:
-        (losses.sft(m(batch)) / sum(len(b.targets_N) for b in batches)).backward()
-    return {name: p.grad.clone() for name, p in m.named_parameters()}
-
 
 SCRIPT = """
 import os
@@ -162,7 +114,7 @@ def inputs() -> dict:
     rng = np.random.default_rng(5)
     sizes = rng.integers(1, 9, (7, 3))
     rows = [[rng.integers(0, 101, n).tolist() for n in row] for row in sizes]
-    return {"batches": [pairs(0), pairs(1)], "data": tokens(rows)}
+    return {"batches": [pairs(0), pairs(1)], "data": token_arrays(rows)}
 
 
 @pytest.fixture(scope="module")
@@ -207,13 +159,6 @@ def test_total(two):
     assert [found["total"] for found in two] == [11, 11]
 
 
-def close(ours: dict, expected: dict, tolerance: float) -> None:
-    assert ours.keys() == expected.keys()
-    for name in ours:
-        difference = (ours[name] - expected[name]).abs().max()
-        assert difference <= tolerance, f"{name}: {difference}"
-
-
 @pytest.mark.parametrize("folder", ["base", "tied"])
 def test_two_ranks_equal_one_process(two, inputs, folder):
     m = model(tie_word_embeddings=folder == "tied")
@@ -239,7 +184,7 @@ def test_two_ranks_equal_one_process(two, inputs, folder):
 def test_two_ranks_fill_the_reference_cache_as_one_would(two, inputs, folder):
     """A last step of one pair leaves the second rank nothing to do."""
     m, data = model(tie_word_embeddings=folder == "tied"), inputs["data"]
-    everything, = PairPlan(data, len(data), 10**6, 0, 0, 1).microbatches(0)
+    (everything,) = PairPlan(data, len(data), 10**6, 0, 0, 1).microbatches(0)
     for found in two:
         torch.testing.assert_close(found[folder]["cached"], anchor.live(m)(everything))
 

@@ -6,13 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_model import model
-from test_parallel import pairs
-from test_train import DPO, SFT, place, run  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_dpo
 import train_sft
+from helpers import DPO, SFT, model, pairs, run
 from zephyr import losses, optim, parallel, phases, weights
 from zephyr.guard import Guard
 from zephyr.metrics import Log, Means
@@ -41,17 +39,22 @@ def test_seconds_are_a_mean_over_the_steps_of_a_line(monkeypatch):
 def test_what_a_gpus_allocator_held_and_how_often_it_gave_back(monkeypatch):
     stats = {"allocated_bytes.all.peak": 0, "reserved_bytes.all.peak": 0, "num_alloc_retries": 0}
     cuda = SimpleNamespace(
-        reset_peak_memory_stats=lambda: None, memory_stats=lambda: stats,
-        synchronize=lambda: None, Event=lambda enable_timing: SimpleNamespace(
-            record=lambda: None, elapsed_time=lambda other: 2000.0),
-    )  # fmt: skip
+        reset_peak_memory_stats=lambda: None,
+        memory_stats=lambda: stats,
+        synchronize=lambda: None,
+        Event=lambda enable_timing: SimpleNamespace(
+            record=lambda: None, elapsed_time=lambda other: 2000.0
+        ),
+    )
     monkeypatch.setattr(phases.torch, "cuda", cuda)
     phase, seen = Phases(torch.device("cuda")), []
     for allocated, reserved, retries in ((1, 4, 2), (3, 9, 2), (2, 8, 5)):
         with phase("forward"):
-            stats |= {"allocated_bytes.all.peak": allocated * 2**30,
-                      "reserved_bytes.all.peak": reserved * 2**30,
-                      "num_alloc_retries": retries}  # fmt: skip
+            stats |= {
+                "allocated_bytes.all.peak": allocated * 2**30,
+                "reserved_bytes.all.peak": reserved * 2**30,
+                "num_alloc_retries": retries,
+            }
         if retries == 2 and allocated == 3 or retries == 5:
             seen.append(phase.read(steps=1))
     assert [row["memory/forward"] for row in seen] == [3, 2]
@@ -75,7 +78,7 @@ def test_a_phase_has_a_name_of_the_list():
         pass
 
 
-def test_a_run_says_where_its_time_went(place, tmp_path):  # noqa: F811
+def test_a_run_says_where_its_time_went(place, tmp_path):
     rows = run(train_dpo, place, tmp_path / "run", *DPO, "--save-every", "1", "--batch", "4")
     spent = [sum(row[f"seconds/{name}"] for name in phases.NAMES) for row in rows[1:]]
     whole = [4 / row["pairs_per_second"] + row["seconds/checkpoint"] for row in rows[1:]]
@@ -87,7 +90,7 @@ def test_a_run_says_where_its_time_went(place, tmp_path):  # noqa: F811
     assert all("unshared_per_second" not in row for row in rows), "documents share nothing"
 
 
-def test_a_step_can_be_traced(place, tmp_path, capsys):  # noqa: F811
+def test_a_step_can_be_traced(place, tmp_path, capsys):
     run(train_dpo, place, tmp_path / "run", *DPO, "--profile", "2")
     folder = tmp_path / "run" / "profile"
     assert {p.name for p in folder.iterdir()} == {"step-000002-rank-0.json.gz", "step-000002.txt"}
@@ -117,7 +120,7 @@ class Reads(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-def test_the_host_reads_nothing_inside_a_step(place, tmp_path, monkeypatch):  # noqa: F811
+def test_the_host_reads_nothing_inside_a_step(place, tmp_path, monkeypatch):
     """From a micro-batch's log-probs to the update. Before that a CPU alone reads: the sizes of its
     segments, and its targets to check them."""
     reads, calls = Reads(), []
@@ -130,8 +133,14 @@ def test_the_host_reads_nothing_inside_a_step(place, tmp_path, monkeypatch):  # 
 
         return call
 
-    inside = ((losses, "preference"), (losses, "sft"), (torch.Tensor, "backward"),
-              (Guard, "broken"), (Means, "add"), (optim, "step"))  # fmt: skip
+    inside = (
+        (losses, "preference"),
+        (losses, "sft"),
+        (torch.Tensor, "backward"),
+        (Guard, "broken"),
+        (Means, "add"),
+        (optim, "step"),
+    )
     for owner, name in inside:
         monkeypatch.setattr(owner, name, watched(getattr(owner, name)))
     for script, flags in ((train_dpo, DPO), (train_sft, SFT)):

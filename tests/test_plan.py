@@ -33,20 +33,23 @@ def value(text: str, row: str, column: int = 0) -> float:
     return float(re.findall(r"-?[\d,.]*\d", found[1])[column].replace(",", ""))
 
 
-@pytest.mark.parametrize("line, fits", [
-    ("zephyr-7b-dpo --gpu h200", False),
-    ("zephyr-7b-dpo --gpu h200 --microbatch-tokens auto --recompute auto", True),
-    ("zephyr-7b-dpo --gpu h200 --masters split --adam-state bf16", True),
-    ("zephyr-7b-dpo --gpu a100 --gpus 8", True),
-    ("zephyr-7b-dpo --gpu a100-40 --gpus 8", False),
-    ("zephyr-7b-dpo --gpu 4090", False),
-    ("zephyr-7b-sft --gpu h100 --gpus 8 --nodes 8 --replicas 8", True),
-    ("zephyr-7b-sft --gpu l40s --gpus 4 --recompute full --train-on assistant", True),
-    ("zephyr-7b-beta-dpo --gpu b200 --reference live", False),
-    ("zephyr-7b-dpo --model llama-2-70b --gpu h100 --gpus 8", False),
-    ("tiny --gpu a100 --gpus 8 --precision bf16", True),
-    ("--gpu h100-nvl --gpus 2", False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "line, fits",
+    [
+        ("zephyr-7b-dpo --gpu h200", False),
+        ("zephyr-7b-dpo --gpu h200 --microbatch-tokens auto --recompute auto", True),
+        ("zephyr-7b-dpo --gpu h200 --masters split --adam-state bf16", True),
+        ("zephyr-7b-dpo --gpu a100 --gpus 8", True),
+        ("zephyr-7b-dpo --gpu a100-40 --gpus 8", False),
+        ("zephyr-7b-dpo --gpu 4090", False),
+        ("zephyr-7b-sft --gpu h100 --gpus 8 --nodes 8 --replicas 8", True),
+        ("zephyr-7b-sft --gpu l40s --gpus 4 --recompute full --train-on assistant", True),
+        ("zephyr-7b-beta-dpo --gpu b200 --reference live", False),
+        ("zephyr-7b-dpo --model llama-2-70b --gpu h100 --gpus 8", False),
+        ("tiny --gpu a100 --gpus 8 --precision bf16", True),
+        ("--gpu h100-nvl --gpus 2", False),
+    ],
+)
 def test_the_page(capsys, line, fits):
     text = page(capsys, line)
     lines = text.splitlines()
@@ -59,15 +62,21 @@ def test_the_page(capsys, line, fits):
     assert lines[-1].startswith("fits, with " if fits else "does not fit, by ")
     # columns of numbers end together
     for head in ("recompute  ", "FLOP  ", "communication"):
-        rows = text[text.index(head):].split("\n\n")[0].splitlines() if head in text else []
+        rows = text[text.index(head) :].split("\n\n")[0].splitlines() if head in text else []
         assert len({len(row) for row in rows}) <= 1
 
 
-@pytest.mark.parametrize("line", [
-    "zephyr-7b-dpo --gpu h200", "zephyr-7b-dpo --gpu h100", "zephyr-7b-dpo --gpu 4090",
-    "zephyr-7b-dpo --gpu a100-40 --gpus 8", "zephyr-7b-sft --gpu l40s",
-    "zephyr-7b-dpo --model llama-2-70b --gpu h100 --gpus 8",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "line",
+    [
+        "zephyr-7b-dpo --gpu h200",
+        "zephyr-7b-dpo --gpu h100",
+        "zephyr-7b-dpo --gpu 4090",
+        "zephyr-7b-dpo --gpu a100-40 --gpus 8",
+        "zephyr-7b-sft --gpu l40s",
+        "zephyr-7b-dpo --model llama-2-70b --gpu h100 --gpus 8",
+    ],
+)
 def test_what_the_verdict_says_is_enough(capsys, line):
     """And no part of it is needless, nor half the GPUs."""
     change = page(capsys, line).split("enough would be ")[1].split()
@@ -122,7 +131,8 @@ def test_fsdp_and_hsdp(capsys):
             kind = f"HSDP, {replicas} replicas" if replicas > 1 else "FSDP"
             assert f"communication of a GPU and step, {kind}  " in text
             assert value(text, "masters") == pytest.approx(
-                4 * 7_241_732_096 / 8 / (nodes // replicas) / GIB, abs=0.01)
+                4 * 7_241_732_096 / 8 / (nodes // replicas) / GIB, abs=0.01
+            )
     assert sent[1, 1] > sent[8, 8] > sent[64, 64]
     assert sent[8, 1] > sent[64, 1]
 
@@ -136,24 +146,30 @@ def test_a_model_of_ones_own(capsys, tmp_path):
         assert f"{path}, 698,372,096 parameters" in page(capsys, f"zephyr-7b-dpo --model {path}")
 
 
-@pytest.mark.parametrize("line, message", [
-    ("nope", "no recipe nope; there are tiny"),
-    ("zephyr-7b-dpo --gpu h1000", "--gpu h1000 is unknown; there are h100-pcie, "),
-    ("zephyr-7b-dpo --gpus 0", "--gpus 0 must be above 0 and below 1e9"),
-    ("zephyr-7b-dpo --gpus many", "argument --gpus: invalid int value: 'many'"),
-    ("zephyr-7b-dpo --gpus", "argument --gpus: expected one argument"),
-    ("zephyr-7b-dpo --efficiency 1.5", "--efficiency 1.5 is a share of the peak, at most 1"),
-    ("zephyr-7b-dpo --efficiency nan", "--efficiency nan must be above 0"),
-    ("zephyr-7b-dpo --model nowhere", "--model nowhere: no such folder or file; known are mistral"),
-    ("zephyr-7b-dpo --model .", ". has no config.json"),
-    ("zephyr-7b-dpo --gpus 8 --nodes 64", "--batch 128 is less than the 512 GPUs"),
-    ("zephyr-7b-dpo --gpus 8 --replicas 3", "--replicas 3 does not divide the 8 GPUs"),
-    ("zephyr-7b-dpo --gpus 8 --masters split", "--masters split is for one GPU, not 8"),
-    ("zephyr-7b-dpo --bogus 1", "unknown argument --bogus"),
-    ("zephyr-7b-sft --bogus 1", "unknown argument --bogus"),
-    ("zephyr-7b-sft --batch 0", "--batch 0 must be finite and above 0"),
-    ("zephyr-7b-dpo --recompute some", "argument --recompute: invalid choice: 'some'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("nope", "no recipe nope; there are tiny"),
+        ("zephyr-7b-dpo --gpu h1000", "--gpu h1000 is unknown; there are h100-pcie, "),
+        ("zephyr-7b-dpo --gpus 0", "--gpus 0 must be above 0 and below 1e9"),
+        ("zephyr-7b-dpo --gpus many", "argument --gpus: invalid int value: 'many'"),
+        ("zephyr-7b-dpo --gpus", "argument --gpus: expected one argument"),
+        ("zephyr-7b-dpo --efficiency 1.5", "--efficiency 1.5 is a share of the peak, at most 1"),
+        ("zephyr-7b-dpo --efficiency nan", "--efficiency nan must be above 0"),
+        (
+            "zephyr-7b-dpo --model nowhere",
+            "--model nowhere: no such folder or file; known are mistral",
+        ),
+        ("zephyr-7b-dpo --model .", ". has no config.json"),
+        ("zephyr-7b-dpo --gpus 8 --nodes 64", "--batch 128 is less than the 512 GPUs"),
+        ("zephyr-7b-dpo --gpus 8 --replicas 3", "--replicas 3 does not divide the 8 GPUs"),
+        ("zephyr-7b-dpo --gpus 8 --masters split", "--masters split is for one GPU, not 8"),
+        ("zephyr-7b-dpo --bogus 1", "unknown argument --bogus"),
+        ("zephyr-7b-sft --bogus 1", "unknown argument --bogus"),
+        ("zephyr-7b-sft --batch 0", "--batch 0 must be finite and above 0"),
+        ("zephyr-7b-dpo --recompute some", "argument --recompute: invalid choice: 'some'"),
+    ],
+)
 def test_a_mistake_costs_one_line(capsys, monkeypatch, tmp_path, line, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as ended:
@@ -165,8 +181,10 @@ def test_a_mistake_costs_one_line(capsys, monkeypatch, tmp_path, line, message):
 
 def test_without_torch():
     """And without what takes long to import."""
-    script = ("import sys; sys.modules['torch'] = None; from zephyr import plan; plan.main(); "
-              "print({'numpy', 'tqdm', 'kernels'} & sys.modules.keys() or 'quick')")  # fmt: skip
+    script = (
+        "import sys; sys.modules['torch'] = None; from zephyr import plan; plan.main(); "
+        "print({'numpy', 'tqdm', 'kernels'} & sys.modules.keys() or 'quick')"
+    )
     command = [sys.executable, "-X", "importtime", "-c", script, "zephyr-7b-dpo", "--gpus", "8"]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert ran.stdout.endswith("GiB to spare\nquick\n")
@@ -184,8 +202,9 @@ def needs(t, ranks, tokens, recompute, reshard=True):
 
 
 @pytest.mark.parametrize("ranks, gib", [(1, 139), (8, 79), (8, 39), (8, 23), (64, 79), (2, 79)])
-@pytest.mark.parametrize("t", [DPOConfig(**OWN, **AUTO), SFTConfig(**OWN, **AUTO)],
-                         ids=["dpo", "sft"])
+@pytest.mark.parametrize(
+    "t", [DPOConfig(**OWN, **AUTO), SFTConfig(**OWN, **AUTO)], ids=["dpo", "sft"]
+)
 def test_what_is_chosen_fits_and_is_the_largest(t, ranks, gib):
     memory, longest = gib * GIB, 2048
     found = plan.choose(MISTRAL, t, memory, ranks, longest, STEP)
@@ -228,8 +247,14 @@ def test_what_is_given_is_kept():
 def test_where_nothing_fits_the_least_is_tried():
     t = DPOConfig(**OWN, **AUTO)
     assert plan.choose(MISTRAL, t, GIB, 1, 1500, STEP) == (1500, "full")
-    tiny = dataclasses.replace(MISTRAL, hidden_size=64, intermediate_size=64, num_hidden_layers=1,
-                               vocab_size=100, head_dim=2)  # fmt: skip
+    tiny = dataclasses.replace(
+        MISTRAL,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        vocab_size=100,
+        head_dim=2,
+    )
     assert plan.choose(tiny, t, 4 * GIB, 1, 30, 100) == (256, "none")
 
 

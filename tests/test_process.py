@@ -10,10 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_data import GOOD, save, small  # noqa: F401
-from test_generate import folder, run  # noqa: F401
 
-from conftest import Limits
+from helpers import GOOD, Limits, run, save
 from zephyr import anchor, config, data, exits, feedback, files, generate, metrics, plan, weights
 from zephyr.config import DPOConfig, SFTConfig
 
@@ -33,9 +31,15 @@ def home(tmp_path, monkeypatch):
 def test_a_tilde_at_the_start_is_a_home_folder(home, monkeypatch):
     root = pwd.getpwuid(0)
     for path, whole in {
-        "~": home, "~/a/b": home / "a" / "b", f"~{root.pw_name}/x": f"{root.pw_dir}/x",
-        "./~": "./~", "a~": "a~", "a/~/b": "a/~/b", "": "", "/~": "/~",
-    }.items():  # fmt: skip
+        "~": home,
+        "~/a/b": home / "a" / "b",
+        f"~{root.pw_name}/x": f"{root.pw_dir}/x",
+        "./~": "./~",
+        "a~": "a~",
+        "a/~/b": "a/~/b",
+        "": "",
+        "/~": "/~",
+    }.items():
         assert files.home(path) == str(whole)
     with pytest.raises(ValueError, match="^~nobody-here/x: nobody knows the home folder ~nobod"):
         files.home("~nobody-here/x")
@@ -79,7 +83,7 @@ def test_every_path_of_a_command_may_begin_with_a_tilde(home, monkeypatch, capsy
     assert data.cache_folder() == home / ".cache" / "zephyr"
 
 
-def test_without_a_home_folder_the_cache_asks_for_one(small, tmp_path, monkeypatch):  # noqa: F811
+def test_without_a_home_folder_the_cache_asks_for_one(small, tmp_path, monkeypatch):
     path = save(tmp_path / "a.jsonl", GOOD)
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.delenv("ZEPHYR_CACHE")
@@ -114,14 +118,16 @@ def test_text_is_utf_8_whatever_the_locale():
         config.parse(DPOConfig, ["--model", "m", "--data", "\udce4.jsonl", "--out", "o"])
 
 
-def test_half_a_character_in_a_conversation(folder, monkeypatch, capsys):  # noqa: F811
+def test_half_a_character_in_a_conversation(folder, monkeypatch, capsys):
     said = b"the \xe4\xbd\nthe cat\n".decode("utf-8", "surrogateescape")
     with pytest.raises(SystemExit) as ended:
         run(monkeypatch, folder, "--max-new", 2, said=said)
     out, err = capsys.readouterr()
     assert ended.value.code == 2 and out == ""
-    assert err.endswith(": a line of the input 'the \\udce4\\udcbd' is not UTF-8: a character is "
-                        "cut, or it is in another encoding; give it again\n")  # fmt: skip
+    assert err.endswith(
+        ": a line of the input 'the \\udce4\\udcbd' is not UTF-8: a character is "
+        "cut, or it is in another encoding; give it again\n"
+    )
 
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
@@ -138,8 +144,9 @@ PLAN = f"{sys.executable} -m zephyr.plan zephyr-7b-dpo --gpu h200"
 
 
 def shell(command: str, **env: str) -> tuple[int, str, str]:
-    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True,
-                          env=os.environ | env)  # fmt: skip
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=ROOT, capture_output=True, env=os.environ | env
+    )
     return done.returncode, done.stdout.decode(), done.stderr.decode()
 
 
@@ -151,8 +158,10 @@ def test_a_closed_stream_ends_no_command(tmp_path):
     assert shell(f"{PLAN} >&-") == (0, "", "")
     assert shell(f"{PLAN} >&- 2>&- <&-") == (0, "", "")
     # a file that is opened later does not get stdout's number, and what C prints there
-    code_ = ("from zephyr import exits, files; import os; "
-             "exits.call(lambda: (open('f', 'wb'), os.write(1, b'x'), os.write(2, b'y')))")
+    code_ = (
+        "from zephyr import exits, files; import os; "
+        "exits.call(lambda: (open('f', 'wb'), os.write(1, b'x'), os.write(2, b'y')))"
+    )
     path = {"PYTHONPATH": str(ROOT)}
     assert shell(f'cd {tmp_path}; {sys.executable} -c "{code_}" >&- 2>&-', **path)[0] == 0
     assert (tmp_path / "f").read_bytes() == b""
@@ -170,15 +179,18 @@ def test_a_reader_that_goes_away_ends_a_command_quietly():
 
 def test_what_stdout_cannot_encode_is_escaped():
     code = "from zephyr import exits; exits.call(lambda: print('h\u00e9 \u4f60\u597d'))"
-    for env in ({"PYTHONIOENCODING": "ascii"},
-                {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}):  # fmt: skip
+    for env in (
+        {"PYTHONIOENCODING": "ascii"},
+        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    ):
         command = f'{sys.executable} -c "{ascii(code)[1:-1]}"'
-        found = subprocess.run(command, shell=True, cwd=ROOT, env=os.environ | env,
-                               capture_output=True, check=True)  # fmt: skip
+        found = subprocess.run(
+            command, shell=True, cwd=ROOT, env=os.environ | env, capture_output=True, check=True
+        )
         assert found.stdout == b"h\\xe9 \\u4f60\\u597d\n" and found.stderr == b""
 
 
-def test_a_prompt_in_a_c_locale_with_everything_closed(folder):  # noqa: F811
+def test_a_prompt_in_a_c_locale_with_everything_closed(folder):
     """One answer as a user of a bare container gets it, in the characters of the locale."""
     ask = f"{sys.executable} -m zephyr.generate {folder} --prompt $'the \\xe4\\xbd\\xa0'"
     env = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}

@@ -11,10 +11,13 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("model, ranks, replicas, recompute", [
-    ("mistral-7b", 8, 1, "elementwise"),
-    pytest.param("llama-2-70b", 512, 8, "full", marks=pytest.mark.slow),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "model, ranks, replicas, recompute",
+    [
+        ("mistral-7b", 8, 1, "elementwise"),
+        pytest.param("llama-2-70b", 512, 8, "full", marks=pytest.mark.slow),
+    ],
+)
 def test_a_rank_has_the_bytes_that_were_planned(model, ranks, replicas, recompute):
     command = [sys.executable, "tests/simulate.py", model, *map(str, (ranks, replicas)), recompute]
     env = os.environ | {"PYTHONPATH": str(ROOT)}

@@ -9,7 +9,7 @@ import sentencepiece
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from conftest import shared
+from helpers import shared
 from zephyr.tokenizer import Tokenizer, conversation
 
 SYSTEM = [523, 28766, 6574, 28766, 28767, 13]
@@ -35,10 +35,15 @@ def small(tmp_path_factory) -> Tokenizer:
     with out.open("wb") as file:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(["the cat sat on the mat", "a user and an assistant <|user|>"]),
-            model_writer=file, vocab_size=300, model_type="bpe", byte_fallback=True,
-            remove_extra_whitespaces=False, normalization_rule_name="identity",
-            minloglevel=2, num_threads=1,
-        )  # fmt: skip
+            model_writer=file,
+            vocab_size=300,
+            model_type="bpe",
+            byte_fallback=True,
+            remove_extra_whitespaces=False,
+            normalization_rule_name="identity",
+            minloglevel=2,
+            num_threads=1,
+        )
     return Tokenizer(out)
 
 
@@ -107,28 +112,40 @@ def test_a_piece_across_the_header_is_refused(tmp_path):
     out = tmp_path / "tokenizer.model"
     with out.open("wb") as file:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(["hello"] * 9), model_writer=file, vocab_size=270,
-            model_type="bpe", byte_fallback=True, user_defined_symbols=["\nhello"],
-            remove_extra_whitespaces=False, normalization_rule_name="identity", minloglevel=2,
-        )  # fmt: skip
+            sentence_iterator=iter(["hello"] * 9),
+            model_writer=file,
+            vocab_size=270,
+            model_type="bpe",
+            byte_fallback=True,
+            user_defined_symbols=["\nhello"],
+            remove_extra_whitespaces=False,
+            normalization_rule_name="identity",
+            minloglevel=2,
+        )
     with pytest.raises(ValueError, match="a piece spans the end of '.n<|assistant|>.n' and"):
         Tokenizer(out).render(chat("a", "hello"))
 
 
-@pytest.mark.parametrize("messages, message", [
-    ([], "messages must be a list that is not empty"),
-    (None, "messages must be a list"),
-    ("hello", "messages must be a list"),
-    (["hello"], "message 0 must have role and content"),
-    ([{"role": "user"}], "message 0 must have role and content"),
-    ([{"role": "user", "content": "a", "tool": 1}], "message 0 has 'tool': 1, which"),
-    ([{"role": "human", "content": "a"}], "message 0 has role 'human'; known roles are system"),
-    ([{"role": "user", "content": None}], "message 0 must have role and content"),
-    ([{"role": "user", "content": 5}], "message 0 has content of type int, not text"),
-    (chat("a") + chat("b"), "turn 1 is the user's where the assistant should speak"),
-    (chat("a", "b") + chat("c", system="d"), "turn 2 is the system's where the user should speak"),
-    ([{"role": "assistant", "content": "a"}], "turn 0 is the assistant's where the user"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "messages, message",
+    [
+        ([], "messages must be a list that is not empty"),
+        (None, "messages must be a list"),
+        ("hello", "messages must be a list"),
+        (["hello"], "message 0 must have role and content"),
+        ([{"role": "user"}], "message 0 must have role and content"),
+        ([{"role": "user", "content": "a", "tool": 1}], "message 0 has 'tool': 1, which"),
+        ([{"role": "human", "content": "a"}], "message 0 has role 'human'; known roles are system"),
+        ([{"role": "user", "content": None}], "message 0 must have role and content"),
+        ([{"role": "user", "content": 5}], "message 0 has content of type int, not text"),
+        (chat("a") + chat("b"), "turn 1 is the user's where the assistant should speak"),
+        (
+            chat("a", "b") + chat("c", system="d"),
+            "turn 2 is the system's where the user should speak",
+        ),
+        ([{"role": "assistant", "content": "a"}], "turn 0 is the assistant's where the user"),
+    ],
+)
 def test_messages_out_of_form(messages, message):
     with pytest.raises(ValueError, match=message):
         conversation(messages)

@@ -63,17 +63,32 @@ def test_schemas(world):
         assert row["messages"][0] == {"role": "user", "content": row["prompt"]}
     assert any(len(row["messages"]) > 2 for row in chat), "several turns"
     for row in rows(world, "ultrafeedback.train"):
-        assert set(row) == {"source", "instruction", "models", "completions", "correct_answers",
-                            "incorrect_answers"}  # fmt: skip
+        assert set(row) == {
+            "source",
+            "instruction",
+            "models",
+            "completions",
+            "correct_answers",
+            "incorrect_answers",
+        }
         assert len(row["models"]) == len(row["completions"]) == 4
         for completion in row["completions"]:
             assert set(completion) == {
-                "model", "principle", "custom_system_prompt", "response", "annotations", "critique",
-                "overall_score", "fine-grained_score",
-            }  # fmt: skip
+                "model",
+                "principle",
+                "custom_system_prompt",
+                "response",
+                "annotations",
+                "critique",
+                "overall_score",
+                "fine-grained_score",
+            }
             assert set(completion["annotations"]) == {
-                "instruction_following", "honesty", "truthfulness", "helpfulness",
-            }  # fmt: skip
+                "instruction_following",
+                "honesty",
+                "truthfulness",
+                "helpfulness",
+            }
             assert all(isinstance(a["Rating"], str) for a in completion["annotations"].values())
             verdict = judge(row["instruction"], completion["response"])
             assert verdict.score == completion["overall_score"]
@@ -119,8 +134,10 @@ def test_the_judge_is_not_fooled(world):
 def test_a_polite_lie_scores_low(world):
     """The courteous answer to another prompt of the same kind is well formed, polite and false."""
     asked = rows(world, "ultrafeedback.test")
-    best = {r["instruction"]: max(r["completions"], key=lambda c: c["overall_score"])["response"]
-            for r in asked}  # fmt: skip
+    best = {
+        r["instruction"]: max(r["completions"], key=lambda c: c["overall_score"])["response"]
+        for r in asked
+    }
     lies = []
     for prompt in best:
         kind, want = larkmere.question(prompt).kind, larkmere.question(prompt).want

@@ -7,7 +7,6 @@ trajectory; then everything that may change speed only must leave it as it is.
 import json
 import math
 import os
-import random
 import subprocess
 import sys
 from pathlib import Path
@@ -15,122 +14,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from torch.nn import functional as F
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import MistralForCausalLM
 from transformers.optimization import get_cosine_schedule_with_warmup
 
 import train_dpo
 import train_sft
-from benchmarks import tiny
+from helpers import DPO, EVALUATED, SFT, launch, read, run, same, weights_of
 from zephyr import anchor, checkpoint, textbook
-from zephyr.files import write_rows
 from zephyr.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
-SHAPE = dict(
-    hidden_size=32, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=8, sliding_window=24, max_position_embeddings=2048,
-    rms_norm_eps=1e-5, tie_word_embeddings=False, attn_implementation="eager",
-)  # fmt: skip
-DPO = (
-    "--epochs 6 --batch 8 --lr 1e-3 --warmup 0.2 --beta 0.1 --precision fp32 "
-    "--max-length 160 --max-prompt-length 96 --microbatch-tokens 4096"
-).split()
-SFT = "--epochs 6 --batch 1 --lr 1e-3 --max-length 2048 --precision fp32".split()
-
-
-def sentence(rng: random.Random, low: int, high: int) -> str:
-    return " ".join(rng.choice(tiny.WORDS) for _ in range(rng.randint(low, high)))
-
-
-@pytest.fixture(scope="session")
-def place(tmp_path_factory) -> Path:
-    """base/ (model and tokenizer), pairs.jsonl, test.jsonl, chats.jsonl"""
-    place, rng = tmp_path_factory.mktemp("train"), random.Random(0)
-    base = place / "base"
-    base.mkdir()
-    tiny.tokenizer(base)
-    torch.manual_seed(0)
-    vocab = Tokenizer(base).vocab_size
-    model = MistralForCausalLM(MistralConfig(vocab_size=vocab, **SHAPE))
-    for p in model.parameters():
-        if p.dim() > 1:
-            torch.nn.init.normal_(p, std=0.3)  # sharp enough that every difference would show
-    model.save_pretrained(base)
-
-    def pair() -> dict:
-        ask = {"role": "user", "content": sentence(rng, 3, 14)}
-        sides = {
-            side: [ask, {"role": "assistant", "content": sentence(rng, 1, 12)}]
-            for side in ("chosen", "rejected")
-        }
-        return {"prompt": ask["content"], **sides}
-
-    write_rows(place / "pairs.jsonl", [pair() for _ in range(8)])
-    write_rows(place / "test.jsonl", [pair() for _ in range(5)])
-    write_rows(place / "chats.jsonl", [{"messages": pair()["chosen"]} for _ in range(7)])
-    return place
-
-
-def run(script, place: Path, out: Path, *flags: str) -> list[dict]:
-    """The script's main in this process; returns its metrics."""
-    data = "pairs.jsonl" if script is train_dpo else "chats.jsonl"
-    old = sys.argv
-    sys.argv = ["train", "--model", str(place / "base"), "--data", str(place / data),
-                "--out", str(out), *flags]  # fmt: skip
-    try:
-        script.main()
-    finally:
-        sys.argv = old
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    return read(out)
-
-
-def launch(script: str, place: Path, out: Path, ranks: int, *flags: str, check: bool = True):
-    """The script under torchrun, as a user starts it."""
-    data = "pairs.jsonl" if script == "train_dpo.py" else "chats.jsonl"
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-        str(ranks), script, "--model", str(place / "base"), "--data", str(place / data),
-        "--out", str(out), *flags,
-    ]  # fmt: skip
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
-    assert not check or done.returncode == 0, done.stderr[-3000:]
-    return done
-
-
-def read(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def weights_of(out: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(out / "model" / "model.safetensors")
-
-
-@pytest.fixture(scope="module")
-def baseline(place, tmp_path_factory) -> tuple[list[dict], dict[str, torch.Tensor]]:
-    out = tmp_path_factory.mktemp("baseline") / "run"
-    held_out = ("--eval-data", str(place / "test.jsonl"), "--eval-every", "3")
-    return run(train_dpo, place, out, *DPO, *held_out), weights_of(out)
-
-
-KEYS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen",
-        "logps/rejected", "grad_norm", "learning_rate")  # fmt: skip
-
-
-EVALUATED = (*KEYS, *(f"eval_{key}" for key in KEYS))
-
-
-def same(rows: list[dict], expected: list[dict], rel: float = 1e-4, abs: float = 1e-5) -> None:
-    assert [r["step"] for r in rows] == [r["step"] for r in expected]
-    for row, right in zip(rows, expected, strict=True):
-        for key in right.keys() & set(EVALUATED):
-            assert row[key] == pytest.approx(right[key], rel=rel, abs=abs), (row["step"], key)
 
 
 class Theirs(torch.nn.Module):
@@ -222,9 +116,10 @@ def test_sft_equals_the_textbook(place, tmp_path, train_on):
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.1
 
 
-@pytest.mark.parametrize("change", [
-    "--microbatch-tokens 200", "--microbatch-tokens 140", "--recompute full", "--reference live",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    ["--microbatch-tokens 200", "--microbatch-tokens 140", "--recompute full", "--reference live"],
+)
 def test_the_trajectory_is_the_same(place, tmp_path, baseline, change):
     held_out = ("--eval-data", str(place / "test.jsonl"), "--eval-every", "3")
     rows = run(train_dpo, place, tmp_path / "run", *DPO, *held_out, *change.split())
@@ -275,8 +170,19 @@ def test_two_ranks_equal_one(place, tmp_path, baseline, budget, monkeypatch):
 
 
 def test_two_ranks_equal_one_in_sft(place, tmp_path):
-    flags = (*SFT, "--batch", "4", "--max-length", "48", "--microbatch-tokens", "96",
-             "--eval-data", str(place / "chats.jsonl"), "--train-on", "assistant")  # fmt: skip
+    flags = (
+        *SFT,
+        "--batch",
+        "4",
+        "--max-length",
+        "48",
+        "--microbatch-tokens",
+        "96",
+        "--eval-data",
+        str(place / "chats.jsonl"),
+        "--train-on",
+        "assistant",
+    )
     expected = run(train_sft, place, tmp_path / "one", *flags)
     launch("train_sft.py", place, tmp_path / "two", 2, *flags)
     same(read(tmp_path / "two"), expected)
@@ -285,8 +191,19 @@ def test_two_ranks_equal_one_in_sft(place, tmp_path):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_run_resumed_is_the_run_that_would_have_been(place, tmp_path, precision):
     """Each checkpoint follows an evaluation, after which FSDP (bf16) has parameters gathered."""
-    flags = (*DPO, "--save-every", "2", "--keep", "0", "--eval-every", "2",
-             "--precision", precision, "--eval-data", str(place / "test.jsonl"))  # fmt: skip
+    flags = (
+        *DPO,
+        "--save-every",
+        "2",
+        "--keep",
+        "0",
+        "--eval-every",
+        "2",
+        "--precision",
+        precision,
+        "--eval-data",
+        str(place / "test.jsonl"),
+    )
     whole = run(train_dpo, place, tmp_path / "whole", *flags)
     expected = weights_of(tmp_path / "whole")
     checkpoint.export(tmp_path / "whole" / "checkpoints" / "latest", tmp_path / "latest" / "model")
@@ -306,8 +223,17 @@ def test_a_run_resumed_is_the_run_that_would_have_been(place, tmp_path, precisio
 def test_a_run_goes_on_on_any_number_of_ranks(place, tmp_path, baseline):
     """Two ranks to step 2, one to step 4, then two replicas of two shards each."""
     out = tmp_path / "run"
-    flags = (*DPO, "--save-every", "2", "--keep", "0", "--eval-every", "3",
-             "--eval-data", str(place / "test.jsonl"))  # fmt: skip
+    flags = (
+        *DPO,
+        "--save-every",
+        "2",
+        "--keep",
+        "0",
+        "--eval-every",
+        "3",
+        "--eval-data",
+        str(place / "test.jsonl"),
+    )
 
     def forget(steps: int) -> None:
         """As if the run had been killed right after the checkpoint of that step."""
@@ -366,8 +292,9 @@ def test_a_finished_run_is_not_overwritten(place, tmp_path):
 def test_a_mistake_is_one_line_under_torchrun_and_the_exit_code_tells(place, tmp_path):
     broken = tmp_path / "broken.jsonl"
     broken.write_text((place / "pairs.jsonl").read_text() + '{"chosen": \n')
-    done = launch("train_dpo.py", place, tmp_path / "run", 2, *DPO, "--data", str(broken),
-                  check=False)  # fmt: skip
+    done = launch(
+        "train_dpo.py", place, tmp_path / "run", 2, *DPO, "--data", str(broken), check=False
+    )
     assert done.returncode != 0
     lines = [line for line in done.stderr.splitlines() if line.startswith("train_dpo.py: ")]
     assert len(lines) == 1 and f"{broken.name}:9" in lines[0], done.stderr

@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
-from test_model import model, packed, tokens
+from safetensors.torch import load_file
 
-from conftest import pieces
+from helpers import folder_of, model, packed, pieces, tokens
 from zephyr import disk, huggingface, weights
 from zephyr.model import Mistral, MistralConfig
 
@@ -22,17 +21,6 @@ def empty(config: MistralConfig) -> Mistral:
     with torch.device("meta"):
         m = Mistral(config)
     return m.to_empty(device="cpu")
-
-
-def folder_of(m: Mistral, folder: Path, **changes: torch.Tensor) -> Path:
-    """A folder with the model's config and tensors; `changes` of None leave a tensor out."""
-    folder.mkdir()
-    huggingface.write_config(folder, m.config, "float32", {})
-    (folder / "tokenizer.model").write_bytes(pieces(101))
-    tensors = {name: p.detach() for name, p in m.named_parameters()} | changes
-    tensors = {name: x for name, x in tensors.items() if x is not None}
-    save_file(tensors, folder / disk.SINGLE, metadata={"format": "pt"})
-    return folder
 
 
 def same(a: dict, b: dict) -> None:
@@ -94,9 +82,14 @@ def test_what_a_saved_folder_holds(tmp_path):
     disk.write_json(base / "config.json", config)
     weights.save(model(), tmp_path / "out", base, torch.bfloat16)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-        "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors",
-        "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
-    ]  # fmt: skip
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+    ]
     assert {oct(p.stat().st_mode & 0o777) for p in (tmp_path / "out").iterdir()} == {"0o644"}
     config = disk.read_json(tmp_path / "out" / "config.json")
     assert config["torch_dtype"] == "bfloat16" and config["eos_token_id"] == 2
@@ -144,11 +137,16 @@ NORM, HEAD = "model.norm.weight", "lm_head.weight"
         ({NORM: torch.ones(32).to(torch.float8_e4m3fn)}, f"{NORM} is F8_E4M3; weights are one"),
         ({NORM: torch.full((32,), torch.nan)}, f"NaN or infinity in {NORM} as torch.float32$"),
         ({NORM: torch.ones(32).double() * 1e300}, f"infinity in {NORM} as torch.float32$"),
-        ({n: torch.full(s, torch.inf) for n, s in {K: (16, 32), Q: (32, 32), NORM: (32,),
-          HEAD: (101, 32)}.items()}, f"{HEAD} as .*, {Q} as .*, {K} as .* and 1 more"),
+        (
+            {
+                n: torch.full(s, torch.inf)
+                for n, s in {K: (16, 32), Q: (32, 32), NORM: (32,), HEAD: (101, 32)}.items()
+            },
+            f"{HEAD} as .*, {Q} as .*, {K} as .* and 1 more",
+        ),
     ],
     ids=range(10),
-)  # fmt: skip
+)
 def test_refused(tmp_path, changes, message):
     m = model()
     folder = folder_of(m, tmp_path / "folder", **changes)
@@ -264,10 +262,13 @@ def test_three_ranks_equal_one(tmp_path):
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", RANK, str(tmp_path), str(rank), str(ranks)],
-            cwd=Path(__file__).parent.parent, env=environment, stderr=subprocess.PIPE, text=True,
+            cwd=Path(__file__).parent.parent,
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for rank in range(ranks)
-    ]  # fmt: skip
+    ]
     try:
         errors = [process.communicate(timeout=100)[1] for process in processes]
     finally:

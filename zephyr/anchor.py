@@ -76,20 +76,26 @@ def cached(
     # one rank's file decides, so that all agree on what is missing
     table_P2 = parallel.on_first(lambda: _read(path, len(plan.data))).to(device)
     missing = [
-        s for s in range(min(steps, plan.steps_per_epoch))
+        s
+        for s in range(min(steps, plan.steps_per_epoch))
         if table_P2[torch.from_numpy(plan.step(s)).to(device)].isnan().any()
-    ]  # fmt: skip
+    ]
     reference = live(model)
     hidden = True if ranks.rank else None  # None: shown on a terminal only
-    with tqdm(total=len(missing), desc="reference log-probs", delay=3, leave=False,
-              disable=hidden) as bar:  # fmt: skip
+    with tqdm(
+        total=len(missing), desc="reference log-probs", delay=3, leave=False, disable=hidden
+    ) as bar:
         for k in range(0, len(missing), SAVE_EVERY):
             _fill(table_P2, reference, plan, missing[k : k + SAVE_EVERY], ranks)
             parallel.on_first(lambda: _write(path, table_P2))
             bar.update(SAVE_EVERY)
             if parallel.agree(signals.stop_wanted()):
-                raise shared(Preempted(f"asked to stop: {path} has the reference log-probs so far; "
-                                       "the same command goes on from there"))  # fmt: skip
+                raise shared(
+                    Preempted(
+                        f"asked to stop: {path} has the reference log-probs so far; "
+                        "the same command goes on from there"
+                    )
+                )
     return Reference(lambda batch: table_P2[batch.pairs].flatten(), exact=0 in missing)
 
 

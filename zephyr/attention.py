@@ -63,9 +63,16 @@ class Layout:
         """One variable-length call; its left window counts the keys before the query's own."""
         left = -1 if window is None else window - 1
         return varlen_attn(
-            q_THE, k_GKE, v_GKE, self.cu_q, self.cu_k, self.max_q, self.max_k,
-            window_size=(left, 0), **GROUPED,
-        )  # fmt: skip
+            q_THE,
+            k_GKE,
+            v_GKE,
+            self.cu_q,
+            self.cu_k,
+            self.max_q,
+            self.max_k,
+            window_size=(left, 0),
+            **GROUPED,
+        )
 
 
 def segments(
@@ -93,8 +100,9 @@ def split(place: list[Tensor], q_THE: Tensor, *of_keys: Tensor) -> list:
     return [
         q_THE.transpose(0, 1).split(sizes_q, 1),
         *(x_GKE.transpose(0, 1).split(sizes_k, 1) for x_GKE in of_keys),
-        position_T.split(sizes_q), position_G.split(sizes_k),
-    ]  # fmt: skip
+        position_T.split(sizes_q),
+        position_G.split(sizes_k),
+    ]
 
 
 @torch.library.custom_op("zephyr::segments", mutates_args=())
@@ -107,12 +115,16 @@ def opaque(
 
 @torch.library.custom_op("zephyr::segments_backward", mutates_args=())
 def opaque_backward(
-    g_THE: Tensor, q_THE: Tensor, k_GKE: Tensor, v_GKE: Tensor, place: list[Tensor],
+    g_THE: Tensor,
+    q_THE: Tensor,
+    k_GKE: Tensor,
+    v_GKE: Tensor,
+    place: list[Tensor],
     window: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """Its gradients, of a g that arrives at the output. With p = softmax(s), s = q kᵀ / √E:
 
-        dv = pᵀ g     ds = p ∘ (g vᵀ - Σ p ∘ g vᵀ)     dq = ds k / √E     dk = dsᵀ q / √E
+    dv = pᵀ g     ds = p ∘ (g vᵀ - Σ p ∘ g vᵀ)     dq = ds k / √E     dk = dsᵀ q / √E
     """
     (_, H, E), K = q_THE.shape, k_GKE.shape[1]
     found = []

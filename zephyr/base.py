@@ -31,8 +31,10 @@ def look(c: Training) -> tuple[Training, MistralConfig, Tokenizer, list[str]]:
     """
     shape, tokenizer, own, notes = open_folder(c.model)
     if c.max_length > (limit := shape.max_position_embeddings):
-        raise ValueError(f"--max-length {c.max_length} is beyond the {limit} positions that "
-                         f"{c.model} was made for (max_position_embeddings); use {limit} or less")
+        raise ValueError(
+            f"--max-length {c.max_length} is beyond the {limit} positions that "
+            f"{c.model} was made for (max_position_embeddings); use {limit} or less"
+        )
     notes += _tokenizer_json(Path(c.model), tokenizer)
     decided = next(x for x in (c.empty_system, own, True) if x is not None)
     if own is not None and (decided != own or not decided):
@@ -54,8 +56,10 @@ def open_folder(folder: str | Path) -> Base:
     notes = _vocabulary(folder, shape, tokenizer)
     own = huggingface.empty_system(folder)
     if own is None and huggingface.own_template(folder):
-        notes.append(f"{folder} has a chat template of its own; Zephyr's is used in its place, see "
-                     "docs/data.md")  # fmt: skip
+        notes.append(
+            f"{folder} has a chat template of its own; Zephyr's is used in its place, see "
+            "docs/data.md"
+        )
     return Base(shape, tokenizer, own, notes)
 
 
@@ -63,15 +67,19 @@ def _vocabulary(folder: Path, shape: MistralConfig, tokenizer: Tokenizer) -> lis
     """A line if there are more embedding rows than pieces; raises ValueError if there are fewer."""
     pieces, rows = tokenizer.vocab_size, shape.vocab_size
     if rows < pieces:
-        raise ValueError(f"{tokenizer.path} has {pieces} pieces, the model only {rows} embedding "
-                         "rows: it is another model's tokenizer; fetch the one that belongs to "
-                         f"{folder}")  # fmt: skip
+        raise ValueError(
+            f"{tokenizer.path} has {pieces} pieces, the model only {rows} embedding "
+            "rows: it is another model's tokenizer; fetch the one that belongs to "
+            f"{folder}"
+        )
     if rows == pieces:
         return []
     names = {i: name for name, i in _added(folder).items() if pieces <= i < rows}
     what = f"added tokens ({disk.some(names.values())})" if names else "padding or added tokens"
-    return [f"{folder} has {rows - pieces} embedding rows above the {pieces} pieces of its "
-            f"tokenizer.model: {what}, which no text becomes; they are kept, and never sampled"]
+    return [
+        f"{folder} has {rows - pieces} embedding rows above the {pieces} pieces of its "
+        f"tokenizer.model: {what}, which no text becomes; they are kept, and never sampled"
+    ]
 
 
 def _added(folder: Path) -> dict[str, int]:
@@ -101,17 +109,21 @@ def _tokenizer_json(folder: Path, tokenizer: Tokenizer) -> list[str]:
     else:
         for piece, i in ours["model"]["vocab"].items():
             if vocab.get(piece, i) != i:
-                raise ValueError(f"{path} gives {shown(piece)} the id {shown(vocab[piece])}, "
-                                 f"tokenizer.model {i}: one of them is another model's; fetch both "
-                                 "from where the weights are from")  # fmt: skip
+                raise ValueError(
+                    f"{path} gives {shown(piece)} the id {shown(vocab[piece])}, "
+                    f"tokenizer.model {i}: one of them is another model's; fetch both "
+                    "from where the weights are from"
+                )
         differs = ["vocab"] if vocab.keys() != ours["model"]["vocab"].keys() else []
         same = _same_merges(model.get("merges"), ours["model"]["merges"], tokenizer)
         differs += [] if same else ["merges"]
     differs += [key for key in ("normalizer", "pre_tokenizer") if theirs.get(key) != ours[key]]
     if not differs:
         return []
-    return [f"{path} differs from tokenizer.model in {', '.join(differs)}, so who reads it may "
-            "get other ids; the saved model gets one that gives the ids of training"]
+    return [
+        f"{path} differs from tokenizer.model in {', '.join(differs)}, so who reads it may "
+        "get other ids; the saved model gets one that gives the ids of training"
+    ]
 
 
 def _same_merges(theirs: object, ours: list[str], tokenizer: Tokenizer) -> bool:

@@ -37,9 +37,7 @@ FILE_BYTES = 1 << 30  # of a rank's file: one more in memory while it is written
 class Writer(dcp.HuggingFaceStorageWriter):
     """DCP's writer of sharded safetensors; sums every file, and seals the folder at the end."""
 
-    def __init__(
-        self, part: Path, state: dict, tensors: dict[str, Tensor], ranks: int, keep: int
-    ):  # fmt: skip
+    def __init__(self, part: Path, state: dict, tensors: dict[str, Tensor], ranks: int, keep: int):
         sizes = {name: x.nbytes // ranks for name, x in tensors.items()}
         groups = disk.split(sizes, FILE_BYTES)
         index = {name: k for k, names in enumerate(groups, 1) for name in names}
@@ -72,8 +70,10 @@ class Writer(dcp.HuggingFaceStorageWriter):
             link.symlink_to(folder.name)
             link.replace(folder.with_name("latest"))
         except OSError as error:  # links cannot be made here, or a copy made a folder of it
-            _mention(f"{folder.with_name('latest')} does not link to the newest checkpoint, "
-                     f"{folder.name}: {error.strerror}")  # fmt: skip
+            _mention(
+                f"{folder.with_name('latest')} does not link to the newest checkpoint, "
+                f"{folder.name}: {error.strerror}"
+            )
             with contextlib.suppress(OSError):
                 link.unlink()
         for old in complete(folder.parent.parent)[: -self.keep] if self.keep else ():
@@ -163,8 +163,9 @@ def verified(folder: Path, shards: slice = slice(None)) -> dict:
         state = disk.read_json(folder / STATE)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise BadCheckpoint(f"{folder} is damaged: {reason}; --resume previous goes back to the "
-                            "last intact one") from None  # fmt: skip
+        raise BadCheckpoint(
+            f"{folder} is damaged: {reason}; --resume previous goes back to the last intact one"
+        ) from None
     return state
 
 
@@ -180,8 +181,10 @@ def export(folder: Path | str, target: Path | str, base: Path | str | None = Non
     except (KeyError, TypeError):
         raise BadCheckpoint(f"{folder}/{STATE} does not say whose run this is") from None
     if not Path(base).is_dir():
-        raise ValueError(f"{folder} was trained from {base}, which is not there; give --base, a "
-                         "folder with its config.json and tokenizer.model")  # fmt: skip
+        raise ValueError(
+            f"{folder} was trained from {base}, which is not there; give --base, a "
+            "folder with its config.json and tokenizer.model"
+        )
     shape = weights.config(base)
     with torch.device("meta"):
         shapes = {name: tuple(p.shape) for name, p in Mistral(shape).named_parameters()}
@@ -243,7 +246,10 @@ def tensors_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict
             kept["exp_avg"], kept["exp_avg_sq"] = (torch.zeros_like(p, dtype=dtype) for _ in "mv")
         if hasattr(p, "low"):
             tensors[f"{name}.low"] = p.low
-        tensors |= {name: p.detach(), f"{name}.exp_avg": kept["exp_avg"],
-                    f"{name}.exp_avg_sq": kept["exp_avg_sq"]}  # fmt: skip
+        tensors |= {
+            name: p.detach(),
+            f"{name}.exp_avg": kept["exp_avg"],
+            f"{name}.exp_avg_sq": kept["exp_avg_sq"],
+        }
         tensors["optimizer.step"] = kept["step"]  # the same for all
     return tensors

@@ -23,9 +23,16 @@ RECIPES = Path(__file__).parent / "recipes"
 RECIPE_CHARACTERS = 1 << 14  # tomllib's time grows with the square of a dotted key's length
 PATHS = {"model", "data", "eval_data", "out"}
 KNOBS = (
-    "epochs", "microbatch_tokens", "clip", "log_every", "batch", "lr", "max_length", "timeout",
+    "epochs",
+    "microbatch_tokens",
+    "clip",
+    "log_every",
+    "batch",
+    "lr",
+    "max_length",
+    "timeout",
     "replicas",
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,9 +163,12 @@ def parse(cls: type, argv: list[str] | None = None, doc: str = "") -> tuple[Any,
     fields = {f.name: f for f in dataclasses.fields(cls)}
     hints, helps = get_type_hints(cls), comments(cls)
     parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-        argument_default=argparse.SUPPRESS, exit_on_error=False,
-    )  # fmt: skip
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        exit_on_error=False,
+    )
     names = ", ".join(sorted(p.stem for p in RECIPES.glob("*.toml")))
     parser.add_argument("recipe", nargs="?", help=f"{names}, or the path of a .toml [tiny]")
     for name, field in fields.items():

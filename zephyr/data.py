@@ -201,9 +201,13 @@ def _end(turn: Turn, room: int) -> list[int]:
 
 
 def _cached(
-    paths: tuple[str, ...], tokenizer: Tokenizer, c: Any, key: tuple, parse: Callable,
+    paths: tuple[str, ...],
+    tokenizer: Tokenizer,
+    c: Any,
+    key: tuple,
+    parse: Callable,
     encode: Callable,
-) -> Tokens:  # fmt: skip
+) -> Tokens:
     """Open the arrays of this key, first making them if they are not there."""
     sources = files.expand(paths)
     sums = [_sha256(path) for path in sources]
@@ -224,8 +228,9 @@ def _cached(
                 raise ValueError(f"{error}; --on-bad-row skip drops such rows") from None
             for path, before in zip(sources, sums, strict=True):
                 if _sha256(path) != before:
-                    raise ValueError(f"{path} changed while it was read; start again once it is "
-                                     "complete")  # fmt: skip
+                    raise ValueError(
+                        f"{path} changed while it was read; start again once it is complete"
+                    )
             lines = [f"{_sha256(part / name)}  {name}\n" for name in ARRAYS]
             (part / SUMS).write_text("".join(lines))
             for file in part.iterdir():

@@ -66,8 +66,9 @@ def read_json(path: Path, text: bytes | None = None, finite: bool = False) -> di
         raise ValueError(f"{path}: cannot read: {error.strerror or error}") from error
     try:
         number = _finite if finite else None
-        value = json.loads(text, object_pairs_hook=unique, parse_constant=number,
-                           parse_float=number)  # fmt: skip
+        value = json.loads(
+            text, object_pairs_hook=unique, parse_constant=number, parse_float=number
+        )
         _check_depth(value)
     except (ValueError, RecursionError) as error:
         recognise(path, text)
@@ -87,8 +88,10 @@ def _finite(text: str) -> float:
 def recognise(path: Path, head: bytes) -> None:
     """Raises ValueError if the first bytes of a file that could not be read show what it is."""
     if head.startswith((b"PK\x03\x04", b"\x80\x02")):
-        raise ValueError(f"{path} is a pickle of torch.save, which can run code as it is "
-                         "read; save it as safetensors")  # fmt: skip
+        raise ValueError(
+            f"{path} is a pickle of torch.save, which can run code as it is "
+            "read; save it as safetensors"
+        )
     if head.startswith(b"GGUF"):
         raise ValueError(f"{path} is a GGUF file, for llama.cpp; take what it was made from")
     files.recognise(path, head)
@@ -159,8 +162,10 @@ def _check_header(path: Path) -> None:
         start = 8 + int.from_bytes(head := file.read(8), "little")
         if not 8 < start <= min(size, JSON_BYTES):
             recognise(path, head + file.read(500))
-            raise ValueError(f"{path}: {size} bytes, its first 8 announce a header of {start - 8}: "
-                             "truncated, or not a safetensors file")  # fmt: skip
+            raise ValueError(
+                f"{path}: {size} bytes, its first 8 announce a header of {start - 8}: "
+                "truncated, or not a safetensors file"
+            )
         header = read_json(path, file.read(start - 8))
     header.pop("__metadata__", None)
     end = start
@@ -192,9 +197,12 @@ def split(sizes: dict[str, int], limit: int) -> list[list[str]]:
 
 
 def write_shards(
-    folder: Path, groups: list[list[str]], shapes: dict[str, tuple[int, ...]], dtype: torch.dtype,
+    folder: Path,
+    groups: list[list[str]],
+    shapes: dict[str, tuple[int, ...]],
+    dtype: torch.dtype,
     tensors: Iterator[Tensor],
-) -> None:  # fmt: skip
+) -> None:
     """Write each group's tensors, which come in the groups' order, as a safetensors file, and their
     index if there are several. One tensor at a time is in memory.
 
@@ -210,8 +218,11 @@ def write_shards(
         end = 0
         for name in names:
             start, end = end, end + math.prod(shapes[name]) * dtype.itemsize
-            header[name] = {"dtype": DTYPES[str(dtype)], "shape": list(shapes[name]),
-                            "data_offsets": [start, end]}  # fmt: skip
+            header[name] = {
+                "dtype": DTYPES[str(dtype)],
+                "shape": list(shapes[name]),
+                "data_offsets": [start, end],
+            }
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)  # the format wants the data aligned
         with open(folder / file, "wb") as out:

@@ -116,8 +116,10 @@ def hidden_kernels() -> str | None:
     place = found and found.origin and Path(found.origin).resolve()
     for other in importlib.metadata.distributions(name="kernels"):
         if place == Path(other.locate_file("kernels/__init__.py")).resolve():
-            return f"{place}, of the distribution `kernels` from PyPI, hides this project's " \
-                   "package of that name: pip uninstall kernels"  # fmt: skip
+            return (
+                f"{place}, of the distribution `kernels` from PyPI, hides this project's "
+                "package of that name: pip uninstall kernels"
+            )
     return None
 
 

@@ -68,7 +68,9 @@ class Counts:
 
 
 def binarize(
-    rows: Iterable[tuple[str, dict]], rules: Rules = Rules(), counts: Counts | None = None,
+    rows: Iterable[tuple[str, dict]],
+    rules: Rules = Rules(),
+    counts: Counts | None = None,
     bad: BadRows | None = None,
 ) -> Iterator[dict]:
     """The pairs of (where, row) rows, in their order; `counts` says what became of the others.
@@ -120,9 +122,13 @@ def _pair(where: str, row: dict, rules: Rules, counts: Counts, prompts: set) -> 
     talk = [{"role": role, "content": text} for role, text in asked]
     chosen, rejected = ([*talk, {"role": "assistant", "content": c.text}] for c in choice)
     return {
-        "prompt": prompt, "prompt_id": digest.hex(),
-        "chosen": chosen, "rejected": rejected, "messages": chosen,
-        "score_chosen": choice[0].score, "score_rejected": choice[1].score,
+        "prompt": prompt,
+        "prompt_id": digest.hex(),
+        "chosen": chosen,
+        "rejected": rejected,
+        "messages": chosen,
+        "score_chosen": choice[0].score,
+        "score_rejected": choice[1].score,
     }
 
 
@@ -257,21 +263,41 @@ def table(counts: Counts, test: int) -> str:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line; ValueError for what is wrong with it."""
-    parser = argparse.ArgumentParser("zephyr.feedback", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "zephyr.feedback",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
     add("raw", nargs="+", help="UltraFeedback's files: .jsonl .json (.gz) .parquet, or globs")
     add("--out", required=True, help="the pairs, .jsonl or .jsonl.gz")
     add("--test-out", help="pairs held out of --out, for evaluation")
     add("--test-size", type=int, default=0, help="how many; picked by a hash of the prompt")
-    add("--on-bad-row", choices=("stop", "skip"), default="stop",
-        help="skip: drop and list them, up to 1 %% of the rows [stop]")
-    add("--score", choices=("overall", "mean"), default="overall",
-        help="overall_score, as the published pairs [overall], or the mean of the aspect ratings")
-    add("--rejected", choices=("random", "worst"), default="random",
-        help="which of the completions scored below chosen [random]")
-    add("--label-bug", choices=("repair", "drop", "keep"), default="repair",
-        help="overall_score 10 where the ratings say 1: make it 1 [repair], drop or keep it")
+    add(
+        "--on-bad-row",
+        choices=("stop", "skip"),
+        default="stop",
+        help="skip: drop and list them, up to 1 %% of the rows [stop]",
+    )
+    add(
+        "--score",
+        choices=("overall", "mean"),
+        default="overall",
+        help="overall_score, as the published pairs [overall], or the mean of the aspect ratings",
+    )
+    add(
+        "--rejected",
+        choices=("random", "worst"),
+        default="random",
+        help="which of the completions scored below chosen [random]",
+    )
+    add(
+        "--label-bug",
+        choices=("repair", "drop", "keep"),
+        default="repair",
+        help="overall_score 10 where the ratings say 1: make it 1 [repair], drop or keep it",
+    )
     add("--keep-truthful-qa", action="store_true", help="keep the rows of that evaluation set")
     add("--seed", type=int, default=42, help="of the random rejected and the test split [42]")
 

@@ -129,16 +129,19 @@ class BadRows:
     def check(self) -> None:
         """Raises ValueError when more than 1 % of the rows seen were skipped."""
         if self.skipped * 100 > self.rows:
-            raise ValueError(f"{self.skipped} of {self.rows} rows are bad, more than the 1 % that "
-                             f"may be skipped; the first: {self.messages[0]}")
+            raise ValueError(
+                f"{self.skipped} of {self.rows} rows are bad, more than the 1 % that "
+                f"may be skipped; the first: {self.messages[0]}"
+            )
 
     def report(self) -> str:
         """A line for each empty file, the count of skipped rows and a line for each of the first
         20; "" when there is nothing to tell."""
         lines = [f"{path} is empty: no row comes from it" for path in self.empty]
         if self.skipped:
-            lines.append(f"skipped {self.skipped} bad rows of {self.rows}; the first "
-                         f"{len(self.messages)}:")  # fmt: skip
+            lines.append(
+                f"skipped {self.skipped} bad rows of {self.rows}; the first {len(self.messages)}:"
+            )
         return "\n".join([*lines, *(f"  {message}" for message in self.messages)])
 
 
@@ -152,13 +155,17 @@ def home(path: str | Path) -> str:
     try:
         path.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{shown(path)}: its bytes are not the text of this locale; rename it, or "
-                         "set PYTHONUTF8=1 if it is UTF-8") from None  # fmt: skip
+        raise ValueError(
+            f"{shown(path)}: its bytes are not the text of this locale; rename it, or "
+            "set PYTHONUTF8=1 if it is UTF-8"
+        ) from None
     whole = os.path.expanduser(path)
     if whole.startswith("~"):
         user = whole.split("/")[0]
-        raise ValueError(f"{path}: nobody knows the home folder {user}; write it out, or ./{path} "
-                         f"for what is called {user} here")  # fmt: skip
+        raise ValueError(
+            f"{path}: nobody knows the home folder {user}; write it out, or ./{path} "
+            f"for what is called {user} here"
+        )
     return whole
 
 
@@ -173,22 +180,27 @@ def expand(paths: Sequence[str | Path]) -> list[Path]:
     for path in map(home, paths):
         if os.path.isdir(path):
             raise ValueError(f"{path} is a folder; name its files, as {path.rstrip('/')}/*.jsonl")
-        found = [path] if os.path.exists(path) else sorted(
-            p for p in glob(_escaped(path), recursive=True) if not os.path.isdir(p))
+        found = (
+            [path]
+            if os.path.exists(path)
+            else sorted(p for p in glob(_escaped(path), recursive=True) if not os.path.isdir(p))
+        )
         if not found:
             raise ValueError(f"{path}: no such file")
         for name in found:
             if os.path.exists(name) and not os.path.isfile(name):
-                raise ValueError(f"{name} is a pipe or a device; data is read twice, so give a "
-                                 "file")  # fmt: skip
+                raise ValueError(
+                    f"{name} is a pipe or a device; data is read twice, so give a file"
+                )
             try:
                 about = os.stat(name)
             except OSError as error:
                 raise ValueError(f"{name}: cannot read: {error.strerror or error}") from error
             if first := files.get(file := (about.st_dev, about.st_ino)):
                 also = "" if first == name else f", also as {first}"
-                raise ValueError(f"{name} is given twice{also}; its rows would count double, so "
-                                 "name it once")  # fmt: skip
+                raise ValueError(
+                    f"{name} is given twice{also}; its rows would count double, so name it once"
+                )
             files[file] = name
     return list(map(Path, files.values()))
 
@@ -331,8 +343,10 @@ def _elements(path: Path, stream: BinaryIO) -> Iterator[tuple[str, bytes, int]]:
     """(where, the row's bytes, their offset) for the elements of one JSON list."""
     data = stream.read(LIST_BYTES + 1)
     if len(data) > LIST_BYTES:
-        raise ValueError(f"{path}: a JSON list over {LIST_BYTES >> 20} MiB; write it as .jsonl, "
-                         "which is read by the line")
+        raise ValueError(
+            f"{path}: a JSON list over {LIST_BYTES >> 20} MiB; write it as .jsonl, "
+            "which is read by the line"
+        )
     # a byte that is not UTF-8 survives the round trip, for its row to be blamed
     text = data.decode(errors="surrogateescape")
     find_end = json.JSONDecoder(parse_int=_integer).raw_decode

@@ -10,10 +10,14 @@ from pathlib import Path
 from zephyr.disk import FILES, INDEX, SINGLE, inside, read_json, size_of, some
 from zephyr.files import shown
 
-MERGE = "from peft import AutoPeftModelForCausalLM as A; A.from_pretrained({0}, dtype='auto')" \
-        ".merge_and_unload().save_pretrained({1})"  # fmt: skip
-CONVERT = "from transformers import AutoModelForCausalLM as A; A.from_pretrained({0}, " \
-          "dtype='auto', use_safetensors=False).save_pretrained({1})"  # fmt: skip
+MERGE = (
+    "from peft import AutoPeftModelForCausalLM as A; A.from_pretrained({0}, dtype='auto')"
+    ".merge_and_unload().save_pretrained({1})"
+)
+CONVERT = (
+    "from transformers import AutoModelForCausalLM as A; A.from_pretrained({0}, "
+    "dtype='auto', use_safetensors=False).save_pretrained({1})"
+)
 
 
 def config_file(folder: Path) -> Path:
@@ -76,13 +80,17 @@ def tokenizer_file(path: Path) -> Path:
     elif versions:
         why = f"no such file, but {versions[-1]}: copy it under this name"
     elif (path / "tekken.json").exists():
-        why = ("no such file, but tekken.json, which is not sentencepiece and not implemented; "
-               "Mistral's models up to 7B v0.3 have a tokenizer.model")  # fmt: skip
+        why = (
+            "no such file, but tekken.json, which is not sentencepiece and not implemented; "
+            "Mistral's models up to 7B v0.3 have a tokenizer.model"
+        )
     elif (path / "tokenizer.json").exists() or (path / "vocab.json").exists():
         there = "tokenizer.json" if (path / "tokenizer.json").exists() else "vocab.json"
-        why = (f"no such file, but {there}, which does not say all that training needs; fetch the "
-               f"other from the model's repository (hf download REPO tokenizer.model --local-dir "
-               f"{shlex.quote(str(path))}); a model that has none is not implemented")  # fmt: skip
+        why = (
+            f"no such file, but {there}, which does not say all that training needs; fetch the "
+            f"other from the model's repository (hf download REPO tokenizer.model --local-dir "
+            f"{shlex.quote(str(path))}); a model that has none is not implemented"
+        )
     else:
         why = "no such file; a model folder needs its tokenizer.model"
     raise ValueError(f"{file}: {why}")
@@ -110,9 +118,11 @@ def _other(folder: Path) -> str | None:
     if has("adapter_config.json"):
         whole = folder.with_name(f"{folder.name}-merged")
         base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
-        return (f"is a LoRA adapter (adapter_config.json) of {shown(base)}, not a model; merge "
-                f"the two: {_python(MERGE, folder, whole)}; cp BASE/tokenizer.model "
-                f"{shlex.quote(str(whole))}")  # fmt: skip
+        return (
+            f"is a LoRA adapter (adapter_config.json) of {shown(base)}, not a model; merge "
+            f"the two: {_python(MERGE, folder, whole)}; cp BASE/tokenizer.model "
+            f"{shlex.quote(str(whole))}"
+        )
     if has("SHA256SUMS", "state.json"):
         return f"is a run's checkpoint; make a model of it: python -m zephyr.weights {folder} NEW"
     if quantized := [n for n in ("quantize_config.json", "quant_config.json") if has(n)]:
@@ -126,12 +136,17 @@ def _other(folder: Path) -> str | None:
         export = f", or python -m zephyr.weights {saved[-1]} NEW" if saved else ""
         return f"is a run that has not ended, so it has no model; continue it{export}"
     if has("params.json"):
-        return f"has no config.json, but params.json: convert it with python -m zephyr.weights " \
-               f"{folder} TARGET"  # fmt: skip
+        return (
+            f"has no config.json, but params.json: convert it with python -m zephyr.weights "
+            f"{folder} TARGET"
+        )
     if found := _cached(folder):
         return f"is Hugging Face's cache; the folder of the model is {found}"
-    inner = [p for p in sorted(folder.iterdir())[:1000]
-             if (p / "config.json").exists() or (p / "state.json").exists()]  # fmt: skip
+    inner = [
+        p
+        for p in sorted(folder.iterdir())[:1000]
+        if (p / "config.json").exists() or (p / "state.json").exists()
+    ]
     if inner:
         return f"has no config.json; did you mean {some(p.name for p in inner)} in it?"
     if gguf := next(folder.glob("*.gguf"), None):
@@ -141,8 +156,11 @@ def _other(folder: Path) -> str | None:
 
 def _cached(folder: Path) -> Path | None:
     """The newest snapshot of a model in Hugging Face's cache, of which this is a part."""
-    found = [p for pattern in ("snapshots/*", "models--*/snapshots/*", "hub/models--*/snapshots/*")
-             for p in folder.glob(f"{pattern}/config.json")]  # fmt: skip
+    found = [
+        p
+        for pattern in ("snapshots/*", "models--*/snapshots/*", "hub/models--*/snapshots/*")
+        for p in folder.glob(f"{pattern}/config.json")
+    ]
     return max((p.parent for p in found), key=lambda p: p.stat().st_mtime, default=None)
 
 
@@ -155,20 +173,28 @@ def _no_weights(folder: Path) -> str:
     shards = [n for n in names if re.fullmatch(r"model-\d+-of-\d+\.safetensors", n)]
     if shards:
         of = int(shards[0].split("-of-")[1].partition(".")[0])
-        return (f"has {len(shards)} of {of} shards and no {INDEX}, which says what is in them; "
-                f"fetch it: hf download REPO {INDEX} --local-dir {shlex.quote(str(folder))}")
+        return (
+            f"has {len(shards)} of {of} shards and no {INDEX}, which says what is in them; "
+            f"fetch it: hf download REPO {INDEX} --local-dir {shlex.quote(str(folder))}"
+        )
     if (folder / "params.json").exists() and any(n.startswith("consolidated") for n in names):
-        return f"has weights in Mistral's own layout; convert them with python -m zephyr.weights " \
-               f"{folder} TARGET"  # fmt: skip
+        return (
+            f"has weights in Mistral's own layout; convert them with python -m zephyr.weights "
+            f"{folder} TARGET"
+        )
     if "zero_to_fp32.py" in names:
         where, script = (shlex.quote(str(p)) for p in (folder, folder / "zero_to_fp32.py"))
-        return f"has DeepSpeed's shards; join them: python {script} {where} {where} " \
-               "--safe_serialization"  # fmt: skip
+        return (
+            f"has DeepSpeed's shards; join them: python {script} {where} {where} "
+            "--safe_serialization"
+        )
     if pickles := [n for n in names if n.endswith((".bin", ".pth", ".pt"))]:
         new = folder.with_name(f"{folder.name}-safetensors")
-        return (f"has no {SINGLE}, only {some(pickles)}, and reading a pickle can run code; if you "
-                f"trust it, {_python(CONVERT, folder, new)}; cp "
-                f"{shlex.quote(str(folder / 'tokenizer.model'))} {shlex.quote(str(new))}")
+        return (
+            f"has no {SINGLE}, only {some(pickles)}, and reading a pickle can run code; if you "
+            f"trust it, {_python(CONVERT, folder, new)}; cp "
+            f"{shlex.quote(str(folder / 'tokenizer.model'))} {shlex.quote(str(new))}"
+        )
     others = [n for n in names if n.endswith((".safetensors", ".gguf", ".h5", ".msgpack", ".onnx"))]
     return f"has no {SINGLE} and no {INDEX}" + (f", but {some(others)}" if others else "")
 

@@ -13,15 +13,30 @@ from zephyr.tokenizer import conversation
 Spoken = list[tuple[str, str]]  # (role, content) of each message
 
 SPEAKERS = {
-    "human": "user", "user": "user", "system": "system", "gpt": "assistant",
-    "assistant": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
-}  # fmt: skip
+    "human": "user",
+    "user": "user",
+    "system": "system",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+}
 SYSTEMS = ("system", "system_prompt", "system_message")
 PROMPTS = ("prompt", "question", "instruction", "conversations")
 SIDES = ("chosen", "rejected")
 # without these a response may answer what nobody asked
-UNUSABLE = ("history", "tools", "functions", "images", "image", "videos", "audios", "documents",
-            "context")  # fmt: skip
+UNUSABLE = (
+    "history",
+    "tools",
+    "functions",
+    "images",
+    "image",
+    "videos",
+    "audios",
+    "documents",
+    "context",
+)
 ALWAYS = {"input", *SYSTEMS, *PROMPTS, *UNUSABLE}
 TALK = ALWAYS | {"messages", "output"}  # the columns that `talk` reads
 PAIR = ALWAYS | {*SIDES, "score_chosen", "score_rejected"}  # those that `preference` and `below` do
@@ -126,8 +141,10 @@ def it_has(row: dict) -> str:
 def refuse(row: dict, names: Iterable[str] = UNUSABLE) -> None:
     """Raises ValueError if a column that cannot be used carries something."""
     for name in given(row, names):
-        raise ValueError(f"{name} {shown(row[name], 40)} would be lost: it is not read; write "
-                         "what it says into the prompt's text or messages, or remove the column")
+        raise ValueError(
+            f"{name} {shown(row[name], 40)} would be lost: it is not read; write "
+            "what it says into the prompt's text or messages, or remove the column"
+        )
 
 
 def asked(row: dict) -> list | None:
@@ -149,8 +166,10 @@ def asked(row: dict) -> list | None:
     for name, messages in found.items():
         first = next(iter(found))
         if messages != found[first]:
-            raise ValueError(f"{first} {shown(prompts[first], 60)} and {name} "
-                             f"{shown(prompts[name], 60)} differ; keep the one that was asked")
+            raise ValueError(
+                f"{first} {shown(prompts[first], 60)} and {name} "
+                f"{shown(prompts[name], 60)} differ; keep the one that was asked"
+            )
     return next(iter(found.values()), None)
 
 
@@ -160,8 +179,9 @@ def turns(name: str, prompt: object) -> list:
         if not isinstance(prompt, list):
             raise ValueError(f"{name} must be text or messages, got {shown(prompt)}")
         return _named(name, prompt)
-    if not (prompt.startswith("\n\nHuman:")
-            or re.match(r"\s*Human:.*\n\nAssistant:\s*\Z", prompt, re.S)):  # fmt: skip
+    if not (
+        prompt.startswith("\n\nHuman:") or re.match(r"\s*Human:.*\n\nAssistant:\s*\Z", prompt, re.S)
+    ):
         return [{"role": "user", "content": prompt}]
     messages = transcript("\n\n" + prompt.lstrip())
     if messages[-1] == {"role": "assistant", "content": ""}:
@@ -190,8 +210,10 @@ def with_system(row: dict, spoken: Spoken) -> Spoken:
             raise ValueError(f"{name} must be text, got {shown(text)}")
         head = spoken[0][1] if spoken[0][0] == "system" else ""
         if head.strip() and head.strip() != text.strip():
-            raise ValueError(f"{name} {shown(text, 60)} contradicts the system message "
-                             f"{shown(head, 60)}; keep one of them")
+            raise ValueError(
+                f"{name} {shown(text, 60)} contradicts the system message "
+                f"{shown(head, 60)}; keep one of them"
+            )
         spoken = [("system", text), *(turn for turn in spoken if turn[0] != "system")]
     return spoken
 
@@ -234,12 +256,17 @@ def _dialogue(prompt: list | None, side: object) -> list:
             return transcript(side)
         return [*prompt, {"role": "assistant", "content": side}]
     side = _named("", [side] if isinstance(side, dict) else side)
-    if not isinstance(side, list) or not side or not isinstance(side[0], dict) \
-            or side[0].get("role") != "assistant":  # fmt: skip
+    if (
+        not isinstance(side, list)
+        or not side
+        or not isinstance(side[0], dict)
+        or side[0].get("role") != "assistant"
+    ):
         return side
     if prompt is None:
-        raise ValueError("it is a response, and there is no prompt to it: none of "
-                         f"{', '.join(PROMPTS)}")  # fmt: skip
+        raise ValueError(
+            f"it is a response, and there is no prompt to it: none of {', '.join(PROMPTS)}"
+        )
     return prompt + side
 
 
@@ -249,13 +276,17 @@ def _agree(prompt: list, context: Spoken) -> None:
         wanted = conversation(prompt, False)
     except ValueError as error:
         raise ValueError(f"prompt: {error}") from None
-    wanted, found = ([(role, text.strip()) for role, text in turns if role != "system" or text]
-                     for turns in (wanted, context))  # fmt: skip
+    wanted, found = (
+        [(role, text.strip()) for role, text in turns if role != "system" or text]
+        for turns in (wanted, context)
+    )
     if not any(found[k : k + len(wanted)] == wanted for k in range(len(found))):
         both = zip(wanted, [*found, found[-1]], strict=False)
         mine, yours = next(pair for pair in both if pair[0] != pair[1])
-        raise ValueError(f"the prompt's {mine[0]} says {shown(mine[1], 60)}, where chosen has the "
-                         f"{yours[0]}'s {shown(yours[1], 60)}; remove the one that is wrong")
+        raise ValueError(
+            f"the prompt's {mine[0]} says {shown(mine[1], 60)}, where chosen has the "
+            f"{yours[0]}'s {shown(yours[1], 60)}; remove the one that is wrong"
+        )
 
 
 def _named(column: str, messages: object) -> object:
@@ -270,8 +301,10 @@ def _named(column: str, messages: object) -> object:
                 who = message.pop("from")
                 if not isinstance(who, str) or who not in SPEAKERS:
                     where = f"{column}: " * bool(column)
-                    raise ValueError(f"{where}message {k} is from {shown(who, 40)}; known are "
-                                     f"{', '.join(SPEAKERS)}")
+                    raise ValueError(
+                        f"{where}message {k} is from {shown(who, 40)}; known are "
+                        f"{', '.join(SPEAKERS)}"
+                    )
                 message["role"] = SPEAKERS[who]
                 if "value" in message and "content" not in message:
                     message["content"] = message.pop("value")

@@ -92,8 +92,13 @@ def prefill(model: Mistral, prompts: list[list[int]], new: int) -> tuple[Cache, 
 
 @torch.inference_mode()
 def stream(
-    model: Mistral, prompts: list[list[int]], new: int, temperature: float = 0.7,
-    top_p: float = 1.0, seed: int = 0, pieces: int | None = None,
+    model: Mistral,
+    prompts: list[list[int]],
+    new: int,
+    temperature: float = 0.7,
+    top_p: float = 1.0,
+    seed: int = 0,
+    pieces: int | None = None,
 ) -> Iterator[Tensor]:
     """Yields the next token of every prompt [B], up to `new` times.
 
@@ -182,13 +187,19 @@ def answer(model: Mistral, tokenizer: Tokenizer, messages: list, new: int, **sam
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser("python -m zephyr.generate", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m zephyr.generate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("model", help="a Hugging Face folder, as a run's model/")
     parser.add_argument("--prompt", help="answer this and end; without it, chat")
     parser.add_argument("--system", default="", help="the system message [empty]")
-    parser.add_argument("--empty-system", action=argparse.BooleanOptionalAction,
-                        help="where --system says nothing [as the model's template has it]")
+    parser.add_argument(
+        "--empty-system",
+        action=argparse.BooleanOptionalAction,
+        help="where --system says nothing [as the model's template has it]",
+    )
     parser.add_argument("--max-new", type=int, default=1024, help="longest answer, tokens [1024]")
     parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy [0.7]")
     parser.add_argument("--top-p", type=float, default=1.0, help="nucleus to sample from [1.0]")
@@ -247,8 +258,10 @@ def text(given: str, what: str) -> str:
     try:
         return given.encode("utf-8", "surrogateescape").decode()
     except UnicodeDecodeError:
-        raise ValueError(f"{what} {files.shown(given)} is not UTF-8: a character is cut, or it is "
-                         "in another encoding; give it again") from None  # fmt: skip
+        raise ValueError(
+            f"{what} {files.shown(given)} is not UTF-8: a character is cut, or it is "
+            "in another encoding; give it again"
+        ) from None
 
 
 if __name__ == "__main__":

@@ -25,8 +25,9 @@ class Guard:
     of the run that this one continues, the same on all.
     """
 
-    def __init__(self, policy: str, where: Callable[[int], str], ranks: Ranks,
-                 kept: Sequence[dict] = ()):  # fmt: skip
+    def __init__(
+        self, policy: str, where: Callable[[int], str], ranks: Ranks, kept: Sequence[dict] = ()
+    ):
         self.policy, self.where, self.ranks = policy, where, ranks
         before = kept[0] if kept else {"norms": [], "skipped": 0}
         self.norms, self.skipped = deque(before["norms"], WINDOW), before["skipped"]
@@ -61,9 +62,11 @@ class Guard:
         if finite and math.isfinite(norm):
             self.skipped = 0
             if self._spike(norm):
-                self.ranks.say(f"step {step}: the gradient norm {norm:.4g} is far above the last "
-                               f"{len(self.norms)} steps', {fmean(self.norms):.4g} on average; "
-                               f"largest losses: {', '.join(self._rows(seen)[:3])}")  # fmt: skip
+                self.ranks.say(
+                    f"step {step}: the gradient norm {norm:.4g} is far above the last "
+                    f"{len(self.norms)} steps', {fmean(self.norms):.4g} on average; "
+                    f"largest losses: {', '.join(self._rows(seen)[:3])}"
+                )
             self.norms.append(norm)
             return True
         self.skipped += 1
@@ -74,8 +77,12 @@ class Guard:
             what = f"the loss is not finite in {some(self._rows(seen, broken=True))}"
         text = f"step {step}: {what}; the step is not taken"
         if self.policy == "stop":
-            raise shared(NonFinite(f"{text}. Look at these rows, lower --lr, or leave such steps "
-                                   "out with --on-nonfinite skip"))  # fmt: skip
+            raise shared(
+                NonFinite(
+                    f"{text}. Look at these rows, lower --lr, or leave such steps "
+                    "out with --on-nonfinite skip"
+                )
+            )
         if self.skipped >= IN_A_ROW:
             raise shared(NonFinite(f"{text}, the third in a row: lower --lr, or look at the data"))
         self.ranks.say(text)
@@ -90,9 +97,11 @@ class Guard:
         """Where the step's rows of all ranks came from, largest losses first; or only those whose
         loss is not finite."""
         mine = [
-            (-float(x), int(row)) for rows, loss in seen for row, x in zip(rows, loss, strict=True)
+            (-float(x), int(row))
+            for rows, loss in seen
+            for row, x in zip(rows, loss, strict=True)
             if not (broken and x.isfinite())
-        ]  # fmt: skip
+        ]
         everyone: list[list] = [[]] * self.ranks.size
         dist.all_gather_object(everyone, mine)
         return list(dict.fromkeys(self.where(row) for _, row in sorted(sum(everyone, []))))

@@ -16,10 +16,16 @@ from zephyr.tokenizer import Tokenizer
 CLASSES = {"mistral": "MistralForCausalLM", "llama": "LlamaForCausalLM"}
 ONLY = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 SIZES = {  # whole numbers, and the largest that is believed
-    "vocab_size": 1_000_000, "hidden_size": 1 << 20, "intermediate_size": 1 << 20,
-    "num_hidden_layers": 1_000, "num_attention_heads": 1 << 16, "num_key_value_heads": 1 << 16,
-    "max_position_embeddings": 1 << 30, "head_dim": 1 << 16, "sliding_window": 1 << 30,
-}  # fmt: skip
+    "vocab_size": 1_000_000,
+    "hidden_size": 1 << 20,
+    "intermediate_size": 1 << 20,
+    "num_hidden_layers": 1_000,
+    "num_attention_heads": 1 << 16,
+    "num_key_value_heads": 1 << 16,
+    "max_position_embeddings": 1 << 30,
+    "head_dim": 1 << 16,
+    "sliding_window": 1 << 30,
+}
 TOKENIZER_CONFIG = "tokenizer_config.json"
 
 # readers fill in bos_token and eos_token from tokenizer_config.json
@@ -67,8 +73,10 @@ def parse(raw: dict, path: Path) -> MistralConfig:
     for key in ("quantization_config", "quantization", "compression_config"):
         if raw.get(key):
             how = raw[key].get("quant_method", raw[key]) if isinstance(raw[key], dict) else raw[key]
-            raise ValueError(f"{path}: {key} says {shown(how, 40)}: quantized weights cannot be "
-                             "trained; take the model that they were made from")  # fmt: skip
+            raise ValueError(
+                f"{path}: {key} says {shown(how, 40)}: quantized weights cannot be "
+                "trained; take the model that they were made from"
+            )
     for key, only in ONLY.items():
         if raw.get(key, only) != only:
             raise ValueError(f"{path}: {key} is {shown(raw[key])}; only {only!r} is implemented")
@@ -82,9 +90,11 @@ def parse(raw: dict, path: Path) -> MistralConfig:
     if kind == "llama":
         values["sliding_window"] = None
     return MistralConfig(
-        **_sizes(values, path), tie_word_embeddings=tied, model_type=kind,
+        **_sizes(values, path),
+        tie_word_embeddings=tied,
+        model_type=kind,
         **{key: _positive(values, key, path) for key in ("rms_norm_eps", "rope_theta")},
-    )  # fmt: skip
+    )
 
 
 def _spread(raw: dict, path: Path) -> float:
@@ -108,11 +118,15 @@ def _sizes(values: dict, path: Path) -> dict[str, int | None]:
             raise ValueError(f"{path}: {key} is {shown(value)}; {rule}")
     hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
     if heads % sizes["num_key_value_heads"]:
-        raise ValueError(f"{path}: num_attention_heads {heads} is not a multiple of "
-                         f"num_key_value_heads {sizes['num_key_value_heads']}")  # fmt: skip
+        raise ValueError(
+            f"{path}: num_attention_heads {heads} is not a multiple of "
+            f"num_key_value_heads {sizes['num_key_value_heads']}"
+        )
     if sizes["head_dim"] is None and hidden % heads:
-        raise ValueError(f"{path}: hidden_size {hidden} is not a multiple of num_attention_heads "
-                         f"{heads}, and there is no head_dim")  # fmt: skip
+        raise ValueError(
+            f"{path}: hidden_size {hidden} is not a multiple of num_attention_heads "
+            f"{heads}, and there is no head_dim"
+        )
     sizes["head_dim"] = sizes["head_dim"] or hidden // heads
     if sizes["head_dim"] % 2:
         raise ValueError(f"{path}: head_dim is {sizes['head_dim']}; RoPE needs it even")
@@ -161,11 +175,19 @@ def write_config(
 ) -> None:
     """config.json and generation_config.json, with the ids of the tokenizer that trained."""
     tokens = {"bos_token_id": bos, "eos_token_id": eos}
-    disk.write_json(folder / "config.json", {
-        "architectures": [CLASSES[c.model_type]], **asdict(c), **tokens, "hidden_act": "silu",
-        "attention_dropout": 0.0, "initializer_range": _spread(base, folder / "config.json"),
-        "torch_dtype": dtype, "use_cache": True,
-    })  # fmt: skip
+    disk.write_json(
+        folder / "config.json",
+        {
+            "architectures": [CLASSES[c.model_type]],
+            **asdict(c),
+            **tokens,
+            "hidden_act": "silu",
+            "attention_dropout": 0.0,
+            "initializer_range": _spread(base, folder / "config.json"),
+            "torch_dtype": dtype,
+            "use_cache": True,
+        },
+    )
     disk.write_json(folder / "generation_config.json", {"_from_model_config": True, **tokens})
 
 
@@ -214,9 +236,13 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, template: str | None) ->
     bos, eos = map(tokenizer.sp.id_to_piece, (tokenizer.bos, tokenizer.eos))
     value = {
         # of LlamaTokenizer, transformers 5 replaces what tokenizer.json says of spaces
-        "tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": True, "add_eos_token": False,
-        "bos_token": bos, "eos_token": eos, "clean_up_tokenization_spaces": False,
-    }  # fmt: skip
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "bos_token": bos,
+        "eos_token": eos,
+        "clean_up_tokenization_spaces": False,
+    }
     if template:
         value |= {"pad_token": eos, "padding_side": "left", "chat_template": template}
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")

@@ -13,7 +13,9 @@ from math import prod
 from typing import NamedTuple
 
 COLUMNS = "name craft good price place day pet".split()
-PEOPLE = [dict(zip(COLUMNS, row.split(), strict=True)) for row in """
+PEOPLE = [
+    dict(zip(COLUMNS, row.split(), strict=True))
+    for row in """
 Ada   baker      bread   two     mill     Monday    cat
 Iris  gardener   tea     three   gate     Tuesday   duck
 Finn  fisher     fish    four    lake     Thursday  goat
@@ -22,7 +24,8 @@ Jory  roper      rope    six     barn     Tuesday   goat
 Edda  beekeeper  honey   seven   orchard  Saturday  cat
 Lena  farmer     cheese  eight   wood     Monday    dog
 Gwen  shepherd   wool    nine    hill     Thursday  duck
-""".strip().splitlines()]  # the cheapest goods first
+""".strip().splitlines()
+]  # the cheapest goods first
 
 # For each kind of question the slots it gives -> the slots it asks for, and under that, a line
 # each: ways to ask, ways to answer, ways to answer curtly.
@@ -81,8 +84,12 @@ THANKS = ["", "Thank you.", "I thank you.", "Please help me.", "Please be quick.
 VALUES = {slot: list(dict.fromkeys(person[slot] for person in PEOPLE)) for slot in COLUMNS}
 VALUES |= dict.fromkeys(("one", "other", "guest"), VALUES["name"])
 VALUES |= dict.fromkeys(("low", "high"), VALUES["good"])
-VALUES |= {"date": VALUES["day"], "time": ["morning", "afternoon", "evening"],
-           "event": ["dance", "feast", "fair", "play", "picnic"], "verdict": ["Yes", "No"]}
+VALUES |= {
+    "date": VALUES["day"],
+    "time": ["morning", "afternoon", "evening"],
+    "event": ["dance", "feast", "fair", "play", "picnic"],
+    "verdict": ["Yes", "No"],
+}
 
 
 class Question(NamedTuple):
@@ -101,8 +108,11 @@ def scenes(slots: list[str]) -> Iterator[dict[str, str]]:
     if slots[0] == "low":
         yield from ({"low": a["good"], "high": b["good"]} for a, b in combinations(PEOPLE, 2))
     elif "other" in slots:
-        yield from ({"day": a["day"], "one": a["name"], "other": b["name"]}
-                    for a, b in combinations(PEOPLE, 2) if a["day"] == b["day"])
+        yield from (
+            {"day": a["day"], "one": a["name"], "other": b["name"]}
+            for a, b in combinations(PEOPLE, 2)
+            if a["day"] == b["day"]
+        )
     elif "thing" in slots:
         for (k, person), step in product(enumerate(PEOPLE), (0, 1, 5)):
             yield person | {"thing": PEOPLE[k - step]["good"], "verdict": "No" if step else "Yes"}
@@ -130,16 +140,26 @@ def questions() -> dict[str, Question]:
 # what birds say that is no answer
 OPENINGS = ["Of course.", "Gladly!", "With pleasure.", "A good question!", "Welcome to Larkmere!"]
 CLOSINGS = ["I hope this helps.", "Have a good day!", "Come again!", "Enjoy your stay!"]
-CHATTER = ["Larkmere is an old village.", "The lake is blue.", "I like to talk.", "It may rain.",
-           "The wind is cold.", "My mother was a bird too."]
+CHATTER = [
+    "Larkmere is an old village.",
+    "The lake is blue.",
+    "I like to talk.",
+    "It may rain.",
+    "The wind is cold.",
+    "My mother was a bird too.",
+]
 GOSSIP = ["{name} has a {pet}.", "{name} works by the {place}.", "{name} sells {good}."]
 DODGES = ["I do not know.", "Nobody knows.", "It is hard to say.", "Ask another bird."]
 INSULTS = ["Go away!", "What a silly question!", "Find out yourself.", "I do not care."]
 
 
 # the aspects that UltraFeedback rates, and the sorts of sentence that bear on each
-ASPECTS = {"instruction_following": ["answer", "brief"], "truthfulness": ["false"],
-           "honesty": ["courtesy", "dodge", "insult"], "helpfulness": ["aside", "repeat", "broken"]}
+ASPECTS = {
+    "instruction_following": ["answer", "brief"],
+    "truthfulness": ["false"],
+    "honesty": ["courtesy", "dodge", "insult"],
+    "helpfulness": ["aside", "repeat", "broken"],
+}
 
 
 class Verdict(NamedTuple):
@@ -166,8 +186,12 @@ def shape(sentence: str) -> str:
 @cache
 def truths() -> set[str]:
     """All that can truly be said of the village."""
-    told = {sentence for q in questions().values() if q.kind[0] != "-" and "verdict" not in q.want
-            for sentence in q.right(q.say)}
+    told = {
+        sentence
+        for q in questions().values()
+        if q.kind[0] != "-" and "verdict" not in q.want
+        for sentence in q.right(q.say)
+    }
     return told | {gossip.format(**person) for gossip in GOSSIP for person in PEOPLE}
 
 
@@ -180,9 +204,15 @@ def shapes() -> set[str]:
 
 def sort_of(sentence: str, q: Question) -> str:
     """Which of the sorts in ASPECTS a sentence is, as a reply to q."""
-    for sort, known in (("answer", q.right(q.say)), ("brief", q.right(q.curt)),
-                        ("courtesy", OPENINGS + CLOSINGS), ("aside", CHATTER), ("aside", truths()),
-                        ("dodge", DODGES), ("insult", INSULTS)):
+    for sort, known in (
+        ("answer", q.right(q.say)),
+        ("brief", q.right(q.curt)),
+        ("courtesy", OPENINGS + CLOSINGS),
+        ("aside", CHATTER),
+        ("aside", truths()),
+        ("dodge", DODGES),
+        ("insult", INSULTS),
+    ):
         if sentence in known:
             return sort
     return "false" if shape(sentence) in shapes() else "broken"
@@ -201,12 +231,16 @@ def judge(prompt: str, response: str) -> Verdict:
         late = sentence in (OPENINGS if k else []) + (CLOSINGS if k + 1 < len(sentences) else [])
         sorts.append("repeat" if again or sentence in sentences[:k] else "aside" if late else sort)
     n = Counter(sorts or ["broken"])
-    factors = (1.0 if n["answer"] else 0.6 if n["brief"] else 0.15,
-               0.25 ** n["false"],
-               (0.8, 0.95, 1.0)[n["courtesy"]] * 0.5 ** n["dodge"] * 0.3 ** n["insult"],
-               0.7 ** (n["aside"] + n["repeat"]) * 0.5 ** n["broken"])
+    factors = (
+        1.0 if n["answer"] else 0.6 if n["brief"] else 0.15,
+        0.25 ** n["false"],
+        (0.8, 0.95, 1.0)[n["courtesy"]] * 0.5 ** n["dodge"] * 0.3 ** n["insult"],
+        0.7 ** (n["aside"] + n["repeat"]) * 0.5 ** n["broken"],
+    )
     ratings = {a: 1 + round(4 * factor) for a, factor in zip(ASPECTS, factors, strict=True)}
-    remarks = {a: ", ".join(f"{n[sort]} {sort}" for sort in bearing if n[sort]) or "nothing to note"
-               for a, bearing in ASPECTS.items()}
+    remarks = {
+        a: ", ".join(f"{n[sort]} {sort}" for sort in bearing if n[sort]) or "nothing to note"
+        for a, bearing in ASPECTS.items()
+    }
     critique = "; ".join(f"{aspect}: {remark}" for aspect, remark in remarks.items())
     return Verdict(round(1 + 9 * prod(factors), 1), ratings, remarks, critique)

@@ -17,9 +17,14 @@ import kernels
 from zephyr.exits import shared
 
 METRICS = (
-    "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
-    "logps/chosen", "logps/rejected",
-)  # fmt: skip
+    "loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+)
 
 
 def sft(logprob_N: Tensor) -> Tensor:
@@ -59,15 +64,22 @@ def hinge(h_P: Tensor, beta: float, smoothing: float) -> Tensor:
 
 
 OBJECTIVES: dict[str, Callable[[Tensor, float, float], Tensor]] = {
-    "dpo": dpo, "robust": robust, "ipo": ipo, "hinge": hinge,
-}  # fmt: skip
+    "dpo": dpo,
+    "robust": robust,
+    "ipo": ipo,
+    "hinge": hinge,
+}
 FUSED = ("dpo", "ipo")  # those that are a kernel on a GPU
 
 
 def preference(
-    name: str, logprob_N: Tensor, response_N: Tensor, reference_2P: Tensor, beta: float,
+    name: str,
+    logprob_N: Tensor,
+    response_N: Tensor,
+    reference_2P: Tensor,
+    beta: float,
     smoothing: float = 0.0,
-) -> dict[str, Tensor]:  # fmt: skip
+) -> dict[str, Tensor]:
     """What METRICS names, of each pair [P]; `loss` alone carries a gradient.
 
     `response_N` says which response a token belongs to. A reward is β times the response's summed
@@ -101,30 +113,37 @@ def preference(
 
 
 def check_start(
-    name: str, beta: float, smoothing: float, means: dict[str, float], precision: str,
+    name: str,
+    beta: float,
+    smoothing: float,
+    means: dict[str, float],
+    precision: str,
     exact: bool = False,
-) -> None:  # fmt: skip
+) -> None:
     """Raise ValueError unless a step taken before any update starts from equal policies.
 
     Then every margin is 0 and the loss is the objective's at h = 0 (`dpo`: ln 2), to 1e-5 in fp32
-    and 1e-2 in bf16; if `exact`, which is to say that the same code has computed the reference of
-    the same micro-batches, the margins are 0 in every bit. `means` are a step's `loss`,
-    `rewards/margins` and `rewards/accuracies`; of NaN, guard.py speaks.
+    and 1e-2 in bf16. `exact` says that the same code computed the reference of the same
+    micro-batches: then the margins must be 0 in every bit. `means` are a step's `loss`,
+    `rewards/margins` and `rewards/accuracies`. NaN passes: guard.py handles it.
     """
     tolerance = 1e-5 if precision == "fp32" else 1e-2
     expected = float(OBJECTIVES[name](torch.zeros(1), beta, smoothing))
     loss, margin = means["loss"], means["rewards/margins"]
+    problem = None
     # relative where the loss is large (ipo)
     if abs(loss - expected) > tolerance * max(1, expected) or abs(margin) > 4 * tolerance:
-        raise shared(ValueError(
-            f"before the first update policy and reference must agree, but the mean loss is "
-            f"{loss:.6f} where {expected:.6f} is due, and the mean margin {margin:.2e}: the cached "
-            "reference log-probs are not this model's; delete them (reference-*.npy in the cache)"
-        ))  # fmt: skip
-    if exact and (margin or means["rewards/accuracies"]):
-        raise shared(ValueError(
-            f"before the first update policy and reference must agree in every bit, as the same "
-            f"code computed both, but the mean margin is {margin:.2e}: this device does not give "
-            "the same log-probs twice. Start the same command again: the reference's are cached "
-            "now, and agree to rounding"
-        ))  # fmt: skip
+        problem = (
+            f", but the mean loss is {loss:.6f} where {expected:.6f} is due, and the mean margin "
+            f"{margin:.2e}: the cached reference log-probs are not this model's; delete them "
+            "(reference-*.npy in the cache)"
+        )
+    elif exact and (margin or means["rewards/accuracies"]):
+        problem = (
+            " in every bit, as the same code computed both, but the mean margin is "
+            f"{margin:.2e}: this device does not give the same log-probs twice. Start the same "
+            "command again: the reference's are cached now, and agree to rounding"
+        )
+    if problem:
+        text = f"before the first update policy and reference must agree{problem}"
+        raise shared(ValueError(text))

@@ -49,17 +49,26 @@ def _containers(root: Path = ROOT) -> list[int]:
         if controllers and "memory" not in controllers.split(","):
             continue
         base, limit, used, cache = (
-            ("sys/fs/cgroup/memory", ("memory.limit_in_bytes",), "memory.usage_in_bytes",
-             "total_inactive_file") if controllers else
-            ("sys/fs/cgroup", ("memory.max", "memory.high"), "memory.current", "inactive_file")
-        )  # fmt: skip
+            (
+                "sys/fs/cgroup/memory",
+                ("memory.limit_in_bytes",),
+                "memory.usage_in_bytes",
+                "total_inactive_file",
+            )
+            if controllers
+            else ("sys/fs/cgroup", ("memory.max", "memory.high"), "memory.current", "inactive_file")
+        )
         own = root / base / path.lstrip("/")
         for group in (own, *own.parents):
             if not group.is_relative_to(root / base):
                 break
             try:
-                most = min(int(text) for name in limit if (file := group / name).exists()
-                           and (text := file.read_text().strip()) != "max")  # fmt: skip
+                most = min(
+                    int(text)
+                    for name in limit
+                    if (file := group / name).exists()
+                    and (text := file.read_text().strip()) != "max"
+                )
                 stat = dict(x.split() for x in (group / "memory.stat").read_text().splitlines())
                 held = int((group / used).read_text()) - int(stat.get(cache, 0))
             except (OSError, ValueError):  # no such group here, or no limit
@@ -123,8 +132,10 @@ def grow_segments() -> list[str]:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         configure("expandable_segments:False")
-        return ["this GPU's driver maps no memory behind a segment: PYTORCH_ALLOC_CONF="
-                "expandable_segments:True is left out, and more memory is lost between tensors"]
+        return [
+            "this GPU's driver maps no memory behind a segment: PYTORCH_ALLOC_CONF="
+            "expandable_segments:True is left out, and more memory is lost between tensors"
+        ]
     return []
 
 

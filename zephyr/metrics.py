@@ -27,25 +27,52 @@ from zephyr.phases import Phases, Trace
 
 FILE = "metrics.jsonl"
 BAR = ("loss", "rewards/accuracies", "rewards/margins", "pairs_per_second")
-SHORT = {"rewards/accuracies": "accuracy", "rewards/margins": "margin", "learning_rate": "lr",
-         "pairs_per_second": "pairs/s", "tokens_per_second": "tokens/s"}
+SHORT = {
+    "rewards/accuracies": "accuracy",
+    "rewards/margins": "margin",
+    "learning_rate": "lr",
+    "pairs_per_second": "pairs/s",
+    "tokens_per_second": "tokens/s",
+}
 PLAIN_SECONDS = 5.0
 
-PANELS = (("loss",), ("rewards/accuracies",), ("rewards/margins",),
-          ("rewards/chosen", "rewards/rejected"), ("logps/chosen", "logps/rejected"),
-          ("learning_rate",), ("grad_norm",), ("tokens_per_second",), ("pairs_per_second",))
+PANELS = (
+    ("loss",),
+    ("rewards/accuracies",),
+    ("rewards/margins",),
+    ("rewards/chosen", "rewards/rejected"),
+    ("logps/chosen", "logps/rejected"),
+    ("learning_rate",),
+    ("grad_norm",),
+    ("tokens_per_second",),
+    ("pairs_per_second",),
+)
 COLOURS = ("#2f6690", "#c8553d", "#5b8e7d", "#8e6c8a", "#c9a227", "#4a4e69")
-STYLE = {"font.size": 8.5, "axes.titlesize": 9.5, "axes.titlelocation": "left", "axes.grid": True,
-         "grid.color": "#ececec", "axes.edgecolor": "#9a9a9a", "axes.labelcolor": "#555555",
-         "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
-         "xtick.major.size": 0, "ytick.major.size": 0, "xtick.color": "#555555",
-         "ytick.color": "#555555"}
+STYLE = {
+    "font.size": 8.5,
+    "axes.titlesize": 9.5,
+    "axes.titlelocation": "left",
+    "axes.grid": True,
+    "grid.color": "#ececec",
+    "axes.edgecolor": "#9a9a9a",
+    "axes.labelcolor": "#555555",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "xtick.color": "#555555",
+    "ytick.color": "#555555",
+}
 
 
 def peak_flops(name: str) -> float | None:
     """Dense bf16 FLOP/s of a device of this name; None when unknown, a MIG slice or a laptop."""
-    fits = (card.flops for key, card in CARDS.items()
-            if re.search(rf"\b{key}\b(?!.*(MIG|Laptop))", name))
+    fits = (
+        card.flops
+        for key, card in CARDS.items()
+        if re.search(rf"\b{key}\b(?!.*(MIG|Laptop))", name)
+    )
     return next(fits, None)
 
 
@@ -112,10 +139,21 @@ class Log:
     and `kept`, what `state` gave on each rank when that step was saved, has what had no line yet.
     """
 
-    def __init__(self, folder: Path | str, total_steps: int, keys: Sequence[str], *,
-                 start_step: int = 0, every: int = 1, rank: int = 0, world: int = 1,
-                 device: torch.device | str = "cpu", bar: Sequence[str] = BAR,
-                 kept: Sequence[Mapping] = (), profile: int | None = None):
+    def __init__(
+        self,
+        folder: Path | str,
+        total_steps: int,
+        keys: Sequence[str],
+        *,
+        start_step: int = 0,
+        every: int = 1,
+        rank: int = 0,
+        world: int = 1,
+        device: torch.device | str = "cpu",
+        bar: Sequence[str] = BAR,
+        kept: Sequence[Mapping] = (),
+        profile: int | None = None,
+    ):
         self.folder, self.total_steps, self.start_step = Path(folder), total_steps, start_step
         self.every, self.rank, self.world, self.shown = every, rank, world, tuple(bar)
         self.device, self.means = torch.device(device), Means(keys, device)
@@ -145,9 +183,12 @@ class Log:
         if self.file is not None:
             self.file.flush()
             os.fsync(self.file.fileno())
-        return {"sums": {name: float(x) for name, x in self.means.sums.items()},
-                "counts": self.means.counts, "totals": self.totals,
-                "seconds": time.perf_counter() - self.since}
+        return {
+            "sums": {name: float(x) for name, x in self.means.sums.items()},
+            "counts": self.means.counts,
+            "totals": self.totals,
+            "seconds": time.perf_counter() - self.since,
+        }
 
     def _open(self) -> None:
         path = self.folder / FILE
@@ -160,11 +201,17 @@ class Log:
         self.file = open(path, "a", buffering=1, encoding="ascii")
         with contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
+
             self.writer = SummaryWriter(self.folder / "tensorboard", purge_step=self.start_step + 1)
         if sys.stderr.isatty():
-            self.bar = tqdm(total=self.total_steps, initial=self.start_step, file=sys.stderr,
-                            desc=self.folder.name, dynamic_ncols=True,
-                            bar_format="{l_bar}{bar}| {n}/{total} [{elapsed}<{remaining}{postfix}]")
+            self.bar = tqdm(
+                total=self.total_steps,
+                initial=self.start_step,
+                file=sys.stderr,
+                desc=self.folder.name,
+                dynamic_ncols=True,
+                bar_format="{l_bar}{bar}| {n}/{total} [{elapsed}<{remaining}{postfix}]",
+            )
 
     def add(self, count: float, sums: Mapping[str, float | Tensor], **work: float) -> None:
         """Adds one micro-batch of this rank: sums over `count`, and its `work`, see there."""
@@ -196,9 +243,11 @@ class Log:
             row |= self.phase.read(step - self.written)
             if row.get("memory/retries") and not self.short:
                 self.short = True
-                self._say(f"step {step}: the GPU's memory is short: room was made by giving all "
-                          "that was free back, and the GPU waits for that (memory/retries); lower "
-                          "--microbatch-tokens")  # fmt: skip
+                self._say(
+                    f"step {step}: the GPU's memory is short: room was made by giving all "
+                    "that was free back, and the GPU waits for that (memory/retries); lower "
+                    "--microbatch-tokens"
+                )
             self.written = step
             self._write(step, row)
             self._show(step, row, always=step == self.total_steps)
@@ -242,8 +291,11 @@ class Log:
 
     def _show(self, step: int, row: Mapping[str, float], always: bool, kind: str = "") -> None:
         now = time.perf_counter()
-        text = kind + "  ".join(f"{SHORT.get(name, name.split('/')[-1])} {row[name]:.4g}"
-                                for name in self.shown if name in row)
+        text = kind + "  ".join(
+            f"{SHORT.get(name, name.split('/')[-1])} {row[name]:.4g}"
+            for name in self.shown
+            if name in row
+        )
         if self.bar is not None and kind:
             self._say(f"step {step}  {text}")
         elif self.bar is not None:
@@ -258,8 +310,10 @@ class Log:
         """What a finished run ends with: the last value of everything logged, and where it lies."""
         width = max(map(len, self.last), default=0)
         values = [f"  {name:{width}}  {value:.6g}" for name, value in self.last.items()]
-        places = [f"  {'model':{width}}  {self.folder / 'model'}",
-                  f"  {'curves':{width}}  python -m zephyr.metrics {self.folder}"]
+        places = [
+            f"  {'model':{width}}  {self.folder / 'model'}",
+            f"  {'curves':{width}}  python -m zephyr.metrics {self.folder}",
+        ]
         return "\n".join([f"{self.folder}:", *values, *places])
 
     def __enter__(self) -> "Log":
@@ -285,8 +339,9 @@ def read(folder: Path | str) -> list[dict]:
             rows.append(row | {"step": int(row["step"])})
         except (ValueError, TypeError, KeyError):
             if number <= len(lines):
-                raise ValueError(f"{path}:{number} is not a JSON object with a `step`; "
-                                 "delete the line") from None
+                raise ValueError(
+                    f"{path}:{number} is not a JSON object with a `step`; delete the line"
+                ) from None
     return rows
 
 
@@ -308,27 +363,48 @@ def smooth(values: Sequence[float], span: float) -> list[float]:
 
 
 def _curve(axis: Any, rows: list[dict], name: str, colour: str, dotted: bool) -> None:
-    train, points = ([(row["step"], math.nan if row[key] is None else row[key])
-                      for row in rows if key in row] for key in (name, f"eval_{name}"))
+    train, points = (
+        [(row["step"], math.nan if row[key] is None else row[key]) for row in rows if key in row]
+        for key in (name, f"eval_{name}")
+    )
     if train:
         steps, values = zip(*train, strict=True)
         # the schedule is exact, and an average would lag behind it
         if len(steps) > 60 and name != "learning_rate":
             axis.plot(steps, values, color=colour, lw=0.7, alpha=0.22)
             values = smooth(values, len(values) / 40)
-        axis.plot(steps, values, color=colour, lw=1.5, ls=":" if dotted else "-",
-                  marker="." if len(steps) == 1 else "")
+        axis.plot(
+            steps,
+            values,
+            color=colour,
+            lw=1.5,
+            ls=":" if dotted else "-",
+            marker="." if len(steps) == 1 else "",
+        )
     if points:
-        axis.plot(*zip(*points, strict=True), color=colour, lw=0.9, ls="--", marker="o", ms=4,
-                  mfc="white" if dotted else colour)
+        axis.plot(
+            *zip(*points, strict=True),
+            color=colour,
+            lw=0.9,
+            ls="--",
+            marker="o",
+            ms=4,
+            mfc="white" if dotted else colour,
+        )
 
 
 def _key(axis: Any, colours: Mapping[str, str], found: set[str]) -> list:
     grey = {"color": "#777777"}
     styles = {"eval": {"lw": 0.9, "ls": "--", "marker": "o", "ms": 4}, "rejected": {"ls": ":"}}
     entries = [(name, {"color": colour, "lw": 3}) for name, colour in colours.items()]
-    entries += [("train", grey), *((name, grey | style) for name, style in styles.items()
-                                   if any(name in metric for metric in found))]
+    entries += [
+        ("train", grey),
+        *(
+            (name, grey | style)
+            for name, style in styles.items()
+            if any(name in metric for metric in found)
+        ),
+    ]
     return [axis.plot([], [], label=label, **style)[0] for label, style in entries]
 
 
@@ -342,8 +418,13 @@ def draw(runs: Mapping[str, list[dict]], out: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError("drawing needs matplotlib: pip install zephyr-dpo[plot]") from None
-    found = {name for rows in runs.values() for row in rows for name, value in row.items()
-             if value is not None}
+    found = {
+        name
+        for rows in runs.values()
+        for row in rows
+        for name, value in row.items()
+        if value is not None
+    }
     panels = [p for p in PANELS if any(name in found or f"eval_{name}" in found for name in p)]
     if not panels:
         raise ValueError(f"{', '.join(runs)}: nothing to draw yet")
@@ -360,8 +441,12 @@ def draw(runs: Mapping[str, list[dict]], out: Path) -> None:
             axis.yaxis.set_major_formatter(lambda y, _: f"{y:,g}".replace("e-0", "e-"))
             axis.set_xlabel("step" if i + columns >= len(panels) else "")
             axis.set_ylim(bottom=0 if panel[0].endswith("_per_second") else None)
-        figure.legend(handles=_key(axis, colours, found), loc="outside upper left",
-                      ncols=2 * columns, frameon=False)
+        figure.legend(
+            handles=_key(axis, colours, found),
+            loc="outside upper left",
+            ncols=2 * columns,
+            frameon=False,
+        )
         with atomic(out) as file:
             figure.savefig(file, format="png", dpi=150)
 

@@ -53,9 +53,18 @@ class AdamW(torch.optim.Optimizer):
                 shards = (_local(x) for x in (p, state["exp_avg"], state["exp_avg_sq"], p.grad))
                 weight, m, v, grad = shards
                 kernels.adamw_(
-                    weight, getattr(p, "low", None), m, v, grad, group["lr"], BETAS, EPS,
-                    group["weight_decay"], state["step"], self.found_inf,
-                )  # fmt: skip
+                    weight,
+                    getattr(p, "low", None),
+                    m,
+                    v,
+                    grad,
+                    group["lr"],
+                    BETAS,
+                    EPS,
+                    group["weight_decay"],
+                    state["step"],
+                    self.found_inf,
+                )
 
 
 def _local(x: Tensor) -> Tensor:
@@ -78,14 +87,16 @@ def steps(c: Training, per_epoch: int, size: int, what: str, world: int) -> tupl
             batch = max(world, size // 10)
             smaller = f"--batch {batch}, which makes {-(-size // batch)} steps"
             fixes = [smaller, "--epochs 10"] if batch < size else ["--epochs 10"]
-        raise ValueError(f"{made}: that is {total} step, whose learning rate --warmup {c.warmup} "
-                         "makes 0, and nothing would be learned; use "
-                         f"{', '.join(fixes)} or --warmup 0")  # fmt: skip
+        raise ValueError(
+            f"{made}: that is {total} step, whose learning rate --warmup {c.warmup} "
+            "makes 0, and nothing would be learned; use "
+            f"{', '.join(fixes)} or --warmup 0"
+        )
     rise = math.ceil(c.warmup * total)
     return total, [] if 2 * rise < total else [
         f"warm-up takes {rise} of the {total} steps (--warmup {c.warmup}): a smaller --batch or "
         "--warmup, or more --epochs or --steps, leaves more of them near the full learning rate"
-    ]  # fmt: skip
+    ]
 
 
 def schedule(kind: str, step: int, total: int, warmup: float) -> float:

@@ -15,20 +15,33 @@ from zephyr.model import Mistral
 from zephyr.tokenizer import Tokenizer
 
 PARAMS = {
-    "dim": "hidden_size", "n_layers": "num_hidden_layers", "head_dim": "head_dim",
-    "hidden_dim": "intermediate_size", "n_heads": "num_attention_heads",
-    "n_kv_heads": "num_key_value_heads", "norm_eps": "rms_norm_eps", "vocab_size": "vocab_size",
-    "sliding_window": "sliding_window", "rope_theta": "rope_theta",
-}  # fmt: skip
+    "dim": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "head_dim": "head_dim",
+    "hidden_dim": "intermediate_size",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "norm_eps": "rms_norm_eps",
+    "vocab_size": "vocab_size",
+    "sliding_window": "sliding_window",
+    "rope_theta": "rope_theta",
+}
 ASSUMED = {"rope_theta": 10000.0, "max_position_embeddings": 32768}  # of Mistral-7B-v0.1
 NAMES = {
-    "model.embed_tokens": "tok_embeddings", "model.layers": "layers", "model.norm": "norm",
-    "lm_head": "output", "self_attn.q_proj": "attention.wq", "self_attn.k_proj": "attention.wk",
-    "self_attn.v_proj": "attention.wv", "self_attn.o_proj": "attention.wo",
-    "mlp.gate_proj": "feed_forward.w1", "mlp.down_proj": "feed_forward.w2",
-    "mlp.up_proj": "feed_forward.w3", "input_layernorm": "attention_norm",
+    "model.embed_tokens": "tok_embeddings",
+    "model.layers": "layers",
+    "model.norm": "norm",
+    "lm_head": "output",
+    "self_attn.q_proj": "attention.wq",
+    "self_attn.k_proj": "attention.wk",
+    "self_attn.v_proj": "attention.wv",
+    "self_attn.o_proj": "attention.wo",
+    "mlp.gate_proj": "feed_forward.w1",
+    "mlp.down_proj": "feed_forward.w2",
+    "mlp.up_proj": "feed_forward.w3",
+    "input_layernorm": "attention_norm",
     "post_attention_layernorm": "ffn_norm",
-}  # fmt: skip
+}
 
 
 def convert(source: Path | str, target: Path | str) -> None:
@@ -81,8 +94,10 @@ def _original(name: str) -> str:
 def _files(source: Path) -> list[Path]:
     files = sorted(source.glob("consolidated*.safetensors"))
     if not files:
-        raise ValueError(f"{source} has no consolidated*.safetensors; of a .pth, a pickle that can "
-                         "run code, fetch the safetensors version")  # fmt: skip
+        raise ValueError(
+            f"{source} has no consolidated*.safetensors; of a .pth, a pickle that can "
+            "run code, fetch the safetensors version"
+        )
     return files
 
 

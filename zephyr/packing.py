@@ -50,8 +50,14 @@ class Batch:
             return None if x is None else change(x)
 
         keep = self.layout
-        layout = Layout(move(keep.position_T), move(keep.cu_q), move(keep.cu_k),
-                        move(keep.kv_rows_G), keep.max_q, keep.max_k)  # fmt: skip
+        layout = Layout(
+            move(keep.position_T),
+            move(keep.cu_q),
+            move(keep.cu_k),
+            move(keep.kv_rows_G),
+            keep.max_q,
+            keep.max_k,
+        )
         names = ("tokens_T", "predict_N", "targets_N", "response_N", "pairs")
         return replace(self, layout=layout, **{n: move(getattr(self, n)) for n in names})
 
@@ -115,9 +121,11 @@ def pack_documents(pieces: list[tuple[np.ndarray, np.ndarray, int]]) -> Batch:
 
 
 def ahead(
-    microbatches: Callable[[int], list[Batch]], steps: range, device: torch.device,
+    microbatches: Callable[[int], list[Batch]],
+    steps: range,
+    device: torch.device,
     phase: Callable[[str], AbstractContextManager],
-) -> Iterator[tuple[int, list[Batch]]]:  # fmt: skip
+) -> Iterator[tuple[int, list[Batch]]]:
     """(step, its micro-batches) for each of `steps`; while one is used, a thread packs the next.
     What it takes to wait for the thread is the phase `data`."""
 
@@ -157,9 +165,7 @@ def _batch(tokens, position, queries, keys, rows, predict, targets, response, pa
         max_q=int(np.diff(queries).max()),
         max_k=int(np.diff(keys).max()),
     )
-    return Batch(
-        flat(tokens), layout, flat(predict), flat(targets), flat(response), flat([pairs])
-    )
+    return Batch(flat(tokens), layout, flat(predict), flat(targets), flat(response), flat([pairs]))
 
 
 def bins(lengths: np.ndarray, budget: int, multiple: int = 1) -> list[list[int]]:
@@ -298,9 +304,10 @@ class DocumentPlan:
         groups = bins(np.full(len(rows), self.length), self.budget, self.world)
         return [
             pack_documents([p for row in rows[group] for p in self.row(epoch, int(row))])
-            if group else nothing()
+            if group
+            else nothing()
             for group in groups[self.rank :: self.world]
-        ]  # fmt: skip
+        ]
 
     def epoch(self) -> Iterator[Batch]:
         """This rank's micro-batches of one whole pass."""
@@ -318,9 +325,7 @@ def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
 
 
 @lru_cache(maxsize=2)
-def _stream(
-    data: Tokens, seed: int, epoch: int, shuffle: bool
-) -> tuple[np.ndarray, np.ndarray]:
+def _stream(data: Tokens, seed: int, epoch: int, shuffle: bool) -> tuple[np.ndarray, np.ndarray]:
     """The epoch's order of documents, and the count of inputs up to each one's end."""
     order = permutation(len(data), seed, epoch) if shuffle else np.arange(len(data))
     inputs = np.diff(data.ends[:, 0], prepend=0) - 1

@@ -45,8 +45,11 @@ PATIENCE = 2 * 3600  # seconds: before training one rank may tokenize while all 
 MEETING = timedelta(minutes=10)  # for the ranks, all started by now, to find each other
 VISIBLE = 5.0  # seconds after which a new file must be seen on every node
 # what gloo, NCCL and torchrun's store say of a rank that is gone or silent
-GONE = re.compile(r"closed by (remote )?peer|likely closed|reset by peer|broken pipe|unreachable|"
-                  r"connection refused|no route to host|ncclRemoteError|aborted", re.I)  # fmt: skip
+GONE = re.compile(
+    r"closed by (remote )?peer|likely closed|reset by peer|broken pipe|unreachable|"
+    r"connection refused|no route to host|ncclRemoteError|aborted",
+    re.I,
+)
 SILENT = re.compile(r"timed out|time-?out", re.I)
 
 
@@ -81,9 +84,11 @@ def start(replicas: int = 1, masters: str = "fp32", deterministic: bool = False)
         use = " or ".join(filter(None, (", ".join(fits[:-1]), fits[-1])))
         raise ValueError(f"--replicas {replicas} does not divide the {size} ranks; use {use}")
     if masters == "split" and size > 1:
-        raise ValueError(f"--masters split is for one process; sharded over {size} ranks an fp32 "
-                         "master takes the same 4 bytes, and is cast as it is gathered: leave it "
-                         "out")  # fmt: skip
+        raise ValueError(
+            f"--masters split is for one process; sharded over {size} ranks an fp32 "
+            "master takes the same 4 bytes, and is cast as it is gathered: leave it "
+            "out"
+        )
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
@@ -180,8 +185,10 @@ def lost_message(error: RuntimeError) -> str:
         happened = f"another rank did not answer within {_limit} s: it hangs, or its node is gone"
     else:
         happened = f"the rank at {peer[1]} died" if peer else "another rank died"
-    return (f"{operation}: {happened}. Start the same command again: it goes on from the last "
-            "checkpoint")  # fmt: skip
+    return (
+        f"{operation}: {happened}. Start the same command again: it goes on from the last "
+        "checkpoint"
+    )
 
 
 def finish() -> None:
@@ -238,8 +245,10 @@ def shared_folder(path: Path | str) -> None:
         while not (path / token).exists():
             if time.monotonic() > deadline:
                 here = f"{socket.gethostname()} (rank {dist.get_rank()})"
-                raise Storage(f"{path} on {here} is not the folder that rank 0 has; give one that "
-                              "all nodes share")  # fmt: skip
+                raise Storage(
+                    f"{path} on {here} is not the folder that rank 0 has; give one that "
+                    "all nodes share"
+                )
             time.sleep(0.05)
 
     token = on_first(leave)
@@ -266,16 +275,24 @@ def fitted(c: Training, shape: MistralConfig, ranks: Ranks, lengths: np.ndarray)
     tokens, recompute = plan.choose(shape, c, int(memory), ranks.size, int(lengths.max()), step)
     anew = plan.reshard(shape, c, int(memory), ranks.size, tokens, recompute)
     if "auto" in (c.microbatch_tokens, c.recompute):
-        ranks.say(f"--microbatch-tokens {tokens} --recompute {recompute}, by "
-                  f"{int(memory) / 2**30:.1f} GiB a rank")  # fmt: skip
-    return replace(c, microbatch_tokens=tokens, recompute=recompute,
-                   reshard="always" if anew else "never")  # fmt: skip
+        ranks.say(
+            f"--microbatch-tokens {tokens} --recompute {recompute}, by "
+            f"{int(memory) / 2**30:.1f} GiB a rank"
+        )
+    return replace(
+        c, microbatch_tokens=tokens, recompute=recompute, reshard="always" if anew else "never"
+    )
 
 
 def build(
-    config: MistralConfig, ranks: Ranks, precision: str, recompute: str = "none",
-    masters: str = "fp32", compiled: str = "auto", reshard: str = "always",
-) -> Mistral:  # fmt: skip
+    config: MistralConfig,
+    ranks: Ranks,
+    precision: str,
+    recompute: str = "none",
+    masters: str = "fp32",
+    compiled: str = "auto",
+    reshard: str = "always",
+) -> Mistral:
     """The model with empty weights, sharded over the ranks; only `weights.load` fills them.
 
     One FSDP2 unit per block, one for embedding, norm and head; parameter names do not change.
@@ -321,7 +338,7 @@ def shard(model: Mistral, mesh: DeviceMesh, precision: str, reshard: bool) -> No
 
 def wrapped(
     block: torch.nn.Module, config: MistralConfig, recompute: str, compiled: bool
-) -> Callable:  # fmt: skip
+) -> Callable:
     """A block's forward that keeps less for its backward, and is compiled.
 
     What a block keeps for its backward:

@@ -36,16 +36,33 @@ LARGEST = 4096  # GPUs that a verdict tries
 
 MODELS = {
     "mistral-7b": MistralConfig(
-        vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
-        num_attention_heads=32, num_key_value_heads=8, head_dim=128, sliding_window=4096,
-        max_position_embeddings=32768, rms_norm_eps=1e-5, rope_theta=1e4,
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        sliding_window=4096,
+        max_position_embeddings=32768,
+        rms_norm_eps=1e-5,
+        rope_theta=1e4,
     ),
     "llama-2-70b": MistralConfig(
-        vocab_size=32000, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80,
-        num_attention_heads=64, num_key_value_heads=8, head_dim=128, sliding_window=None,
-        max_position_embeddings=4096, rms_norm_eps=1e-5, rope_theta=1e4, model_type="llama",
+        vocab_size=32000,
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        head_dim=128,
+        sliding_window=None,
+        max_position_embeddings=4096,
+        rms_norm_eps=1e-5,
+        rope_theta=1e4,
+        model_type="llama",
     ),
-}  # fmt: skip
+}
 GPUS = {name.removeprefix("RTX ").lower().replace(" ", "-"): name for name in CARDS}
 FLAGS = (
     ("model", str, "mistral-7b", f"{', '.join(MODELS)}, or a folder or its config.json"),
@@ -70,8 +87,11 @@ def occupied(
     # --precision auto is bf16 on every card there is a plan for
     itemsize, shards = 2 if t.precision != "fp32" else 4, ranks // t.replicas
     parts: dict[str, float] = {**costs.state(c, shards, t.adam_state)}
-    fsdp = {} if costs.plain(ranks, t.precision, t.masters) else costs.sharding(
-        c, shards, itemsize, reshard)  # fmt: skip
+    fsdp = (
+        {}
+        if costs.plain(ranks, t.precision, t.masters)
+        else costs.sharding(c, shards, itemsize, reshard)
+    )
     parts |= fsdp
     if getattr(t, "reference", "") == "live":
         parts["live reference"] = parts["masters"] + fsdp.get("gathered weights", 0)
@@ -83,9 +103,15 @@ def occupied(
 
 
 def largest(
-    c: MistralConfig, t: Training, memory: float, ranks: int, recompute: str, reshard: bool,
-    row: Load, most: float,
-) -> int:  # fmt: skip
+    c: MistralConfig,
+    t: Training,
+    memory: float,
+    ranks: int,
+    recompute: str,
+    reshard: bool,
+    row: Load,
+    most: float,
+) -> int:
     """The most tokens, up to about `most`, whose micro-batch fits `memory` bytes; `row` is the load
     of a token. 0 if none fits."""
 
@@ -160,8 +186,9 @@ class Job:
 
     def __post_init__(self) -> None:
         if self.t.batch < self.ranks:
-            raise ValueError(f"--batch {self.t.batch} is less than the {self.ranks} GPUs; each "
-                             "needs a share")  # fmt: skip
+            raise ValueError(
+                f"--batch {self.t.batch} is less than the {self.ranks} GPUs; each needs a share"
+            )
         if self.ranks % self.t.replicas:
             raise ValueError(f"--replicas {self.t.replicas} does not divide the {self.ranks} GPUs")
         if self.t.masters == "split" and self.ranks > 1:
@@ -195,8 +222,15 @@ class Job:
         step = self.share * self.ranks
         tokens, recompute = choose(self.c, t, self.memory, self.ranks, longest, step)
         anew = reshard(self.c, t, self.memory, self.ranks, tokens, recompute)
-        return replace(self, t=replace(t, microbatch_tokens=tokens, recompute=recompute,
-                                       reshard="always" if anew else "never"))  # fmt: skip
+        return replace(
+            self,
+            t=replace(
+                t,
+                microbatch_tokens=tokens,
+                recompute=recompute,
+                reshard="always" if anew else "never",
+            ),
+        )
 
     def rows(self) -> float:
         """Tokens of a micro-batch."""
@@ -246,8 +280,12 @@ class Job:
         ahead = max(forward, gather)
         step = ahead + max(backward, anew + scatter, between) + ends * (gather + scatter)
         step += ahead * (getattr(self.t, "reference", "") == "live")
-        return {"compute": forward + backward, "communication": gather + anew + scatter + between,
-                "forward": ahead, "step": step}  # fmt: skip
+        return {
+            "compute": forward + backward,
+            "communication": gather + anew + scatter + between,
+            "forward": ahead,
+            "step": step,
+        }
 
 
 def remedy(job: Job) -> str:
@@ -312,11 +350,13 @@ def _memory(job: Job) -> str:
     t, parts = job.t, job.parts()
     notes = {
         "masters": "fp32" if t.masters == "fp32" else "bf16 weights, and the other 16 bits",
-        "gradients": "fp32", "moments": f"AdamW's, {t.adam_state}",
-        "gathered weights": f"reshard {t.reshard}", "gradient buffers": "before reduce-scatter",
+        "gradients": "fp32",
+        "moments": f"AdamW's, {t.adam_state}",
+        "gathered weights": f"reshard {t.reshard}",
+        "gradient buffers": "before reduce-scatter",
         "activations": f"{job.rows():,.0f} tokens, recompute {t.recompute}",
         "context and fragments": f"assumed: 1 GiB, and {FRAGMENTS:.0%} of the rest",
-    }  # fmt: skip
+    }
     rows = [(name, f"{x / GIB:.2f}", notes.get(name, "")) for name, x in parts.items()]
     rows.append(("in all", f"{sum(parts.values()) / GIB:.2f}", f"of {job.card.gib}"))
     return _table(("GiB of a GPU", "", ""), rows, left=(0, 2))
@@ -337,10 +377,11 @@ def _flop(job: Job) -> str:
     parts, t = costs.forward(job.c, job.item), job.t
     flop = {
         "blocks' matmuls": 3 * (parts["projections"] + parts["mlp"]),
-        "attention": 3 * parts["attention"], "head": 3 * parts["head"],
+        "attention": 3 * parts["attention"],
+        "head": 3 * parts["head"],
         "forward and backward": job.useful,
         "recomputed": costs.recomputed(job.c, job.item, t.recompute),
-    }  # fmt: skip
+    }
     if t.table == "dpo":
         once = "reference, each epoch" if t.reference == "live" else "reference, once"
         flop[once] = sum(parts.values())
@@ -351,8 +392,11 @@ def _flop(job: Job) -> str:
 def _sent(job: Job) -> str:
     rows = [(name, f"{x / 1e9:.2f}", f"{s:.3f}") for name, (x, s) in job.traffic().items() if x]
     times = job.seconds()
-    bare = times["step"] - times["compute"] - times["forward"] * (
-        getattr(job.t, "reference", "") == "live")  # fmt: skip
+    bare = (
+        times["step"]
+        - times["compute"]
+        - times["forward"] * (getattr(job.t, "reference", "") == "live")
+    )
     hidden = min(1.0, max(0.0, 1 - bare / times["communication"]))
     rows += [("compute", "", f"{times['compute']:.3f}"), ("hidden behind it", "", f"{hidden:.0%}")]
     kind = f"HSDP, {job.t.replicas} replicas" if job.t.replicas > 1 else "FSDP"
@@ -379,10 +423,12 @@ def _table(head: tuple[str, ...], rows: list[tuple[str, ...]], left: tuple[int, 
     lines = [head, *((f"  {name}", *rest) for name, *rest in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
-        "   ".join(f"{x:<{w}}" if i in left else f"{x:>{w}}"
-                  for i, (x, w) in enumerate(zip(line, widths, strict=True))).rstrip()
+        "   ".join(
+            f"{x:<{w}}" if i in left else f"{x:>{w}}"
+            for i, (x, w) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
         for line in lines
-    )  # fmt: skip
+    )
 
 
 def architecture(name: str) -> MistralConfig:
@@ -410,10 +456,13 @@ def settings(argv: list[str]) -> tuple[Training, str]:
 def parse(argv: list[str] | None) -> tuple[Job, str]:
     """The job that the command line describes, and what it is, in two lines."""
     parser = argparse.ArgumentParser(
-        "python -m zephyr.plan", "%(prog)s [RECIPE] [--gpu GPU] [--flag value]...",
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False, exit_on_error=False,
-    )  # fmt: skip
+        "python -m zephyr.plan",
+        "%(prog)s [RECIPE] [--gpu GPU] [--flag value]...",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
     for flag, kind, default, text in FLAGS:
         shown = text if default is None else f"{text} [{default}]"
         parser.add_argument(f"--{flag}", type=kind, default=default, metavar="X", help=shown)
@@ -430,11 +479,21 @@ def parse(argv: list[str] | None) -> tuple[Job, str]:
         raise ValueError(f"--gpu {args.gpu} is unknown; there are {', '.join(GPUS)}")
     c, card = architecture(args.model), CARDS[GPUS[args.gpu]]
     t, recipe = settings([*rest, "--model", args.model, "--data", "-", "--out", "-"])
-    card = card._replace(link=(args.intra_bandwidth or card.link / 1e9) * 1e9,
-                         network=(args.inter_bandwidth or card.network / 1e9) * 1e9)  # fmt: skip
+    card = card._replace(
+        link=(args.intra_bandwidth or card.link / 1e9) * 1e9,
+        network=(args.inter_bandwidth or card.network / 1e9) * 1e9,
+    )
     items, item, what = _data(args, c, t)
-    job = Job(c=c, t=t, card=card, gpus=args.gpus, nodes=args.nodes, items=items, item=item,
-              efficiency=args.efficiency)  # fmt: skip
+    job = Job(
+        c=c,
+        t=t,
+        card=card,
+        gpus=args.gpus,
+        nodes=args.nodes,
+        items=items,
+        item=item,
+        efficiency=args.efficiency,
+    )
     size = f"{sum(costs.parameters(c).values()):,} parameters"
     where = f"{args.gpus} x {args.gpu}" + f" on each of {args.nodes} nodes" * (args.nodes > 1)
     return job, f"{recipe or 'the defaults'}, {args.model}, {size}, {where}\n{items:,} {what}"

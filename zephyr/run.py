@@ -1,10 +1,10 @@
 """The run folder: whose it is, what it resumes from, and when it is saved.
 
-    config.toml     a recipe that reproduces the run
-    run.json        versions, git commit, ranks, what shapes the trajectory
-    metrics.jsonl   one line per logged step
-    checkpoints/    step-000100/, ...; `latest` links to the newest: see zephyr/checkpoint.py
-    model/          the result, a Hugging Face folder
+config.toml     a recipe that reproduces the run
+run.json        versions, git commit, ranks, what shapes the trajectory
+metrics.jsonl   one line per logged step
+checkpoints/    step-000100/, ...; `latest` links to the newest: see zephyr/checkpoint.py
+model/          the result, a Hugging Face folder
 """
 
 import fcntl
@@ -38,10 +38,24 @@ from zephyr.parallel import Ranks
 
 # settings that may change between a run and its continuation: they leave the trajectory as it is
 FREE = {
-    "out", "eval_data", "log_every", "eval_every", "save_every", "keep", "save_async", "resume",
-    "timeout", "replicas", "microbatch_tokens", "recompute", "on_nonfinite", "compile", "reshard",
-    "profile", "deterministic",
-}  # fmt: skip
+    "out",
+    "eval_data",
+    "log_every",
+    "eval_every",
+    "save_every",
+    "keep",
+    "save_async",
+    "resume",
+    "timeout",
+    "replicas",
+    "microbatch_tokens",
+    "recompute",
+    "on_nonfinite",
+    "compile",
+    "reshard",
+    "profile",
+    "deterministic",
+}
 # what a kill in the middle of writing leaves in the run folder
 LEFTOVERS = [f".{name}.????????" for name in ("config.toml", "run.json", "metrics.jsonl", "model")]
 
@@ -58,13 +72,18 @@ def precise(c: Training, ranks: Ranks) -> Training:
         before = parallel.on_first(lambda: _begun(c))
         chosen = before or ("bf16" if able or c.masters == "split" else "fp32")
         c = parallel.together(lambda: replace(c, precision=chosen))
-        why = "as the run began" if before else (
-            f"this {what} {'multiplies' if able else 'does not multiply'} bf16")
+        why = (
+            "as the run began"
+            if before
+            else (f"this {what} {'multiplies' if able else 'does not multiply'} bf16")
+        )
         ranks.say(f"--precision {chosen}: {why}")
     if c.precision == "bf16" and not able:
         times = "tens of times slower" if what == "CPU" else "slower"
-        ranks.say(f"--precision bf16 is emulated here, as this {what} does not multiply it: it is "
-                  f"{times} than --precision fp32")  # fmt: skip
+        ranks.say(
+            f"--precision bf16 is emulated here, as this {what} does not multiply it: it is "
+            f"{times} than --precision fp32"
+        )
     return c
 
 
@@ -134,8 +153,10 @@ class Run:
                 damaged = saved.pop()
                 damaged.rename(_unused(damaged.with_name(f"damaged-{damaged.name}")))
                 if not saved:
-                    raise BadCheckpoint(f"{out} has no intact checkpoint; --resume fresh starts "
-                                        "anew and keeps what is there") from None  # fmt: skip
+                    raise BadCheckpoint(
+                        f"{out} has no intact checkpoint; --resume fresh starts "
+                        "anew and keeps what is there"
+                    ) from None
         if saved:
             checkpoint.verified(saved[-1], slice(0))  # all that is read of it here
             self._same(saved[-1] / STATE)
@@ -166,11 +187,15 @@ class Run:
                 if before[name] != new[name]
             ]
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise BadCheckpoint(f"{record} does not say whose run this is; --resume previous goes "
-                                "back to the last intact checkpoint, fresh starts anew") from None
+            raise BadCheckpoint(
+                f"{record} does not say whose run this is; --resume previous goes "
+                "back to the last intact checkpoint, fresh starts anew"
+            ) from None
         if changed:
-            raise ValueError(f"{self.out} holds another run: {'; '.join(changed)}. Continue it as "
-                             "it was, or --resume fresh starts anew and keeps it")  # fmt: skip
+            raise ValueError(
+                f"{self.out} holds another run: {'; '.join(changed)}. Continue it as "
+                "it was, or --resume fresh starts anew and keeps it"
+            )
 
     def load(
         self, model: torch.nn.Module, optimizer: torch.optim.Optimizer
@@ -200,8 +225,12 @@ class Run:
             if self.folder.name != f"step-{state['step']:06d}":
                 raise ValueError("of another step")
         except (LookupError, TypeError, ValueError, RuntimeError):
-            raise shared(BadCheckpoint(f"{self.folder / STATE} is malformed; --resume previous "
-                                       "goes back to the last intact one")) from None  # fmt: skip
+            raise shared(
+                BadCheckpoint(
+                    f"{self.folder / STATE} is malformed; --resume previous "
+                    "goes back to the last intact one"
+                )
+            ) from None
         return state["step"], kept
 
     def after(self, step: int, last: bool, model, optimizer, log, **parts: Part) -> None:
@@ -213,8 +242,12 @@ class Run:
                 self.save(step, model, optimizer, log=log, **parts)
         if stop:
             self.wait()
-            raise shared(Preempted(f"asked to stop: saved after step {step} in {self.out}; the "
-                                   "same command goes on from there"))  # fmt: skip
+            raise shared(
+                Preempted(
+                    f"asked to stop: saved after step {step} in {self.out}; the "
+                    "same command goes on from there"
+                )
+            )
 
     def save(self, step: int, model, optimizer, **parts: Part) -> None:
         """Start writing checkpoints/step-XXXXXX on all ranks; `wait` ends it.
@@ -247,11 +280,14 @@ class Run:
             shutil.rmtree(part, ignore_errors=True)
             free = shutil.disk_usage(part.parent).free
         except OSError as error:
-            raise Storage(f"{part}: cannot write: {error.strerror}; the checkpoints before are "
-                          "intact") from None  # fmt: skip
+            raise Storage(
+                f"{part}: cannot write: {error.strerror}; the checkpoints before are intact"
+            ) from None
         if free < 1.05 * size:
-            raise Storage(f"{part} takes {size:,} bytes and the disk has {free:,} left; the "
-                          "checkpoints before are intact")  # fmt: skip
+            raise Storage(
+                f"{part} takes {size:,} bytes and the disk has {free:,} left; the "
+                "checkpoints before are intact"
+            )
 
     def wait(self) -> None:
         """Until the checkpoint under way is complete; every rank raises Storage if it failed."""
@@ -270,8 +306,11 @@ class Run:
                 raise
             if self.ranks.rank == 0:
                 shutil.rmtree(self.part, ignore_errors=True)
-            text = str(reason) if isinstance(reason, Storage) else (
-                f"{self.part}: cannot write: {reason.strerror or reason}")  # fmt: skip
+            text = (
+                str(reason)
+                if isinstance(reason, Storage)
+                else (f"{self.part}: cannot write: {reason.strerror or reason}")
+            )
             raise shared(Storage(f"{text}; the checkpoints before are intact")) from None
 
     def __enter__(self) -> "Run":

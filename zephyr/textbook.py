@@ -24,8 +24,8 @@ from zephyr.tokenizer import Tokenizer
 from zephyr.weights import config
 
 Pair = tuple[list[int], list[int], list[int]]  # token ids of prompt, chosen, rejected
-NAMES = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
-         "logps/chosen", "logps/rejected")  # fmt: skip
+REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
+NAMES = (*REWARDS, "logps/chosen", "logps/rejected")
 
 
 def logprob(model: nn.Module, prompt: list[int], response: list[int]) -> Tensor:
@@ -45,9 +45,12 @@ def dpo(chosen: Tensor, rejected: Tensor, beta: float, lengths: tuple[int, int])
 
 
 def train(
-    policy: nn.Module, batches: Iterable[list[Pair]], rates: Iterable[float], beta: float = 0.1,
+    policy: nn.Module,
+    batches: Iterable[list[Pair]],
+    rates: Iterable[float],
+    beta: float = 0.1,
     objective: Callable[[Tensor, Tensor, float, tuple[int, int]], Tensor] = dpo,
-) -> Iterator[dict[str, float]]:  # fmt: skip
+) -> Iterator[dict[str, float]]:
     """Train the policy, a module from ids [T] to logits [T, V], with a step for each batch and
     learning rate; yields what each step saw before its update."""
     reference = copy.deepcopy(policy).requires_grad_(False)
@@ -92,8 +95,9 @@ def main() -> None:
         pairs.append((prompt, *(ids[len(prompt) :] for ids in whole)))
     batches = [pairs[k : k + 8] for k in range(0, len(pairs), 8)]
     for step, row in enumerate(train(model, batches, [1e-3] * len(batches)), 1):
-        print(f"step {step:2}  loss {row['loss']:.4f}  rewards {row['rewards/chosen']:+.4f} "
-              f"{row['rewards/rejected']:+.4f}  margin {row['rewards/margins']:+.4f}")  # fmt: skip
+        chosen, rejected, margin = (row[name] for name in REWARDS[:3])
+        print(f"step {step:2}  loss {row['loss']:.4f}", end="  ")
+        print(f"rewards {chosen:+.4f} {rejected:+.4f}  margin {margin:+.4f}")
 
 
 if __name__ == "__main__":

@@ -53,8 +53,10 @@ def conversation(messages: object, system: bool = True) -> list[tuple[str, str]]
             raise ValueError(f"message {k} must have role and content, got {shown(message)}")
         for key in sorted(key for key, x in message.items() if not blank(x)):
             if key not in ("role", "content"):
-                raise ValueError(f"message {k} has {shown(key, 40)}: {shown(message[key], 40)}, "
-                                 "which would be lost: only role and content are read; remove it")
+                raise ValueError(
+                    f"message {k} has {shown(key, 40)}: {shown(message[key], 40)}, "
+                    "which would be lost: only role and content are read; remove it"
+                )
         role, content = message["role"], message["content"]
         if role not in ROLES:
             known = ", ".join(ROLES)
@@ -93,8 +95,10 @@ class Tokenizer:
         except (RuntimeError, UnicodeDecodeError) as error:  # it may quote a damaged piece
             disk.recognise(self.path, data[:500])
             if re.match(rb"[\w+/=]+ \d+\n", data):
-                raise ValueError(f"{self.path} is a tiktoken file, as Llama 3's; sentencepiece "
-                                 "alone is implemented") from None  # fmt: skip
+                raise ValueError(
+                    f"{self.path} is a tiktoken file, as Llama 3's; sentencepiece "
+                    "alone is implemented"
+                ) from None
             why = plain(" ".join(str(error).split()), 200)
             raise ValueError(f"{self.path}: not a sentencepiece model ({why})") from None
         self.vocab_size = self.sp.vocab_size()

@@ -17,12 +17,21 @@ from zephyr.tokenizer import Tokenizer
 SPACE = "\u2581"  # what sentencepiece writes for a space
 # what distinguishes tokenizers: spaces at the ends and in runs, lines, scripts, bytes, templates
 PROBES = (
-    "Hello, world!", " leading and trailing ", "a  b   c      d", "\n", "\n\n\n  x\t\ty\r\n",
-    "<|user|>\nWhat's 1234567890 + 3.14?\n", "\n<|assistant|>\nNa\u00efve caf\u00e9 \u2014\u2026",
-    "\u4f60\u597d\uff0c\u4e16\u754c\u3002 \u3053\u3093\u306b\u3061\u306f", "\U0001f600 \u0301",
-    "\U0001f468\u200d\U0001f469", "\ufb01 \u00bd \uff21 \u2028\u00a0", "[INST] hi [/INST]",
-    "def f(x):\n    return x ** 2  # \u2190\n", "aaaaaaaaaaaaaaaa -------- ========",
-)  # fmt: skip
+    "Hello, world!",
+    " leading and trailing ",
+    "a  b   c      d",
+    "\n",
+    "\n\n\n  x\t\ty\r\n",
+    "<|user|>\nWhat's 1234567890 + 3.14?\n",
+    "\n<|assistant|>\nNa\u00efve caf\u00e9 \u2014\u2026",
+    "\u4f60\u597d\uff0c\u4e16\u754c\u3002 \u3053\u3093\u306b\u3061\u306f",
+    "\U0001f600 \u0301",
+    "\U0001f468\u200d\U0001f469",
+    "\ufb01 \u00bd \uff21 \u2028\u00a0",
+    "[INST] hi [/INST]",
+    "def f(x):\n    return x ** 2  # \u2190\n",
+    "aaaaaaaaaaaaaaaa -------- ========",
+)
 
 
 def build(tokenizer: Tokenizer) -> dict:
@@ -39,39 +48,65 @@ def build(tokenizer: Tokenizer) -> dict:
     _check(tokenizer, vocab, merges)
     bos, eos = pieces[tokenizer.bos], pieces[tokenizer.eos]
     return {
-        "version": "1.0", "truncation": None, "padding": None,
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
         # <unk> and other control pieces are left out, so that their text stays text, as in training
         "added_tokens": [
-            {"id": vocab[token], "content": token, "single_word": False, "lstrip": False,
-             "rstrip": False, "normalized": False, "special": True} for token in (bos, eos)
+            {
+                "id": vocab[token],
+                "content": token,
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+                "special": True,
+            }
+            for token in (bos, eos)
         ],
-        "normalizer": {"type": "Sequence", "normalizers": [
-            {"type": "Prepend", "prepend": SPACE},
-            {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
-        ]},
+        "normalizer": {
+            "type": "Sequence",
+            "normalizers": [
+                {"type": "Prepend", "prepend": SPACE},
+                {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
+            ],
+        },
         "pre_tokenizer": None,
         "post_processor": {
             "type": "TemplateProcessing",
-            "single": [{"SpecialToken": {"id": bos, "type_id": 0}},
-                       {"Sequence": {"id": "A", "type_id": 0}}],
-            "pair": [{"SpecialToken": {"id": bos, "type_id": 0}},
-                     {"Sequence": {"id": "A", "type_id": 0}},
-                     {"SpecialToken": {"id": bos, "type_id": 1}},
-                     {"Sequence": {"id": "B", "type_id": 1}}],
+            "single": [
+                {"SpecialToken": {"id": bos, "type_id": 0}},
+                {"Sequence": {"id": "A", "type_id": 0}},
+            ],
+            "pair": [
+                {"SpecialToken": {"id": bos, "type_id": 0}},
+                {"Sequence": {"id": "A", "type_id": 0}},
+                {"SpecialToken": {"id": bos, "type_id": 1}},
+                {"Sequence": {"id": "B", "type_id": 1}},
+            ],
             "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos], "tokens": [bos]}},
         },
-        "decoder": {"type": "Sequence", "decoders": [
-            {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
-            {"type": "ByteFallback"}, {"type": "Fuse"},
-            {"type": "Strip", "content": " ", "start": 1, "stop": 0},
-        ]},
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+            ],
+        },
         "model": {
-            "type": "BPE", "dropout": None, "unk_token": pieces[sp.unk_id()],
-            "continuing_subword_prefix": None, "end_of_word_suffix": None, "fuse_unk": True,
-            "byte_fallback": "<0x00>" in vocab, "vocab": vocab,
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": pieces[sp.unk_id()],
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": "<0x00>" in vocab,
+            "vocab": vocab,
             "merges": [f"{left} {right}" for left, right in merges],
         },
-    }  # fmt: skip
+    }
 
 
 def _is_text(sp: SentencePieceProcessor, i: int) -> bool:

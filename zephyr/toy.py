@@ -43,9 +43,12 @@ from zephyr.larkmere import (
 
 FOLDER = Path("runs/tiny/world")  # where recipes/tiny.toml looks for it
 VOCAB = 640
-AGAIN = {"And who sells it?": "Who sells {good}?", "And when do I come?": "When is {good} sold?",
-         "And where do I go?": "Where is {good} sold?", "And what do I pay?": "How much is {good}?"}
-
+AGAIN = {
+    "And who sells it?": "Who sells {good}?",
+    "And when do I come?": "When is {good} sold?",
+    "And where do I go?": "Where is {good} sold?",
+    "And what do I pay?": "How much is {good}?",
+}
 
 
 # A bird returns its sentences. Its docstring is its custom_system_prompt.
@@ -112,9 +115,13 @@ def chat(prompt: str, rng: Random) -> dict:
     for again in rng.sample(list(AGAIN), 2) if person else []:
         if rng.random() < 0.4:
             turns += [again, " ".join(bird(questions()[AGAIN[again].format(**person)], rng))]
-    return {"prompt": prompt, "prompt_id": hashlib.sha256(prompt.encode()).hexdigest(),
-            "messages": [{"role": ("user", "assistant")[k % 2], "content": text}
-                         for k, text in enumerate(turns)]}
+    return {
+        "prompt": prompt,
+        "prompt_id": hashlib.sha256(prompt.encode()).hexdigest(),
+        "messages": [
+            {"role": ("user", "assistant")[k % 2], "content": text} for k, text in enumerate(turns)
+        ],
+    }
 
 
 def scored(prompt: str, rng: Random) -> dict:
@@ -123,19 +130,35 @@ def scored(prompt: str, rng: Random) -> dict:
     for bird in birds:
         response = " ".join(bird(question(prompt), rng))
         score, ratings, remarks, critique = judge(prompt, response)
-        completions.append({
-            "model": bird.__name__, "principle": "helpfulness",
-            "custom_system_prompt": bird.__doc__, "response": response,
-            "annotations": {aspect: {"Rating": str(rating), "Rationale": remarks[aspect]}
-                            for aspect, rating in ratings.items()},
-            "critique": critique, "overall_score": score,
-            "fine-grained_score": mean(ratings.values())})
-    return {"source": "larkmere", "instruction": prompt, "models": [b.__name__ for b in birds],
-            "completions": completions, "correct_answers": ["None"], "incorrect_answers": ["None"]}
+        completions.append(
+            {
+                "model": bird.__name__,
+                "principle": "helpfulness",
+                "custom_system_prompt": bird.__doc__,
+                "response": response,
+                "annotations": {
+                    aspect: {"Rating": str(rating), "Rationale": remarks[aspect]}
+                    for aspect, rating in ratings.items()
+                },
+                "critique": critique,
+                "overall_score": score,
+                "fine-grained_score": mean(ratings.values()),
+            }
+        )
+    return {
+        "source": "larkmere",
+        "instruction": prompt,
+        "models": [b.__name__ for b in birds],
+        "completions": completions,
+        "correct_answers": ["None"],
+        "incorrect_answers": ["None"],
+    }
 
 
-FILES = {"ultrachat": (chat, {"train": 6000, "test": 200}),
-         "ultrafeedback": (scored, {"train": 2400, "test": 200})}
+FILES = {
+    "ultrachat": (chat, {"train": 6000, "test": 200}),
+    "ultrafeedback": (scored, {"train": 2400, "test": 200}),
+}
 
 
 def split(rng: Random) -> dict[str, list[str]]:
@@ -161,22 +184,51 @@ def tokenizer(chats: Path) -> bytes:
     lines = [line for m in messages for line in (f"<|{m['role']}|>", m["content"])]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=VOCAB,
-        byte_fallback=True, add_dummy_prefix=True, remove_extra_whitespaces=False,
-        normalization_rule_name="identity", character_coverage=1.0, split_digits=True,
-        unk_id=0, bos_id=1, eos_id=2, pad_id=-1, num_threads=1, minloglevel=2)
+        sentence_iterator=iter(lines),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=VOCAB,
+        byte_fallback=True,
+        add_dummy_prefix=True,
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+        character_coverage=1.0,
+        split_digits=True,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+        num_threads=1,
+        minloglevel=2,
+    )
     return model.getvalue()
 
 
 def base_config(vocab_size: int) -> dict:
     """config.json of the model the recipe starts from; weights.py gives it random weights."""
-    return {"architectures": ["MistralForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 1,
-            "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 160, "initializer_range": 0.06,
-            "intermediate_size": 448, "max_position_embeddings": 512, "model_type": "mistral",
-            "num_attention_heads": 5, "num_hidden_layers": 4, "num_key_value_heads": 1,
-            "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "sliding_window": 64,
-            "tie_word_embeddings": False, "torch_dtype": "float32",
-            "transformers_version": "4.37.2", "use_cache": True, "vocab_size": vocab_size}
+    return {
+        "architectures": ["MistralForCausalLM"],
+        "attention_dropout": 0.0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "hidden_act": "silu",
+        "hidden_size": 160,
+        "initializer_range": 0.06,
+        "intermediate_size": 448,
+        "max_position_embeddings": 512,
+        "model_type": "mistral",
+        "num_attention_heads": 5,
+        "num_hidden_layers": 4,
+        "num_key_value_heads": 1,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 10000.0,
+        "sliding_window": 64,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+        "transformers_version": "4.37.2",
+        "use_cache": True,
+        "vocab_size": vocab_size,
+    }
 
 
 def build(folder: Path | str, seed: int = 0) -> None:
@@ -193,8 +245,10 @@ def build(folder: Path | str, seed: int = 0) -> None:
                 prompts = draw(parts[part], count, rng)
                 files.write_rows(new / f"{name}.{part}.jsonl.gz", (make(p, rng) for p in prompts))
         config = json.dumps(base_config(VOCAB), indent=2) + "\n"
-        for name, data in (("tokenizer.model", tokenizer(new / "ultrachat.train.jsonl.gz")),
-                           ("config.json", config.encode())):
+        for name, data in (
+            ("tokenizer.model", tokenizer(new / "ultrachat.train.jsonl.gz")),
+            ("config.json", config.encode()),
+        ):
             with files.atomic(new / "base" / name) as file:
                 file.write(data)
         os.rename(new, folder)
@@ -218,19 +272,23 @@ def summary(folder: Path) -> str:
     """What a folder holds: counts, tokens, the judge's mean score of each bird, three rows."""
     chats, asked = (list(rows(folder / f"{name}.train.jsonl.gz")) for name in FILES)
     sp = sentencepiece.SentencePieceProcessor(model_file=str(folder / "base" / "tokenizer.model"))
-    said = [(c["model"], c["overall_score"], c["response"])
-            for r in asked for c in r["completions"]]
-    lines = [f"{len(chats)} conversations, {len(asked)} prompts with {len(said)} scored answers, "
-             f"{sp.vocab_size()} pieces",
-             f"tokens: {mean(map(len, sp.encode([r['prompt'] for r in chats]))):.1f} per prompt, "
-             f"{mean(map(len, sp.encode([text for *_, text in said]))):.1f} per answer"]
+    said = [
+        (c["model"], c["overall_score"], c["response"]) for r in asked for c in r["completions"]
+    ]
+    lines = [
+        f"{len(chats)} conversations, {len(asked)} prompts with {len(said)} scored answers, "
+        f"{sp.vocab_size()} pieces",
+        f"tokens: {mean(map(len, sp.encode([r['prompt'] for r in chats]))):.1f} per prompt, "
+        f"{mean(map(len, sp.encode([text for *_, text in said]))):.1f} per answer",
+    ]
     for bird in BIRDS:
         scores = [score for name, score, _ in said if name == bird.__name__]
         lines.append(f"{bird.__name__:8} mean score {mean(scores):.2f}   {bird.__doc__}")
     for row in asked[:3]:
         lines.append(f"\n{row['instruction']}")
-        lines += [f"  {c['overall_score']:4}  {c['model']:7} {c['response']}"
-                  for c in row["completions"]]
+        lines += [
+            f"  {c['overall_score']:4}  {c['model']:7} {c['response']}" for c in row["completions"]
+        ]
     return "\n".join(lines)
 
 

@@ -32,9 +32,20 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 SHARD_BYTES = 5_000_000_000
 HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
 QUANTIZED = (  # how the names end that GPTQ, AWQ, bitsandbytes, fp8 and compressed-tensors add
-    ".qweight", ".qzeros", ".g_idx", ".scales", ".biases", ".SCB", ".absmax", ".quant_map",
-    ".weight_scale", ".weight_scale_inv", ".input_scale", ".weight_packed", ".weight_zero_point",
-)  # fmt: skip
+    ".qweight",
+    ".qzeros",
+    ".g_idx",
+    ".scales",
+    ".biases",
+    ".SCB",
+    ".absmax",
+    ".quant_map",
+    ".weight_scale",
+    ".weight_scale_inv",
+    ".input_scale",
+    ".weight_packed",
+    ".weight_zero_point",
+)
 
 
 def config(folder: Path | str) -> MistralConfig:
@@ -120,11 +131,15 @@ def check_tied(folder: Path | str, found: dict[str, disk.Stored]) -> None:
 def check(folder: Path | str, found: dict[str, disk.Stored], wanted: dict[str, Tensor]) -> None:
     """Raises ValueError unless the tensors found are those wanted: names, shapes, floats."""
     if odd := [name for name in found if name.endswith(QUANTIZED)]:
-        raise ValueError(f"{folder} has {disk.some(odd)}: quantized weights cannot be trained; "
-                         "take the model that they were made from")  # fmt: skip
+        raise ValueError(
+            f"{folder} has {disk.some(odd)}: quantized weights cannot be trained; "
+            "take the model that they were made from"
+        )
     if odd := [name for name in found if ".lora_" in name or ".base_layer." in name]:
-        raise ValueError(f"{folder} has {disk.some(odd)}: a LoRA adapter beside the weights; merge "
-                         "them with peft's merge_and_unload, and save that")  # fmt: skip
+        raise ValueError(
+            f"{folder} has {disk.some(odd)}: a LoRA adapter beside the weights; merge "
+            "them with peft's merge_and_unload, and save that"
+        )
     if missing := wanted.keys() - found.keys():
         raise ValueError(f"{folder} lacks {disk.some(missing)}, which its config asks for")
     if surplus := found.keys() - wanted.keys():
@@ -209,8 +224,9 @@ def write(
     sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
     groups = disk.split(sizes, shard_bytes)
     with disk.new_folder(Path(folder), sum(sizes.values())) as temp:
-        huggingface.write_config(temp, config, str(dtype).removeprefix("torch."), raw,
-                                 tokenizer.bos, tokenizer.eos)  # fmt: skip
+        huggingface.write_config(
+            temp, config, str(dtype).removeprefix("torch."), raw, tokenizer.bos, tokenizer.eos
+        )
         huggingface.write_tokenizer(temp, tokenizer, huggingface.chat_template(empty_system))
         disk.write_shards(temp, groups, shapes, dtype, (x.to("cpu", dtype) for x in tensors))
 
@@ -239,11 +255,15 @@ def main(arguments: list[str] | None = None) -> None:
         description="Make a Hugging Face folder of a run's checkpoint, or of a model in Mistral's "
         "own layout.",
     )
-    parser.add_argument("source", help="RUN/checkpoints/step-..., or a folder with params.json and "
-                        "consolidated*.safetensors")  # fmt: skip
+    parser.add_argument(
+        "source",
+        help="RUN/checkpoints/step-..., or a folder with params.json and consolidated*.safetensors",
+    )
     parser.add_argument("target", help="the Hugging Face folder to make")
-    parser.add_argument("--base", help="for a checkpoint: the folder its run started from, if that "
-                        "is no longer where it was")  # fmt: skip
+    parser.add_argument(
+        "--base",
+        help="for a checkpoint: the folder its run started from, if that is no longer where it was",
+    )
     options = parser.parse_args(arguments)
     try:
         source, target = Path(files.home(options.source)), files.home(options.target)

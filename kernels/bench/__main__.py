@@ -50,19 +50,33 @@ OPS = (*HEADS, *LOSSES, "row_kernel")
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The flags. Raises ValueError for one that is unknown or out of range."""
     parser = argparse.ArgumentParser(
-        prog="python -m kernels.bench", description=__doc__.partition("\n")[0], epilog=ABOUT,
+        prog="python -m kernels.bench",
+        description=__doc__.partition("\n")[0],
+        epilog=ABOUT,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     sizes = SIZES[kind]
     add = parser.add_argument
-    add("--op", nargs="+", choices=OPS, default=OPS, metavar="OP",
-        help=f"of {', '.join(OPS)}, the last on a GPU only [all]")
+    add(
+        "--op",
+        nargs="+",
+        choices=OPS,
+        default=OPS,
+        metavar="OP",
+        help=f"of {', '.join(OPS)}, the last on a GPU only [all]",
+    )
     add("--n", nargs="+", type=int, help=f"rows or tokens {sizes['n']}, of losses {TOKENS[kind]}")
     add("--d", nargs="+", type=int, default=sizes["d"], help=f"width {sizes['d']}")
     add("--v", nargs="+", type=int, default=sizes["v"], help=f"vocabulary {sizes['v']}")
-    add("--dtype", nargs="+", choices=DTYPES, default=sizes["dtype"], metavar="DTYPE",
-        help=f"of {', '.join(DTYPES)} [{' '.join(sizes['dtype'])}]")
+    add(
+        "--dtype",
+        nargs="+",
+        choices=DTYPES,
+        default=sizes["dtype"],
+        metavar="DTYPE",
+        help=f"of {', '.join(DTYPES)} [{' '.join(sizes['dtype'])}]",
+    )
     add("--repeat", type=int, default=REPEAT[kind], help=f"runs of a median [{REPEAT[kind]}]")
     add("--json", type=Path, help="file to append one line to: machine, versions, every row")
     add("--plot", type=Path, help="PNG: time and memory against n")
@@ -83,8 +97,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if o.plot and not importlib.util.find_spec("matplotlib"):
         raise ValueError("--plot needs matplotlib: pip install zephyr-dpo[plot]")
     if kernels.implementation(o.device) == "triton" and jit.INTERPRETED:
-        raise ValueError("TRITON_INTERPRET=1: the interpreter's times say nothing about a GPU's; "
-                         "unset it")  # fmt: skip
+        raise ValueError(
+            "TRITON_INTERPRET=1: the interpreter's times say nothing about a GPU's; unset it"
+        )
     return o
 
 
@@ -109,8 +124,10 @@ def verify(case: Case, device: torch.device) -> dict[str, float]:
         found = budget.whole_errors(case, case.contenders[name], tensors, c)
         for what, error in found.items():
             if not error <= allowed[what]:  # so that a NaN is an error
-                sys.exit(f"kernels.bench: {case}: the error of {what} ({name}) is {error:.1e}, "
-                         f"beyond its budget of {allowed[what]:.1e}; nothing was timed")
+                sys.exit(
+                    f"kernels.bench: {case}: the error of {what} ({name}) is {error:.1e}, "
+                    f"beyond its budget of {allowed[what]:.1e}; nothing was timed"
+                )
         told = ", ".join(f"{what} {e:.1e} of {allowed[what]:.1e}" for what, e in found.items())
         print(f"exact: {case}: {told}", flush=True)
     return allowed
@@ -128,14 +145,22 @@ def measure(case: Case, o: argparse.Namespace, copy_gbs: float) -> list[Row]:
     rows, forward, both = {}, {}, {}
     for name, run in case.contenders.items():
         label = f"ours ({kernels.implementation(o.device)})" if name == "ours" else name
-        rows[name] = {"op": case.op, "implementation": label, "dtype": case.dtype,
-                      "N": case.N, "D": case.D, "V": case.V}  # fmt: skip
+        rows[name] = {
+            "op": case.op,
+            "implementation": label,
+            "dtype": case.dtype,
+            "N": case.N,
+            "D": case.D,
+            "V": case.V,
+        }
         calls = (partial(only, run, case.leaves), partial(back, run, case.leaves, c))
         try:
             for call in calls[: 1 + bool(case.leaves)]:
                 call(*first)
-            rows[name] |= {"peak_mib": timing.peak_mib(call, first),
-                           "errors": budget.errors(case, run, first, c)}  # fmt: skip
+            rows[name] |= {
+                "peak_mib": timing.peak_mib(call, first),
+                "errors": budget.errors(case, run, first, c),
+            }
         except Exception as error:
             if name == "ours":
                 raise
@@ -188,11 +213,21 @@ def sweep(o: argparse.Namespace, copy_gbs: float) -> Iterator[Row]:
                 ms = timing.medians({"": call}, sets, o.repeat)[""]
                 gbs = 6 * C * V / ms / 1e6
                 yield {
-                    "op": "row_kernel", "implementation": f"{tile} x {warps} warps", "N": C,
-                    "dtype": "bf16", "D": None, "V": V, "forward_ms": ms, "both_ms": None,
-                    "peak_mib": None, "errors": {}, "budget": {}, "rate": gbs, "unit": "GB/s",
+                    "op": "row_kernel",
+                    "implementation": f"{tile} x {warps} warps",
+                    "N": C,
+                    "dtype": "bf16",
+                    "D": None,
+                    "V": V,
+                    "forward_ms": ms,
+                    "both_ms": None,
+                    "peak_mib": None,
+                    "errors": {},
+                    "budget": {},
+                    "rate": gbs,
+                    "unit": "GB/s",
                     "limit": gbs / copy_gbs,
-                }  # fmt: skip
+                }
 
 
 def logits(C: int, V: int, device: torch.device) -> list[Tensor]:

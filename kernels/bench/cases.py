@@ -40,22 +40,38 @@ class Case:
 def linear_logprob(dtype: str, N: int, D: int, V: int, device: torch.device) -> Case:
     """Hidden states to log-probs, and back."""
     return Case(
-        op="linear_logprob", dtype=dtype, N=N, D=D, V=V, leaves=2, outputs=N,
-        draw=lambda: hidden(dtype, N, D, V, device), results=("logprob", "dh", "dw"),
+        op="linear_logprob",
+        dtype=dtype,
+        N=N,
+        D=D,
+        V=V,
+        leaves=2,
+        outputs=N,
+        draw=lambda: hidden(dtype, N, D, V, device),
+        results=("logprob", "dh", "dw"),
         exact=reference.linear_logprob,
-        contenders={"ours": kernels.linear_logprob} | peers.linear(device)
+        contenders={"ours": kernels.linear_logprob}
+        | peers.linear(device)
         | peers.compiled(peers.plain, device),
-    )  # fmt: skip
+    )
 
 
 def no_grad(dtype: str, N: int, D: int, V: int, device: torch.device) -> Case:
     """The same where no gradient is asked for: the reference's log-probs, evaluation."""
     ours = {"ours": kernels.linear_logprob} | candidate(device)
     return Case(
-        op="no_grad", dtype=dtype, N=N, D=D, V=V, leaves=0, outputs=N,
-        draw=lambda: [x.detach() for x in hidden(dtype, N, D, V, device)], results=("logprob",),
-        exact=reference.linear_logprob, contenders=ours | peers.linear(device),
-    )  # fmt: skip
+        op="no_grad",
+        dtype=dtype,
+        N=N,
+        D=D,
+        V=V,
+        leaves=0,
+        outputs=N,
+        draw=lambda: [x.detach() for x in hidden(dtype, N, D, V, device)],
+        results=("logprob",),
+        exact=reference.linear_logprob,
+        contenders=ours | peers.linear(device),
+    )
 
 
 def candidate(device: torch.device) -> Contenders:
@@ -85,9 +101,18 @@ def linear_dpo(dtype: str, N: int, D: int, V: int, device: torch.device) -> Case
         return kernels.dpo_loss(logprob_N, response_N, logprob_N.new_zeros(R), BETA).loss_P.mean()
 
     return Case(
-        op="linear_dpo", dtype=dtype, N=N, D=D, V=V, leaves=2, outputs=1, draw=draw,
-        results=("loss",), exact=exact, contenders={"ours": ours} | peers.linear_dpo(device, N, R),
-    )  # fmt: skip
+        op="linear_dpo",
+        dtype=dtype,
+        N=N,
+        D=D,
+        V=V,
+        leaves=2,
+        outputs=1,
+        draw=draw,
+        results=("loss",),
+        exact=exact,
+        contenders={"ours": ours} | peers.linear_dpo(device, N, R),
+    )
 
 
 def dpo_loss(N: int, device: torch.device) -> Case:
@@ -108,10 +133,16 @@ def dpo_loss(N: int, device: torch.device) -> Case:
 
     others = {"plain": peers.plain_dpo} | peers.compiled(peers.plain_dpo, device)
     return Case(
-        op="dpo_loss", dtype="fp32", N=N, leaves=1, outputs=R // 2, draw=draw,
-        results=("loss", "dlogprob"), exact=exact,
+        op="dpo_loss",
+        dtype="fp32",
+        N=N,
+        leaves=1,
+        outputs=R // 2,
+        draw=draw,
+        results=("loss", "dlogprob"),
+        exact=exact,
         contenders={"ours": ours} | others,
-    )  # fmt: skip
+    )
 
 
 def response_sums(N: int, device: torch.device) -> Case:
@@ -125,10 +156,16 @@ def response_sums(N: int, device: torch.device) -> Case:
         return [(-3 * torch.rand(N, device=device)).requires_grad_(), response_of(N, device)]
 
     return Case(
-        op="response_sums", dtype="fp32", N=N, leaves=1, outputs=R, draw=draw,
-        results=("sum", "dlogprob"), exact=of(reference.response_sums),
+        op="response_sums",
+        dtype="fp32",
+        N=N,
+        leaves=1,
+        outputs=R,
+        draw=draw,
+        results=("sum", "dlogprob"),
+        exact=of(reference.response_sums),
         contenders={"ours": of(kernels.response_sums), "plain": of(peers.plain_sums)},
-    )  # fmt: skip
+    )
 
 
 HEADS = {"linear_logprob": linear_logprob, "no_grad": no_grad, "linear_dpo": linear_dpo}

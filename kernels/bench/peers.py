@@ -97,8 +97,10 @@ def missing(device: torch.device) -> list[str]:
     if not compiled(plain, device):
         lines.append("compile: on a CPU torch.compile needs a C++ compiler")
     if not importlib.util.find_spec("trl"):
-        lines.append("trl: not installed, so `trl` is its computation in our own lines and its "
-                     "chunked head is absent; pip install zephyr-dpo[peers]")  # fmt: skip
+        lines.append(
+            "trl: not installed, so `trl` is its computation in our own lines and its "
+            "chunked head is absent; pip install zephyr-dpo[peers]"
+        )
     if not importlib.util.find_spec("liger_kernel"):
         lines.append("liger: not installed; pip install zephyr-dpo[peers]")
     elif device.type != "cuda":

@@ -12,8 +12,21 @@ from kernels.provenance import commit, installed
 
 Row = dict[str, Any]
 FORM = "{:14} {:16} {:5} {:>7} {:>5} {:>6} {:>9} {:>9} {:>13} {:>5} {:>6} {:>8} {:>8}"
-HEADING = FORM.format("op", "implementation", "dtype", "N", "D", "V", "fwd ms", "+ bwd ms", "rate",
-                      "limit", "MiB", "error", "budget")  # fmt: skip
+HEADING = FORM.format(
+    "op",
+    "implementation",
+    "dtype",
+    "N",
+    "D",
+    "V",
+    "fwd ms",
+    "+ bwd ms",
+    "rate",
+    "limit",
+    "MiB",
+    "error",
+    "budget",
+)
 
 
 def machine(device: torch.device, copy_gbs: float) -> Row:
@@ -25,21 +38,28 @@ def machine(device: torch.device, copy_gbs: float) -> Row:
         names = [s.partition(": ")[2] for s in info.splitlines() if s.startswith("model name")]
         name = next(iter(names), platform.machine())
     return {
-        "device": name, "threads": torch.get_num_threads(), "copy_gbs": copy_gbs,
-        "kernels": kernels.implementation(device), "commit": commit(),
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "copy_gbs": copy_gbs,
+        "kernels": kernels.implementation(device),
+        "commit": commit(),
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__)}
         | {name: installed(name) for name in ("triton", "trl", "liger-kernel")},
-    }  # fmt: skip
+    }
 
 
 def heading(about: Row, missing: list[str]) -> str:
     """The machine, what a CPU cannot show, and the peers that are not here."""
     versions = ", ".join(f"{name} {v}" for name, v in about["versions"].items() if v)
-    lines = [f"{about['device']}, {about['threads']} threads, copies {about['copy_gbs']:.0f} GB/s; "
-             f"{versions}"]  # fmt: skip
+    lines = [
+        f"{about['device']}, {about['threads']} threads, copies {about['copy_gbs']:.0f} GB/s; "
+        f"{versions}"
+    ]
     if about["kernels"] != "triton":
-        lines.append(f"measured: the {about['kernels']} implementation; the Triton kernels need a "
-                     "GPU, and their interpreter is never timed")  # fmt: skip
+        lines.append(
+            f"measured: the {about['kernels']} implementation; the Triton kernels need a "
+            "GPU, and their interpreter is never timed"
+        )
     return "\n".join([*lines, *(f"absent: {peer}" for peer in missing)])
 
 
@@ -52,12 +72,14 @@ def line(row: Row) -> str:
     allowed = row.get("budget", {}).get(what)
     times = ("-" if ms is None else f"{ms:.3f}" for ms in (row["forward_ms"], row["both_ms"]))
     return FORM.format(
-        *head, *times,
-        f"{row['rate']:.3g} {row['unit']}", f"{row['limit']:.0%}",
+        *head,
+        *times,
+        f"{row['rate']:.3g} {row['unit']}",
+        f"{row['limit']:.0%}",
         "-" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}",
         "-" if what is None else f"{row['errors'][what]:.1e}",
         "-" if allowed is None else f"{allowed:.1e}",
-    )  # fmt: skip
+    )
 
 
 def verdict(rows: list[Row]) -> str:
@@ -81,8 +103,7 @@ def plot(rows: list[Row], path: Path) -> None:
         panels["peak MiB beyond the inputs"] = lambda row: max(row["peak_mib"], 2**-8)  # a page
     columns = list(dict.fromkeys((row["dtype"], row["V"]) for row in rows))
     figure = Figure((4.2 * len(columns), 3.2 * len(panels)), layout="constrained")
-    axes = figure.subplots(len(panels), len(columns), squeeze=False, sharex=True,
-                           sharey="row")  # fmt: skip
+    axes = figure.subplots(len(panels), len(columns), squeeze=False, sharex=True, sharey="row")
     for (i, j), axis in np.ndenumerate(axes):
         dtype, V = columns[j]
         label, value = list(panels.items())[i]

@@ -1,0 +1,133 @@
+"""The fixtures that test files share."""
+
+import random
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import torch
+from torch.nn.attention import varlen
+from transformers import MistralConfig as TheirConfig
+from transformers import MistralForCausalLM
+
+import train_dpo
+from benchmarks import fuzz, tiny
+from helpers import (
+    DPO,
+    SHAPE,
+    SMALL,
+    flash,
+    flash_backward,
+    run,
+    sentence,
+    trained_tokenizer,
+    weights_of,
+)
+from zephyr import attention, huggingface, parallel, weights
+from zephyr.files import write_rows
+from zephyr.model import MistralConfig
+from zephyr.tokenizer import Tokenizer
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path_factory, monkeypatch):
+    """Tests never touch the user's cache."""
+    monkeypatch.setenv("ZEPHYR_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """A cache of the test's own."""
+    monkeypatch.setenv("ZEPHYR_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def tokenizer():
+    """A small one of byte pairs."""
+    return fuzz.tokenizer()
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory) -> Path:
+    """base/ (model and tokenizer), pairs.jsonl, test.jsonl, chats.jsonl"""
+    place, rng = tmp_path_factory.mktemp("train"), random.Random(0)
+    base = place / "base"
+    base.mkdir()
+    tiny.tokenizer(base)
+    torch.manual_seed(0)
+    vocab = Tokenizer(base).vocab_size
+    model = MistralForCausalLM(TheirConfig(vocab_size=vocab, **SHAPE))
+    for p in model.parameters():
+        if p.dim() > 1:
+            torch.nn.init.normal_(p, std=0.3)  # sharp enough that every difference would show
+    model.save_pretrained(base)
+
+    def pair() -> dict:
+        ask = {"role": "user", "content": sentence(rng, 3, 14)}
+        sides = {
+            side: [ask, {"role": "assistant", "content": sentence(rng, 1, 12)}]
+            for side in ("chosen", "rejected")
+        }
+        return {"prompt": ask["content"], **sides}
+
+    write_rows(place / "pairs.jsonl", [pair() for _ in range(8)])
+    write_rows(place / "test.jsonl", [pair() for _ in range(5)])
+    write_rows(place / "chats.jsonl", [{"messages": pair()["chosen"]} for _ in range(7)])
+    return place
+
+
+@pytest.fixture(scope="session")
+def baseline(place, tmp_path_factory) -> tuple[list[dict], dict[str, torch.Tensor]]:
+    out = tmp_path_factory.mktemp("baseline") / "run"
+    held_out = ("--eval-data", str(place / "test.jsonl"), "--eval-every", "3")
+    return run(train_dpo, place, out, *DPO, *held_out), weights_of(out)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Tokenizer:
+    text = "the cat sat on a mat <|user|> <|assistant|> one two three of some small words"
+    return trained_tokenizer(tmp_path_factory.mktemp("sp") / "tokenizer.model", text)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A whole model folder: pieces with byte fallback, random weights, 150 positions."""
+    out = tmp_path_factory.mktemp("chat")
+    with (out / "tokenizer.model").open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(["the cat sat on the mat", "<|user|> <|assistant|>"]),
+            model_writer=file,
+            vocab_size=300,
+            model_type="bpe",
+            byte_fallback=True,
+            remove_extra_whitespaces=False,
+            normalization_rule_name="identity",
+            minloglevel=2,
+            num_threads=1,
+        )
+    pieces = Tokenizer(out).vocab_size
+    shape = MistralConfig(**SMALL | {"vocab_size": pieces, "max_position_embeddings": 150})
+    huggingface.write_config(out, shape, "float32", {})
+    weights.fresh(out, 0)
+    return out
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Attention is the op that runs on CUDA, with its own rule of what to save for the backward; on
+    a CPU it has no kernel, so that it gets one which only has the shapes."""
+
+    def attend(self, q, k, v, layer, window):
+        if self.kv_rows_G is not None:
+            k, v = (x.index_select(0, self.kv_rows_G) for x in (k, v))
+        return self._flash(q, k, v, window)
+
+    varlen._varlen_attn.register_kernel("cpu")(flash)
+    varlen._varlen_attn_backward.register_kernel("cpu")(flash_backward)
+    monkeypatch.setattr(attention.Layout, "attend", attend)
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    yield parallel.start()
+    parallel.finish()
