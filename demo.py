@@ -15,7 +15,10 @@ from statistics import mean
 
 import torch
 
-from zephyr import exits, files, generate, larkmere, toy
+from zephyr import generate
+from zephyr.data import readers
+from zephyr.run import exits
+from zephyr.toy import birds, village
 
 RUNS = Path("runs/tiny")
 CORES = os.cpu_count() or 1
@@ -31,9 +34,9 @@ STAGES = {
     "AI feedback: the judge's scores become preference pairs": [
         "-m",
         "zephyr.feedback",
-        str(toy.FOLDER / "ultrafeedback.train.jsonl.gz"),
+        str(birds.FOLDER / "ultrafeedback.train.jsonl.gz"),
         "--out",
-        str(toy.FOLDER / "pairs.train.jsonl.gz"),
+        str(birds.FOLDER / "pairs.train.jsonl.gz"),
     ],
     "dDPO: prefer what the judge preferred": [*TORCHRUN, "train_dpo.py", "--resume", "fresh"],
     "curves": ["-m", "zephyr.metrics", f"{RUNS}/sft", f"{RUNS}/dpo", "--out", f"{RUNS}/curves.png"],
@@ -49,7 +52,7 @@ def main() -> None:
         if code := subprocess.run([sys.executable, *command], check=False).returncode:
             sys.exit(code)
     print("\nBefore and after, on prompts never trained on", flush=True)
-    rows = [row for _, row in files.read_rows(toy.FOLDER / "ultrafeedback.test.jsonl.gz")]
+    rows = [row for _, row in readers.read_rows(birds.FOLDER / "ultrafeedback.test.jsonl.gz")]
     prompts = [row["instruction"] for row in rows]
     answers = {stage: sample(f"{RUNS}/{stage}/model", prompts) for stage in ("sft", "dpo")}
     print(verdict(prompts, answers))
@@ -70,7 +73,7 @@ def sample(folder: str, prompts: list[str]) -> list[str]:
 def verdict(prompts: list[str], answers: dict[str, list[str]]) -> str:
     """What the judge says of both models' answers; a tie is half a win."""
     scores = {
-        stage: [larkmere.judge(p, a).score for p, a in zip(prompts, said, strict=True)]
+        stage: [village.judge(p, a).score for p, a in zip(prompts, said, strict=True)]
         for stage, said in answers.items()
     }
     compared = list(zip(scores["dpo"], scores["sft"], strict=True))

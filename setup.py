@@ -1,6 +1,6 @@
 """Packaging: `pip install -e .` beside the scripts, with extras `pip install -e .[plot]`."""
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 setup(
     name="zephyr-dpo",
@@ -8,7 +8,7 @@ setup(
     description="The Zephyr recipe from scratch: dSFT, AI feedback and dDPO in plain PyTorch",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=["zephyr", "kernels", "kernels.bench"],
+    packages=find_packages(include=["zephyr*", "kernels*"]),
     package_data={"zephyr": ["recipes/*.toml"]},
     install_requires=[
         "torch>=2.11",

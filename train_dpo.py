@@ -11,68 +11,79 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zephyr import anchor, base, config, data, losses, metrics, optim, parallel, toy, weights
+from zephyr import config, losses, optim
+from zephyr import reference as wanted
 from zephyr.config import DPOConfig
-from zephyr.exits import call
-from zephyr.guard import Guard
-from zephyr.packing import Batch, PairPlan, ahead
-from zephyr.run import Run, precise
+from zephyr.data import arrays
+from zephyr.data.batching import PairSteps, prefetch
+from zephyr.distributed import fsdp, group
+from zephyr.metrics.log import Log
+from zephyr.metrics.means import Means, work
+from zephyr.packing import Batch
+from zephyr.reference import Reference
+from zephyr.run import settings
+from zephyr.run.exits import call
+from zephyr.run.folder import Run
+from zephyr.run.guard import Guard
+from zephyr.run.settings import precise
+from zephyr.toy import birds
+from zephyr.weights import base, hub
 
 
 def main() -> None:
     c, recipe = config.parse(DPOConfig, doc=__doc__)
     if recipe == "tiny" and not Path(c.model).exists():
         raise ValueError(f"{c.model} is not there yet; run train_sft.py first, it makes it")
-    ranks = parallel.start(c.replicas, c.masters, c.deterministic)
+    ranks = group.start(c.replicas, c.masters, c.deterministic)
     if recipe == "tiny":
-        parallel.once_per_node(ranks, toy.ensure_pairs)
+        group.once_per_node(ranks, birds.ensure_pairs)
 
-    c, shape, tokenizer, notes = parallel.together(lambda: base.look(c))
+    c, shape, tokenizer, notes = group.together(lambda: base.look(c))
     ranks.say(*notes)
     c = precise(c, ranks)
 
-    def read(paths: tuple[str, ...]) -> data.Tokens:
-        pairs = parallel.once_per_node(ranks, lambda: data.preferences(paths, tokenizer, c))
+    def read(paths: tuple[str, ...]) -> arrays.Tokens:
+        pairs = group.once_per_node(ranks, lambda: arrays.preferences(paths, tokenizer, c))
         ranks.say(pairs.report("pairs"))
         return pairs
 
-    def plan(pairs: data.Tokens, shuffle: bool) -> PairPlan:
-        return parallel.together(
-            lambda: PairPlan(
+    def plan(pairs: arrays.Tokens, shuffle: bool) -> PairSteps:
+        return group.together(
+            lambda: PairSteps(
                 pairs, c.batch, c.microbatch_tokens, c.seed, ranks.rank, ranks.size, shuffle
             )
         )
 
     pairs, unseen = read(c.data), read(c.eval_data) if c.eval_data else None
     lengths = [x.pair_lengths() for x in (pairs, unseen) if x]
-    c = parallel.fitted(c, shape, ranks, np.concatenate(lengths))
+    c = settings.fitted(c, shape, ranks, np.concatenate(lengths))
     train, held_out = plan(pairs, shuffle=True), unseen and plan(unseen, shuffle=False)
-    steps, notes = parallel.together(
+    steps, notes = group.together(
         lambda: optim.steps(c, train.steps_per_epoch, len(pairs), "pair", ranks.size)
     )
     ranks.say(*notes)
 
-    origin = parallel.on_first(lambda: weights.digest(c.model))
+    origin = group.on_first(lambda: hub.digest(c.model))
     with Run(c, {"data": train.data.digest, "model": origin}, ranks) as run:
         if run.finished:
-            return parallel.finish()
+            return group.finish()
         build = partial(
-            parallel.build, shape, ranks, c.precision, c.recompute, c.masters, c.compile, c.reshard
+            fsdp.build, shape, ranks, c.precision, c.recompute, c.masters, c.compile, c.reshard
         )
         policy = build()
-        parallel.together(lambda: weights.load(c.model, policy))
+        group.together(lambda: hub.load(c.model, policy))
         # before any forward: see optim.adamw
         optimizer = optim.adamw(policy, c.weight_decay, c.adam_state)
         if c.reference == "live":
             frozen = build()
-            parallel.together(lambda: weights.load(c.model, frozen))
-            anchors = [anchor.live(frozen)] * 2
+            group.together(lambda: hub.load(c.model, frozen))
+            anchors = [wanted.live(frozen)] * 2
         else:
-            cached = partial(anchor.cached, policy, weights=origin, bits=c.bits, ranks=ranks)
+            cached = partial(wanted.cached, policy, weights=origin, bits=c.bits, ranks=ranks)
             unseen_steps = held_out and held_out.steps_per_epoch
             anchors = [cached(train, steps), held_out and cached(held_out, unseen_steps)]
         start, kept = run.load(policy, optimizer)
-        log = metrics.Log(
+        log = Log(
             c.out,
             steps,
             losses.METRICS,
@@ -85,9 +96,9 @@ def main() -> None:
             profile=c.profile,
         )
         guard = Guard(c.on_nonfinite, train.data.where, ranks, kept.get("guard", ()))
-        parallel.tighten(c.timeout)
+        group.set_timeout(c.timeout)
 
-        def forward(batch: Batch, reference: anchor.Reference) -> dict[str, Tensor]:
+        def forward(batch: Batch, reference: Reference) -> dict[str, Tensor]:
             """Loss and metrics of each pair of a micro-batch."""
             batch = batch.to(ranks.device)
             return losses.preference(
@@ -95,7 +106,7 @@ def main() -> None:
             )
 
         def evaluate(step: int) -> None:
-            means = metrics.Means(losses.METRICS, ranks.device)
+            means = Means(losses.METRICS, ranks.device)
             with log.paused(), torch.no_grad():
                 for batch in held_out.epoch():
                     means.add(len(batch.pairs), forward(batch, anchors[1]))
@@ -103,7 +114,7 @@ def main() -> None:
 
         with log:
             coming = range(start, steps)
-            for step, batches in ahead(train.microbatches, coming, ranks.device, log.phase):
+            for step, batches in prefetch(train.microbatches, coming, ranks.device, log.phase):
                 log.begin(step + 1)
                 lr = c.lr * optim.schedule(c.schedule, step, steps, c.warmup)
                 count = len(train.step(step))
@@ -114,7 +125,7 @@ def main() -> None:
                         # a mean over the step's pairs; FSDP averages over ranks, which this undoes
                         (per_pair["loss"].sum() * ranks.size / count).backward()
                     guard.saw(batch.pairs, per_pair["loss"])
-                    log.add(len(batch.pairs), per_pair, **metrics.work(shape, batch))
+                    log.add(len(batch.pairs), per_pair, **work(shape, batch))
                 if step == 0:
                     means = log.means.mean()
                     losses.check_start(
@@ -133,14 +144,14 @@ def main() -> None:
                 run.after(done, done == steps, policy, optimizer, log=log, guard=guard)
 
         run.wait()
-        parallel.tighten(parallel.PATIENCE)  # while the first rank writes, the others wait
-        parallel.together(
-            lambda: weights.save(
+        group.set_timeout(group.PATIENCE)  # while the first rank writes, the others wait
+        group.together(
+            lambda: hub.save(
                 policy, Path(c.out) / "model", base=c.model, empty_system=c.empty_system
             )
         )
         ranks.say(log.summary())
-    parallel.finish()
+    group.finish()
 
 
 if __name__ == "__main__":

@@ -9,31 +9,39 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from zephyr import base, config, data, losses, metrics, optim, parallel, toy, weights
+from zephyr import config, losses, optim
 from zephyr.config import SFTConfig
-from zephyr.exits import call
-from zephyr.guard import Guard
-from zephyr.packing import DocumentPlan, ahead
-from zephyr.run import Run, precise
+from zephyr.data import arrays
+from zephyr.data.batching import DocumentSteps, prefetch
+from zephyr.distributed import fsdp, group
+from zephyr.metrics.log import Log
+from zephyr.metrics.means import Means, work
+from zephyr.run import settings
+from zephyr.run.exits import call
+from zephyr.run.folder import Run
+from zephyr.run.guard import Guard
+from zephyr.run.settings import precise
+from zephyr.toy import birds
+from zephyr.weights import base, hub
 
 
 def main() -> None:
     c, recipe = config.parse(SFTConfig, doc=__doc__)
-    ranks = parallel.start(c.replicas, c.masters, c.deterministic)
+    ranks = group.start(c.replicas, c.masters, c.deterministic)
     if recipe == "tiny":
-        parallel.once_per_node(ranks, newborn)
+        group.once_per_node(ranks, newborn)
 
-    c, shape, tokenizer, notes = parallel.together(lambda: base.look(c))
+    c, shape, tokenizer, notes = group.together(lambda: base.look(c))
     ranks.say(*notes)
     c = precise(c, ranks)
 
-    c = parallel.fitted(c, shape, ranks, np.array([c.max_length]))
+    c = settings.fitted(c, shape, ranks, np.array([c.max_length]))
 
-    def plan(paths: tuple[str, ...], shuffle: bool) -> DocumentPlan:
-        documents = parallel.once_per_node(ranks, lambda: data.conversations(paths, tokenizer, c))
+    def plan(paths: tuple[str, ...], shuffle: bool) -> DocumentSteps:
+        documents = group.once_per_node(ranks, lambda: arrays.conversations(paths, tokenizer, c))
         ranks.say(documents.report("documents"))
-        return parallel.together(
-            lambda: DocumentPlan(
+        return group.together(
+            lambda: DocumentSteps(
                 documents,
                 c.batch,
                 c.max_length,
@@ -48,24 +56,22 @@ def main() -> None:
 
     train = plan(c.data, shuffle=True)
     held_out = plan(c.eval_data, shuffle=False) if c.eval_data else None
-    steps, notes = parallel.together(
+    steps, notes = group.together(
         lambda: optim.steps(
             c, train.steps_per_epoch, train.rows_per_epoch, "packed row", ranks.size
         )
     )
     ranks.say(*notes)
 
-    origin = parallel.on_first(lambda: weights.digest(c.model))
+    origin = group.on_first(lambda: hub.digest(c.model))
     with Run(c, {"data": train.data.digest, "model": origin}, ranks) as run:
         if run.finished:
-            return parallel.finish()
-        model = parallel.build(
-            shape, ranks, c.precision, c.recompute, c.masters, c.compile, c.reshard
-        )
-        parallel.together(lambda: weights.load(c.model, model))
+            return group.finish()
+        model = fsdp.build(shape, ranks, c.precision, c.recompute, c.masters, c.compile, c.reshard)
+        group.together(lambda: hub.load(c.model, model))
         optimizer = optim.adamw(model, c.weight_decay, c.adam_state)
         start, kept = run.load(model, optimizer)
-        log = metrics.Log(
+        log = Log(
             c.out,
             steps,
             ["loss"],
@@ -79,10 +85,10 @@ def main() -> None:
             profile=c.profile,
         )
         guard = Guard(c.on_nonfinite, train.data.where, ranks, kept.get("guard", ()))
-        parallel.tighten(c.timeout)
+        group.set_timeout(c.timeout)
 
         def evaluate(step: int) -> None:
-            means = metrics.Means(["loss"], ranks.device)
+            means = Means(["loss"], ranks.device)
             with log.paused(), torch.no_grad():
                 for batch in held_out.epoch():
                     loss = losses.sft(model(batch.to(ranks.device)))
@@ -91,10 +97,10 @@ def main() -> None:
 
         with log:
             coming = range(start, steps)
-            for step, batches in ahead(train.microbatches, coming, ranks.device, log.phase):
+            for step, batches in prefetch(train.microbatches, coming, ranks.device, log.phase):
                 log.begin(step + 1)
                 lr = c.lr * optim.schedule(c.schedule, step, steps, c.warmup)
-                trained = parallel.total(sum(len(batch.targets_N) for batch in batches))
+                trained = group.total(sum(len(batch.targets_N) for batch in batches))
                 for batch in batches:
                     with log.phase("forward"):
                         loss = losses.sft(model(batch.to(ranks.device)))
@@ -102,7 +108,7 @@ def main() -> None:
                         # a mean over the step's tokens; FSDP averages over ranks, which this undoes
                         (loss * ranks.size / max(trained, 1)).backward()
                     guard.saw(batch.documents, loss)
-                    log.add(len(batch.targets_N), {"loss": loss}, **metrics.work(shape, batch))
+                    log.add(len(batch.targets_N), {"loss": loss}, **work(shape, batch))
                 done = step + 1
                 with log.phase("communication"):
                     broken = guard.broken()
@@ -116,21 +122,21 @@ def main() -> None:
                 run.after(done, done == steps, model, optimizer, log=log, guard=guard)
 
         run.wait()
-        parallel.tighten(parallel.PATIENCE)  # while the first rank writes, the others wait
-        parallel.together(
-            lambda: weights.save(
+        group.set_timeout(group.PATIENCE)  # while the first rank writes, the others wait
+        group.together(
+            lambda: hub.save(
                 model, Path(c.out) / "model", base=c.model, empty_system=c.empty_system
             )
         )
         ranks.say(log.summary())
-    parallel.finish()
+    group.finish()
 
 
 def newborn() -> None:
     """The tiny recipe starts from random weights."""
-    folder = toy.ensure() / "base"
+    folder = birds.ensure() / "base"
     if not (folder / "model.safetensors").exists():
-        weights.fresh(folder, seed=0)
+        hub.fresh(folder, seed=0)
 
 
 if __name__ == "__main__":

@@ -35,9 +35,13 @@ from pathlib import Path
 import torch
 
 from benchmarks import tiny
-from zephyr import checkpoint, config, exits, metrics, optim, parallel, weights
-from zephyr.parallel import Ranks
-from zephyr.run import Run
+from zephyr import config, errors, optim
+from zephyr.distributed import fsdp, group
+from zephyr.distributed.group import Ranks
+from zephyr.metrics.log import trajectory
+from zephyr.run import checkpoint
+from zephyr.run.folder import Run
+from zephyr.weights import config_json
 
 ROOT = Path(__file__).resolve().parent.parent
 # three rhythms and an epoch of 8 steps, without a common beat; at 21 a line and an evaluation meet
@@ -162,7 +166,7 @@ class Trial:
         assert (self.out / "model").is_dir(), self.log.read_text()[-6000:]
         mine, right = (t.out / "model" / "model.safetensors" for t in (self, other))
         assert mine.read_bytes() == right.read_bytes(), "the weights differ"
-        mine, right = (metrics.trajectory(t.rows()) for t in (self, other))
+        mine, right = (trajectory(t.rows()) for t in (self, other))
         assert mine == right, f"metrics.jsonl differs: {mine} is not {right}"
         lines = [(row["step"], "loss" in row) for row in mine]
         assert len(set(lines)) == len(lines), "a step stands in metrics.jsonl twice"
@@ -181,7 +185,7 @@ def newest(out: Path) -> int:
         try:
             checkpoint.verified(folder)
             Trial.verifications += 1
-        except exits.BadCheckpoint as error:
+        except errors.BadCheckpoint as error:
             print(error, file=sys.stderr)
             Trial.lost += sum(path.stat().st_size for path in folder.iterdir())
     return int(folders[-1].name[5:]) if folders else 0
@@ -338,7 +342,8 @@ def signals(place: Path, right: Trial, ranks: int, count: int, rng: random.Rando
 
 def second_signal(place: Path) -> None:
     """Whoever signals twice means it: a step that takes long is not waited for."""
-    slow = "import sys, time; del sys.argv[0]; import train_dpo; from zephyr import exits, optim; "
+    slow = "import sys, time; del sys.argv[0]; import train_dpo; from zephyr import optim; "
+    slow += "from zephyr.run import exits; "
     slow += "optim.step = lambda *_: time.sleep(60); exits.call(train_dpo.main)"
     trial = Trial(place, place / "twice", 1, SHORT)
     with trial.going("-c", slow) as process:
@@ -515,7 +520,7 @@ class Saves:
     def __init__(self, place: Path, out: Path, ranks: Ranks, background: bool, **settings):
         base, settings = str(place / "base"), settings | {"save_async": background}
         c = config.DPOConfig(model=base, data=("none",), out=str(out), **settings)
-        self.model = parallel.build(weights.config(base), ranks, "fp32")
+        self.model = fsdp.build(config_json.read(base), ranks, "fp32")
         self.optimizer = optim.adamw(self.model, 0.0)
         self.run = Run(c, {}, ranks)
 
@@ -550,7 +555,7 @@ def forked(do: Callable[[], int | None]) -> int:
     code = 1
     try:
         code = do() or 0
-    except exits.Storage as error:
+    except errors.Storage as error:
         code = error.code if "\n" not in str(error) else 1
     except BaseException:
         traceback.print_exc()
@@ -563,7 +568,7 @@ def each_call(place: Path, fault: str, background: bool) -> None:
     out = place / f"{fault}-{background}"
 
     def attempt(step: int, k: int) -> int:
-        saves = Saves(place, out, parallel.start(), background)
+        saves = Saves(place, out, group.start(), background)
         assert saves.load() == step - 2
         with faulty(k, fault) as calls:
             saves.save(step)
@@ -618,7 +623,7 @@ def main() -> None:
         kills(place, o.kills, rng)
         line("minutes", f"{(time.monotonic() - began) / 60:.0f}")
         assert Trial.lost == 0, "finished checkpoints were damaged"
-    except (AssertionError, exits.BadCheckpoint):
+    except (AssertionError, errors.BadCheckpoint):
         traceback.print_exc()
         print(f"chaos: something was lost, see above and {place}", file=sys.stderr)
         sys.exit(1)

@@ -23,11 +23,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from zephyr import checkpoint, disk, losses, optim, packing, parallel
+from zephyr import losses, optim, packing
 from zephyr.config import DPOConfig
-from zephyr.data import Pair
+from zephyr.distributed import fsdp, group
+from zephyr.files import read_json
 from zephyr.model import MistralConfig, initialise
-from zephyr.run import Run
+from zephyr.packing import Pair
+from zephyr.run import checkpoint
+from zephyr.run.folder import Run
 
 GIB = 1 << 30
 FULL, RANKS = 7_241_732_096, 8  # Mistral-7B's parameters, on eight GPUs
@@ -89,8 +92,8 @@ def main() -> None:
     o = parser.parse_args()
     place = Path(tempfile.mkdtemp(prefix="checkpoints.", dir=o.out))
     torch.manual_seed(0)
-    ranks = parallel.start()
-    model = parallel.build(shape(o.width, o.layers), ranks, "fp32")
+    ranks = group.start()
+    model = fsdp.build(shape(o.width, o.layers), ranks, "fp32")
     initialise(model, 0)
     optimizer = optim.adamw(model, 0.0)
     work = batch(o.tokens).to(ranks.device)
@@ -170,12 +173,12 @@ def main() -> None:
         f"by bytes, one of eight ranks with Mistral-7B has {share:.1f} x as many: on this "
         f"machine {share * stall:.1f} s of stall, {share * total:.1f} s to the seal"
     )
-    about = disk.read_json(behind.out / "run.json")
+    about = read_json(behind.out / "run.json")
     figures |= {name: about[name] for name in ("started", "device", "commit")}
     if o.json:
         with o.json.open("a") as file:
             file.write(json.dumps(figures) + "\n")
-    parallel.finish()
+    group.finish()
     shutil.rmtree(place)
 
 

@@ -43,6 +43,15 @@ from torch import Tensor, nn
 from benchmarks import vs_trl
 from benchmarks.gpu import GRACE, MINUTES, ROOT, Part, attempt
 from benchmarks.vs_trl import SIZES, TOLERANCE, VOCABULARY, WARM_UP
+from zephyr import packing, reference
+from zephyr.data import arrays
+from zephyr.data.arrays import Tokens
+from zephyr.data.batching import PairSteps
+from zephyr.distributed import fsdp
+from zephyr.distributed.machine import tune_allocators
+from zephyr.metrics import means
+from zephyr.packing import pack_pairs
+from zephyr.weights import base, config_json, hub, masters
 
 KEPT, FILE = ROOT / "benchmarks" / "h200", "dpo_7b.jsonl"
 PAIRS = 61_135  # of UltraFeedback, an epoch
@@ -154,7 +163,6 @@ def drawn(name: str, shape: torch.Size, device: torch.device) -> Tensor:
 def tokens(count: int):
     """`count` pairs of random ids as zephyr.data's Tokens. Each 64 have the lengths of LENGTHS, in
     some order; chosen responses have smaller ids, so that there is something to learn."""
-    from zephyr.data import Tokens
 
     random = np.random.default_rng(0)
     known = np.array([[int(n) for n in pair.split("/")] for pair in LENGTHS.split()])
@@ -180,14 +188,12 @@ def tokens(count: int):
 def plan(o: argparse.Namespace, data):
     """Which of the pairs each step has, as train_dpo.py plans it."""
     from zephyr.config import DPOConfig
-    from zephyr.packing import PairPlan
 
-    return PairPlan(data, o.batch, 1 << 30, DPOConfig.seed, rank=0, world=1)
+    return PairSteps(data, o.batch, 1 << 30, DPOConfig.seed, rank=0, world=1)
 
 
 def apart(pairs: list, numbers: list[int]):
     """Pairs as one row in which each response stands behind a prompt of its own."""
-    from zephyr import packing
 
     responses = [r for pair in pairs for r in pair[1:]]
     prompts = np.repeat(np.arange(len(pairs)), 2)
@@ -204,15 +210,13 @@ def apart(pairs: list, numbers: list[int]):
 def work(o: argparse.Namespace) -> list[dict[str, float]]:
     """Of each step the tokens and FLOPs that it takes, prompts shared and not: no padding, no
     recomputation, no reference. See metrics.model_flops."""
-    from zephyr import metrics
-    from zephyr.packing import pack_pairs
 
     data, shape, steps = tokens(o.steps * o.batch), vs_trl.architecture(o.shape), []
     order = plan(o, data)
     for step in range(o.steps):
         numbers = order.step(step).tolist()
-        pairs = [data.pair(k) for k in numbers]
-        shared, unshared = (metrics.work(shape, p(pairs, numbers)) for p in (pack_pairs, apart))
+        pairs = [arrays.pair(k) for k in numbers]
+        shared, unshared = (means.work(shape, p(pairs, numbers)) for p in (pack_pairs, apart))
         steps.append(
             {
                 "tokens": shared["tokens"],
@@ -226,19 +230,18 @@ def work(o: argparse.Namespace) -> list[dict[str, float]]:
 
 def ours(o: argparse.Namespace, place: Path) -> dict:
     """train_dpo.py with pairs and weights made here."""
-    from zephyr import anchor, base, data, weights
 
-    made, calls, live = tokens(o.steps * o.batch), [], anchor.live
+    made, calls, live = tokens(o.steps * o.batch), [], reference.live
 
     @torch.no_grad()
     def load(_, model: nn.Module) -> None:
         for name, p in model.named_parameters():
             local = p.to_local() if hasattr(p, "to_local") else p
-            weights.fill(p, local, drawn(name, p.shape, local.device))
+            masters.fill(p, local, drawn(name, p.shape, local.device))
 
     def measured(model: nn.Module):
-        reference, spent = live(model), []
-        timed = vs_trl.timed(reference, spent)
+        spent = []
+        timed = vs_trl.timed(live(model), spent)
 
         def call(batch) -> Tensor:
             sums = timed(batch)
@@ -246,13 +249,13 @@ def ours(o: argparse.Namespace, place: Path) -> dict:
             return sums
 
         # of the control's head a compiler makes another graph where no gradient is wanted
-        return anchor.Reference(call, exact=o.contenders[0] == "ours")
+        return reference.Reference(call, exact=o.contenders[0] == "ours")
 
     # on the device: 29 GB of files would be minutes of a lease on their way there, and writing the
     # result to a disk and taking the digest of files as many
-    weights.load, weights.digest, weights.save = load, lambda _: "random", lambda *_, **__: None
-    base.look = lambda c: (c, weights.config(c.model), SimpleNamespace(), [])
-    data.preferences, anchor.live = lambda *_: made, measured
+    hub.load, hub.digest, hub.save = load, lambda _: "random", lambda *_, **__: None
+    base.look = lambda c: (c, config_json.read(c.model), SimpleNamespace(), [])
+    arrays.preferences, reference.live = lambda *_: made, measured
     return vs_trl.script(o, place, flags(o, place, o.contenders[0])) | {"calls": calls}
 
 
@@ -260,8 +263,6 @@ def control(o: argparse.Namespace, place: Path) -> dict:
     """`ours` with another model, other rows and another objective."""
     from transformers import AutoConfig, MistralForCausalLM
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    from zephyr import data, packing, parallel
 
     def attend(module, q_BHTE, k_BKTE, v_BKTE, mask, *, layout, sliding_window=None, **_):
         q_THE, k_TKE, v_TKE = (x[0].transpose(0, 1) for x in (q_BHTE, k_BKTE, v_BKTE))
@@ -295,12 +296,12 @@ def control(o: argparse.Namespace, place: Path) -> dict:
             ).last_hidden_state[0]
             return head(h_TD[batch.predict_N], self.lm_head.weight, batch.targets_N)
 
-    class Apart(data.Tokens):
+    class Apart(arrays.Tokens):
         def pair_lengths(self) -> np.ndarray:
             prompts = np.diff(self.ends.ravel(), prepend=0)[0::3]
             return super().pair_lengths() + prompts
 
-    parallel.Mistral, packing.pack_pairs, data.Tokens = Control, apart, Apart
+    fsdp.Mistral, packing.pack_pairs, arrays.Tokens = Control, apart, Apart
     return ours(o, place)
 
 
@@ -311,10 +312,8 @@ def trl(o: argparse.Namespace, place: Path) -> dict:
     from tokenizers.models import WordLevel
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-    from zephyr import machine
-
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    machine.tune_allocators()  # as the others do
+    tune_allocators()  # as the others do
 
     @torch.no_grad()
     def build() -> nn.Module:
@@ -334,7 +333,7 @@ def trl(o: argparse.Namespace, place: Path) -> dict:
         o,
         build(),
         PreTrainedTokenizerFast(tokenizer_object=words, pad_token="</s>"),
-        [[data.pair(k) for k in order.step(step)] for step in range(o.steps)],
+        [[arrays.pair(k) for k in order.step(step)] for step in range(o.steps)],
         None if cached else build(),
         output_dir=str(place / "run"),
         bf16=o.precision == "bf16",
@@ -346,17 +345,16 @@ def trl(o: argparse.Namespace, place: Path) -> dict:
 def child(o: argparse.Namespace) -> None:
     """Run the one contender in this process, and write what is found, if only that the memory ran
     out."""
-    from zephyr import huggingface, metrics
 
     with tempfile.TemporaryDirectory(prefix="dpo_7b-") as folder:
         place = Path(folder)
         os.environ |= {"ZEPHYR_CACHE": folder, "HF_HOME": folder, "HF_HUB_OFFLINE": "1"}
         (place / "base").mkdir()
-        huggingface.write_config(place / "base", vs_trl.architecture(o.shape), "float32", {})
+        config_json.write_config(place / "base", vs_trl.architecture(o.shape), "float32", {})
         try:
             side = {"ours": ours, "control": control, "trl": trl}[o.contenders[0]]
             cuda = torch.cuda.is_available()
-            peak = metrics.peak_flops(torch.cuda.get_device_name()) if cuda else None
+            peak = means.peak_flops(torch.cuda.get_device_name()) if cuda else None
             found = rates(o, side(o, place), peak)
         except (torch.OutOfMemoryError, MemoryError) as error:
             found = {"error": f"out of memory: {str(error).partition('. ')[0]}"}

@@ -27,8 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels.bench import timing
 from zephyr.attention import Layout, segments
-from zephyr.data import Pair
-from zephyr.packing import pack_pairs
+from zephyr.packing import Pair, pack_pairs
 
 HEADS, KV_HEADS, HEAD = 32, 8, 128
 LENGTHS = [(170, 320, 290), (512, 511, 1), (3, 700, 200), (40, 1, 90), (300, 120, 500)]

@@ -41,21 +41,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save, save_file
 
-from zephyr import (
-    base,
-    config,
-    data,
-    disk,
-    feedback,
-    files,
-    folders,
-    forms,
-    huggingface,
-    original,
-    tokenizer_json,
-)
+from zephyr import config, feedback, files
+from zephyr.data import arrays, forms, readers
 from zephyr.model import Mistral
 from zephyr.tokenizer import Tokenizer
+from zephyr.weights import base, config_json, locate, mistral, safetensor_files, tokenizer_json
 
 MESSAGE = 600  # characters, of which the path in a test may be half
 ODD = [  # JSON that a row or a config should not hold
@@ -339,9 +329,9 @@ def ok(holds: bool, what: str) -> None:
 
 
 def read_weights(path: Path) -> None:
-    found = disk.stored(*folders.weight_files(path.parent))
+    found = safetensor_files.stored(*locate.weight_files(path.parent))
     for name, tensor in found.items():
-        ok(disk.inside(tensor.path), "a tensor from another folder")
+        ok(files.inside(tensor.path), "a tensor from another folder")
         with safe_open(tensor.path, "pt") as file:
             x = file.get_tensor(name)
         bits = 2 if tensor.dtype == "F4" else 1  # torch counts pairs of four-bit numbers
@@ -349,17 +339,17 @@ def read_weights(path: Path) -> None:
 
 
 def read_config(path: Path) -> None:
-    raw = disk.read_json(path)
-    c = huggingface.parse(raw, path)
+    raw = files.read_json(path)
+    c = config_json.parse(raw, path)
     saved = path.parent / "saved"
     saved.mkdir()
-    huggingface.write_config(saved, c, huggingface.dtype(raw, path), raw)
+    config_json.write_config(saved, c, config_json.dtype(raw, path), raw)
     again = saved / "config.json"
-    ok(huggingface.parse(disk.read_json(again, finite=True), again) == c, "saved is not what was")
+    ok(config_json.parse(files.read_json(again, finite=True), again) == c, "saved is not what was")
 
 
 def read_settings(path: Path) -> None:
-    huggingface.empty_system(path.parent)
+    config_json.empty_system(path.parent)
 
 
 def read_base(path: Path) -> None:
@@ -378,9 +368,9 @@ def read_adapter(path: Path) -> None:
 
 def read_params(path: Path) -> None:
     with contextlib.redirect_stdout(io.StringIO()):
-        original.convert(path.parent, path.parent / "saved")
+        mistral.convert(path.parent, path.parent / "saved")
     again = path.parent / "saved" / "config.json"
-    huggingface.parse(disk.read_json(again, finite=True), again)
+    config_json.parse(files.read_json(again, finite=True), again)
 
 
 def read_tokenizer(path: Path) -> None:
@@ -406,7 +396,7 @@ def read_recipe(path: Path) -> None:
 
 
 def read_rows(path: Path) -> None:
-    for where, row in files.read_rows(path):
+    for where, row in readers.read_rows(path):
         ok(where.startswith(f"{path}:") and isinstance(row, dict), "not a row")
         if path.suffix != ".parquet":
             json.dumps(row, ensure_ascii=False).encode()
@@ -444,7 +434,7 @@ def read_cache(path: Path) -> None:
     they are. ValueError if that happened for each."""
     rows = path.with_name("rows.jsonl")
     rows.write_bytes(lines(ROWS[:2]))
-    use = read_data(data.preferences)
+    use = read_data(arrays.preferences)
     use(rows)
     (entry,) = (x for x in (path.parent / "cache").iterdir() if x.is_dir())
     right = {file.name: file.read_bytes() for file in entry.iterdir()}
@@ -463,7 +453,7 @@ def cache_seeds() -> list[bytes]:
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "rows.jsonl"
         rows.write_bytes(lines(ROWS[:2]))
-        read_data(data.preferences)(rows)
+        read_data(arrays.preferences)(rows)
         return [file.read_bytes() for file in sorted(Path(folder).glob("cache/*/*"))]
 
 
@@ -484,7 +474,7 @@ def run_feedback(path: Path) -> None:
         ok(line.startswith("zephyr.feedback: ") and line.endswith("\n"), f"told {line!r}")
         raise ValueError(line[:-1])
     ok(not told.getvalue(), f"told {told.getvalue()!r}")
-    for _, pair in files.read_rows(out):
+    for _, pair in readers.read_rows(out):
         forms.preference(pair)
 
 
@@ -513,11 +503,11 @@ def two_shards(folder: Path) -> None:
 
 def beside_params(folder: Path) -> None:
     (folder / "tokenizer.model").write_bytes(pieces())
-    raw = {original.PARAMS[key]: value for key, value in PARAMS.items()}
-    raw |= original.ASSUMED | {"model_type": "mistral"}
+    raw = {mistral.PARAMS[key]: value for key, value in PARAMS.items()}
+    raw |= mistral.ASSUMED | {"model_type": "mistral"}
     torch.manual_seed(0)
-    model = Mistral(huggingface.parse(raw, folder / "params.json"))
-    tensors = {original._original(name): p.detach() for name, p in model.named_parameters()}
+    model = Mistral(config_json.parse(raw, folder / "params.json"))
+    tensors = {mistral._original(name): p.detach() for name, p in model.named_parameters()}
     save_file(tensors, folder / "consolidated.safetensors")
 
 
@@ -577,7 +567,7 @@ def tokenizer_json_seeds() -> list[bytes]:
 def a_base(folder: Path) -> None:
     (folder / "tokenizer.model").write_bytes(pieces())
     changes = {"vocab_size": 302, "max_position_embeddings": 160}
-    disk.write_json(folder / "config.json", CONFIG | changes)
+    files.write_json(folder / "config.json", CONFIG | changes)
 
 
 def list_seeds() -> list[bytes]:
@@ -586,7 +576,7 @@ def list_seeds() -> list[bytes]:
 
 TARGETS = {
     "weights": Target("model.safetensors", weights_seeds, read_weights, header_json),
-    "index": Target(disk.INDEX, index_seeds, read_weights, around=two_shards),
+    "index": Target(locate.INDEX, index_seeds, read_weights, around=two_shards),
     "config": Target("config.json", config_seeds, read_config),
     "settings": Target(
         "tokenizer_config.json",
@@ -612,8 +602,8 @@ TARGETS = {
     "json": Target("rows.json", list_seeds, read_rows),
     "gzip": Target("rows.jsonl.gz", gzip_seeds, read_rows, zipped),
     "parquet": Target("rows.parquet", parquet_seeds, read_rows),
-    "pairs": Target("rows.jsonl", row_seeds, read_data(data.preferences)),
-    "conversations": Target("rows.jsonl", row_seeds, read_data(data.conversations)),
+    "pairs": Target("rows.jsonl", row_seeds, read_data(arrays.preferences)),
+    "conversations": Target("rows.jsonl", row_seeds, read_data(arrays.conversations)),
     "cache": Target("bytes", cache_seeds, read_cache),
     "feedback": Target("raw.jsonl", lambda: [lines(SCORED), lines(scored(120))], run_feedback),
 }

@@ -5,9 +5,10 @@ from random import Random
 
 import sentencepiece
 
-from zephyr import files, huggingface, weights
-from zephyr.model import MistralConfig
+from zephyr.architecture import MistralConfig
+from zephyr.data import readers
 from zephyr.tokenizer import Tokenizer
+from zephyr.weights import config_json, hub
 
 WORDS = "the cat sat on a mat and the dog ran to it while rain fell over every hill".split()
 # rows reach beyond the window, and the vocabulary of 301 divides by no small number of ranks
@@ -54,8 +55,8 @@ def make(folder: Path, pairs: int = 64) -> None:
     tokenizer(base)
     shape = MistralConfig(vocab_size=Tokenizer(base).vocab_size, **SHAPE)
     # a wide spread, so that a difference in the training shows
-    huggingface.write_config(base, shape, "float32", {"initializer_range": 0.3})
-    weights.fresh(base, seed=0)
+    config_json.write_config(base, shape, "float32", {"initializer_range": 0.3})
+    hub.fresh(base, seed=0)
 
     rng = Random(0)
 
@@ -73,6 +74,6 @@ def make(folder: Path, pairs: int = 64) -> None:
             for ask in asks
         ]
 
-    files.write_rows(folder / "pairs.jsonl", train := rows(pairs))
-    files.write_rows(folder / "test.jsonl", rows(5))
-    files.write_rows(folder / "chats.jsonl", [{"messages": row["chosen"]} for row in train])
+    readers.write_rows(folder / "pairs.jsonl", train := rows(pairs))
+    readers.write_rows(folder / "test.jsonl", rows(5))
+    readers.write_rows(folder / "chats.jsonl", [{"messages": row["chosen"]} for row in train])

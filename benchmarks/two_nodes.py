@@ -22,7 +22,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from benchmarks import tiny
-from zephyr import metrics, parallel
+from zephyr.distributed import group
+from zephyr.metrics.log import trajectory
 
 ROOT = Path(__file__).resolve().parent.parent
 ADDRESSES, PORT, CABLE = ("10.213.0.1", "10.213.0.2"), "29400", "cable"
@@ -160,7 +161,7 @@ def steps(out: Path) -> list[dict]:
     path = out / "metrics.jsonl"
     text = path.read_text() if path.exists() else ""
     rows = [json.loads(line) for line in text.split("\n")[:-1]]  # the last may be half written
-    return metrics.trajectory(rows)
+    return trajectory(rows)
 
 
 def wait_for(step: int, out: Path) -> None:
@@ -282,13 +283,13 @@ def restarts(times: int, *style: str) -> int:
 
 
 def worker() -> None:
-    ranks = parallel.start()
-    parallel.tighten(20)
+    ranks = group.start()
+    group.set_timeout(20)
     for i in range(20):
         if i == 10 and ranks.rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
             os.kill(os.getpid(), signal.SIGKILL)
-        parallel.agree(False)
-    parallel.finish()
+        group.agree(False)
+    group.finish()
 
 
 @contextmanager

@@ -23,6 +23,12 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
+from zephyr.data import arrays, readers
+from zephyr.data.batching import PairSteps
+from zephyr.distributed.machine import tune_allocators
+from zephyr.metrics.log import read
+from zephyr.weights import config_json, hub
+
 ROOT = Path(__file__).resolve().parent.parent
 BETA, LENGTH, WARM_UP, VOCABULARY = 0.1, 1024, 2, 32000
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-3}  # largest difference of two contenders' losses in a step
@@ -78,18 +84,20 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def prepare(o: argparse.Namespace, place: Path) -> list[int]:
     """Make the random model and the pairs in `place`; returns each step's real tokens: the prompt
     and the response of both sequences, nothing padded."""
-    from zephyr import feedback, files, huggingface, weights
+    from zephyr import feedback
 
     (base := place / "base").mkdir()
     raw, every = o.data_root / "ultrafeedback.train.jsonl.gz", place / "every.jsonl"
     feedback.run(feedback.parse([str(raw), "--out", str(every)]))
-    files.write_rows(place / "pairs.jsonl", [row for _, row in files.read_rows(every)][: o.pairs])
-    huggingface.write_config(base, architecture(o.shape), "float32", {})
+    readers.write_rows(
+        place / "pairs.jsonl", [row for _, row in readers.read_rows(every)][: o.pairs]
+    )
+    config_json.write_config(base, architecture(o.shape), "float32", {})
     from zephyr.tokenizer import Tokenizer
 
-    huggingface.write_tokenizer(base, Tokenizer(o.data_root / "mistral"), None)
+    config_json.write_tokenizer(base, Tokenizer(o.data_root / "mistral"), None)
     batches = in_order(o, place)
-    weights.fresh(base, seed=0)
+    hub.fresh(base, seed=0)
     return [sum(2 * len(p) + len(c) + len(r) for p, c, r in batch) for batch in batches]
 
 
@@ -115,15 +123,14 @@ def architecture(name: str):
 
 def in_order(o: argparse.Namespace, place: Path) -> list[list]:
     """Token ids (prompt, chosen, rejected) of every step's pairs, as train_dpo.py will plan it."""
-    from zephyr import config, data
-    from zephyr.packing import PairPlan
+    from zephyr import config
     from zephyr.tokenizer import Tokenizer
 
     c, _ = config.parse(config.DPOConfig, flags(o, place, "fp32"))
-    tokens = data.preferences(c.data, Tokenizer(c.model), c)
+    tokens = arrays.preferences(c.data, Tokenizer(c.model), c)
     if len(tokens) < o.steps * o.batch:
         raise ValueError(f"{len(tokens)} pairs are less than --steps {o.steps} x --batch {o.batch}")
-    plan = PairPlan(tokens, c.batch, c.microbatch_tokens, c.seed, rank=0, world=1)
+    plan = PairSteps(tokens, c.batch, c.microbatch_tokens, c.seed, rank=0, world=1)
     return [[tokens.pair(k) for k in plan.step(step)] for step in range(o.steps)]
 
 
@@ -171,13 +178,12 @@ def ours(o: argparse.Namespace, place: Path, name: str, precision: str) -> dict:
 def script(o: argparse.Namespace, place: Path, argv: list[str]) -> dict:
     """train_dpo.py from its command line; what is measured is what its metrics.jsonl says."""
     import train_dpo
-    from zephyr import metrics
 
     spent: list[float] = []
     train_dpo.anchor.cached = timed(train_dpo.anchor.cached, spent)
     sys.argv = ["train_dpo.py", *argv]
     train_dpo.main()
-    rows = metrics.read(place / "run")
+    rows = read(place / "run")
     phases = [name for name in rows[-1] if name.startswith(("seconds/", "memory/"))]
     return {
         "losses": [row["loss"] for row in rows],
@@ -193,11 +199,9 @@ def trl(o: argparse.Namespace, place: Path, name: str, precision: str) -> dict:
     """DPOTrainer with its defaults, but for what equal work and the contender ask for."""
     from transformers import AutoTokenizer
 
-    from zephyr import machine
-
     tuned = "tuned" in name
     if name != "trl":
-        machine.tune_allocators()
+        tune_allocators()
     return trainer(
         o,
         str(place / "base"),

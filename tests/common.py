@@ -23,10 +23,12 @@ from helpers import (
     trained_tokenizer,
     weights_of,
 )
-from zephyr import attention, huggingface, parallel, weights
-from zephyr.files import write_rows
-from zephyr.model import MistralConfig
+from zephyr import attention
+from zephyr.architecture import MistralConfig
+from zephyr.data.readers import write_rows
+from zephyr.distributed import group
 from zephyr.tokenizer import Tokenizer
+from zephyr.weights import config_json, hub
 
 
 @pytest.fixture(autouse=True)
@@ -107,8 +109,8 @@ def folder(tmp_path_factory):
         )
     pieces = Tokenizer(out).vocab_size
     shape = MistralConfig(**SMALL | {"vocab_size": pieces, "max_position_embeddings": 150})
-    huggingface.write_config(out, shape, "float32", {})
-    weights.fresh(out, 0)
+    config_json.write_config(out, shape, "float32", {})
+    hub.fresh(out, 0)
     return out
 
 
@@ -129,5 +131,5 @@ def as_on_a_gpu(monkeypatch):
 
 @pytest.fixture(scope="module")
 def ranks():
-    yield parallel.start()
-    parallel.finish()
+    yield group.start()
+    group.finish()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from zephyr import exits
+from zephyr.run import exits
 
 # a shared machine may pause anywhere, so no property is held to a time
 settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])

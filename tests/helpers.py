@@ -21,11 +21,16 @@ from torch import Tensor
 
 import train_dpo
 from benchmarks import tiny
-from zephyr import data, disk, huggingface, losses, packing
+from zephyr import generate, losses, packing
+from zephyr.architecture import MistralConfig
 from zephyr.attention import Layout
-from zephyr.data import Pair, Tokens
-from zephyr.model import Mistral, MistralConfig
+from zephyr.data import arrays
+from zephyr.data.arrays import Tokens
+from zephyr.model import Mistral
+from zephyr.packing import Pair
+from zephyr.run import exits
 from zephyr.tokenizer import Tokenizer
+from zephyr.weights import config_json, locate
 
 ROOT = Path(__file__).parent.parent
 
@@ -234,11 +239,11 @@ def token_arrays(rows: list[list[int]], mask: list[int] | None = None) -> Tokens
 def folder_of(m: Mistral, folder: Path, **changes: torch.Tensor) -> Path:
     """A folder with the model's config and tensors; `changes` of None leave a tensor out."""
     folder.mkdir()
-    huggingface.write_config(folder, m.config, "float32", {})
+    config_json.write_config(folder, m.config, "float32", {})
     (folder / "tokenizer.model").write_bytes(pieces(101))
     tensors = {name: p.detach() for name, p in m.named_parameters()} | changes
     tensors = {name: x for name, x in tensors.items() if x is not None}
-    save_file(tensors, folder / disk.SINGLE, metadata={"format": "pt"})
+    save_file(tensors, folder / locate.SINGLE, metadata={"format": "pt"})
     return folder
 
 
@@ -416,20 +421,21 @@ def save(path, *rows):
 
 
 TOGETHER = """
+from zephyr.data import arrays
 import sys, time
 from pathlib import Path
-from zephyr import config, data
+from zephyr import config
 from zephyr.tokenizer import Tokenizer
 model, rows, here, name = sys.argv[1:]
-write = data._write
+write = arrays._write
 def both(*args):
     write(*args)
     (Path(here) / f"done.{name}").touch()
     while len(list(Path(here).glob("done.*"))) < 2:
         time.sleep(0.01)
-data._write = both
+arrays._write = both
 c = config.DPOConfig(model=model, data=(rows,), out="")
-print(data.preferences(c.data, Tokenizer(model), c).ids.sum())
+print(arrays.preferences(c.data, Tokenizer(model), c).ids.sum())
 """
 
 
@@ -438,7 +444,7 @@ def both_at_once(small, path, tmp_path) -> list[tuple[str, str]]:
     both = [
         subprocess.Popen(
             [sys.executable, "-c", TOGETHER, small.path, path, tmp_path, name],
-            cwd=Path(data.__file__).parent.parent,
+            cwd=Path(arrays.__file__).parent.parent,
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -473,3 +479,10 @@ def flash(q, k, v, *rest):
 
 def flash_backward(g, q, k, v, *rest):
     return tuple(map(torch.empty_like, (q, k, v)))
+
+
+def speak(monkeypatch, *flags, said: str = "") -> None:
+    """`python -m zephyr.generate` with the flags, hearing `said`."""
+    monkeypatch.setattr(sys, "argv", ["zephyr/generate.py", *map(str, flags)])
+    monkeypatch.setattr(sys, "stdin", io.StringIO(said))
+    exits.call(generate.main)

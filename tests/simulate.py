@@ -2,7 +2,7 @@
 
 A fake process group answers every collective, and fake tensors have shapes but no numbers: a 70 B
 model on 512 ranks takes a step on a laptop. Prints what torch's own tracker saw of this rank's
-bytes, and what zephyr/costs.py and zephyr/plan.py have for them, as JSON.
+bytes, and what zephyr/plan/costs.py and zephyr/plan/fit.py have for them, as JSON.
 """
 
 import json
@@ -17,10 +17,13 @@ from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker, _FSDPRefT
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from zephyr import attention, costs, optim, packing, parallel, plan
+from zephyr import attention, optim, packing
 from zephyr.config import DPOConfig
-from zephyr.data import Pair
-from zephyr.parallel import Ranks
+from zephyr.distributed import fsdp
+from zephyr.distributed.group import Ranks
+from zephyr.packing import Pair
+from zephyr.plan import __main__ as plan_command
+from zephyr.plan import costs, fit
 
 LENGTHS = [(170, 320, 290)] * 5
 
@@ -35,7 +38,7 @@ def attend(self, q_THE, k_TKE, v_TKE, layer, window):
 def main(model: str, ranks: int, replicas: int, recompute: str) -> dict:
     attention.Layout.attend = attend
     dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
-    c, shards = plan.MODELS[model], ranks // replicas
+    c, shards = plan_command.MODELS[model], ranks // replicas
     if replicas == 1:
         mesh = init_device_mesh("cpu", (ranks,))
     else:
@@ -50,7 +53,7 @@ def main(model: str, ranks: int, replicas: int, recompute: str) -> dict:
     )
     cpu, seen = torch.device("cpu"), {}
     with FakeTensorMode(allow_non_fake_inputs=True):
-        m = parallel.build(c, Ranks(0, ranks, 0, cpu, mesh), "bf16", recompute)
+        m = fsdp.build(c, Ranks(0, ranks, 0, cpu, mesh), "bf16", recompute)
         optimizer = optim.adamw(m, 0.0)
         tracker = FSDPMemTracker(m, optimizer)
         tracker.track_inputs((batch.tokens_T,))
@@ -70,7 +73,7 @@ def main(model: str, ranks: int, replicas: int, recompute: str) -> dict:
         moments = (x for kept in optimizer.state.values() for x in kept.values() if x.dim())
         seen["moments"] = sum(x.to_local().nbytes for x in moments)
     t = DPOConfig(model="", data=("",), out="", replicas=replicas)
-    parts = plan.occupied(c, t, ranks, load, recompute, reshard=True)
+    parts = fit.occupied(c, t, ranks, load, recompute, reshard=True)
     del parts["context and fragments"]
     # the tracker ran before the optimizer made its moments
     parts["peak"] = sum(parts.values()) - parts["moments"]

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from helpers import GOOD, Limits, both_at_once, chat, save
-from zephyr import data
+from zephyr.data import arrays
+from zephyr.data.cache import cache_folder
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -26,7 +27,9 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("name", ["about.json", "ends.npy", "ids", "mask", "places.npy", data.SUMS])
+@pytest.mark.parametrize(
+    "name", ["about.json", "ends.npy", "ids", "mask", "places.npy", arrays.SUMS]
+)
 @pytest.mark.parametrize(
     "harm",
     [
@@ -42,12 +45,12 @@ def flip(path: Path) -> None:
 )
 def test_a_damaged_entry_is_made_anew(small, tmp_path, capsys, name, harm):
     path = save(tmp_path / "a.jsonl", GOOD, GOOD | {"messages": chat("a", "b")})
-    for read in (data.preferences, data.conversations):
-        shutil.rmtree(data.cache_folder(), ignore_errors=True)
+    for read in (arrays.preferences, arrays.conversations):
+        shutil.rmtree(cache_folder(), ignore_errors=True)
         save(tmp_path / "a.jsonl", GOOD | {"messages": chat("a", "b")})
         first = read(path, small, Limits())
         ids, about = first.ids.tolist(), first.report("x")
-        (entry,) = data.cache_folder().iterdir()
+        (entry,) = cache_folder().iterdir()
         before = {file.name: file.read_bytes() for file in entry.iterdir()}
         harm(entry / name)
         if {x.name: x.is_file() and x.read_bytes() for x in entry.iterdir()} == before:
@@ -59,7 +62,7 @@ def test_a_damaged_entry_is_made_anew(small, tmp_path, capsys, name, harm):
         assert said.count("\n") == 1
         assert (again.ids.tolist(), again.report("x")) == (ids, about)
         assert {file.name: file.read_bytes() for file in entry.iterdir()} == before
-        assert list(data.cache_folder().iterdir()) == [entry]
+        assert list(cache_folder().iterdir()) == [entry]
         assert read(path, small, Limits()).digest == again.digest
         assert capsys.readouterr().err == ""
 
@@ -67,8 +70,8 @@ def test_a_damaged_entry_is_made_anew(small, tmp_path, capsys, name, harm):
 @pytest.mark.parametrize("what", ["a file", "a link to nothing", "an empty folder"])
 def test_an_entry_that_is_no_entry_is_made_anew(small, tmp_path, capsys, what):
     path = save(tmp_path / "a.jsonl", GOOD)
-    data.preferences(path, small, Limits())
-    (entry,) = data.cache_folder().iterdir()
+    arrays.preferences(path, small, Limits())
+    (entry,) = cache_folder().iterdir()
     shutil.rmtree(entry)
     if what == "a file":
         entry.write_text("x")
@@ -76,13 +79,13 @@ def test_an_entry_that_is_no_entry_is_made_anew(small, tmp_path, capsys, what):
         entry.mkdir()
     else:
         entry.symlink_to("nothing")
-    assert len(data.preferences(path, small, Limits())) == 1
+    assert len(arrays.preferences(path, small, Limits())) == 1
     assert f"{entry} is damaged: " in capsys.readouterr().err
-    assert list(data.cache_folder().iterdir()) == [entry] and entry.is_dir()
+    assert list(cache_folder().iterdir()) == [entry] and entry.is_dir()
 
 
 def test_what_killed_makers_left_goes_after_a_day(small, tmp_path):
-    cache = data.cache_folder()
+    cache = cache_folder()
     for k, name in enumerate(("part-old", "part-busy", "part-new")):
         (cache / name / "dpo-1").mkdir(parents=True)
         (cache / name / "dpo-1" / "ids").write_bytes(b"x")
@@ -92,16 +95,16 @@ def test_what_killed_makers_left_goes_after_a_day(small, tmp_path):
     os.utime(cache / "part-busy" / "dpo-1" / "ids")  # written to just now
     (cache / ".reference-1.npy.x").touch()
     os.utime(cache / ".reference-1.npy.x", (1, 1))
-    data.preferences(save(tmp_path / "a.jsonl", GOOD), small, Limits())
+    arrays.preferences(save(tmp_path / "a.jsonl", GOOD), small, Limits())
     assert sorted(p.name[:9] for p in cache.iterdir())[-2:] == ["part-busy", "part-new"]
     assert len(list(cache.iterdir())) == 3
 
 
 def test_two_processes_that_mend_an_entry_at_once_both_succeed(small, tmp_path):
     (path,) = save(tmp_path / "a.jsonl", *[GOOD] * 5)
-    total = int(data.preferences((path,), small, Limits()).ids.sum())
-    (entry,) = data.cache_folder().iterdir()
+    total = int(arrays.preferences((path,), small, Limits()).ids.sum())
+    (entry,) = cache_folder().iterdir()
     flip(entry / "ids")
     outputs = both_at_once(small, path, tmp_path)
     assert [int(out) for out, _ in outputs] == [total] * 2
-    assert list(data.cache_folder().iterdir()) == [entry] and data._damage(entry) is None
+    assert list(cache_folder().iterdir()) == [entry] and arrays._damage(entry) is None

@@ -14,10 +14,16 @@ import pytest
 import torch
 
 from helpers import folder_of, model, pairs, torchrun
-from zephyr import checkpoint, config, disk, losses, metrics, optim, parallel, signals, weights
+from zephyr import config, losses, optim
 from zephyr.config import DPOConfig, SFTConfig
-from zephyr.exits import BadCheckpoint, Preempted
-from zephyr.run import FREE, Run
+from zephyr.distributed import fsdp, signals
+from zephyr.errors import BadCheckpoint, Preempted
+from zephyr.files import read_json, write_json
+from zephyr.metrics.log import Log
+from zephyr.run import checkpoint
+from zephyr.run.folder import FREE, Run
+from zephyr.weights import __main__ as weights_command
+from zephyr.weights import config_json, hub
 
 DIGESTS = {"data": "digest", "model": "another"}
 
@@ -37,8 +43,8 @@ def c(base, tmp_path) -> DPOConfig:
 
 
 def start(ranks, base: Path, precision: str = "fp32"):
-    m = parallel.build(weights.config(base), ranks, precision)
-    weights.load(base, m)
+    m = fsdp.build(config_json.read(base), ranks, precision)
+    hub.load(base, m)
     return m, optim.adamw(m, 0.1)
 
 
@@ -166,20 +172,23 @@ def test_a_state_before_any_step_is_one_too(ranks, base, c):
 
 
 SCRIPT = """
+from zephyr.distributed import fsdp
+from zephyr.distributed import group
+from zephyr.run.folder import Run
+from zephyr.weights import hub
 import sys
 from pathlib import Path
 
 import torch
-from zephyr import losses, optim, parallel, weights
+from zephyr import losses, optim
 from zephyr.config import DPOConfig
-from zephyr.run import Run
 
 where = Path(sys.argv[1])
 settings = torch.load(where / "settings.pt")
-ranks = parallel.start(settings["replicas"])
+ranks = group.start(settings["replicas"])
 batches = torch.load(where / "batches.pt", weights_only=False)
-m = parallel.build(weights.config(where / "base"), ranks, "fp32")
-weights.load(where / "base", m)
+m = fsdp.build(config_json.read(where / "base"), ranks, "fp32")
+hub.load(where / "base", m)
 optimizer = optim.adamw(m, 0.1)
 
 
@@ -209,7 +218,7 @@ run.wait()
 (where / "file").touch()
 refused = opened(out=str(where / "file" / "run"))
 torch.save({"step": step, "refused": refused, "kept": kept["notes"]}, where / f"{ranks.rank}.pt")
-parallel.finish()
+group.finish()
 """
 
 
@@ -257,8 +266,8 @@ def test_a_checkpoint_is_exported_as_the_end_of_a_run_would(ranks, base, c, tmp_
     run = Run(c, DIGESTS, ranks)
     run.save(2, m, optimizer)
     run.wait()
-    weights.save(m, tmp_path / "expected", base, shard_bytes=9_000_000)
-    weights.main([str(run.out / "checkpoints" / "latest"), str(tmp_path / "exported")])
+    hub.save(m, tmp_path / "expected", base, shard_bytes=9_000_000)
+    weights_command.main([str(run.out / "checkpoints" / "latest"), str(tmp_path / "exported")])
     files = sorted(p.name for p in (tmp_path / "expected").iterdir())
     assert files == sorted(p.name for p in (tmp_path / "exported").iterdir())
     for name in files:
@@ -267,9 +276,9 @@ def test_a_checkpoint_is_exported_as_the_end_of_a_run_would(ranks, base, c, tmp_
     with pytest.raises(ValueError, match="was trained from .*, which is not there; give --base"):
         moved = tmp_path / "moved"
         shutil.copytree(run.out / "checkpoints" / "step-000002", moved)
-        about = disk.read_json(moved / "state.json")
+        about = read_json(moved / "state.json")
         about["run"]["settings"]["model"] = str(tmp_path / "gone")
-        disk.write_json(moved / "state.json", about)
+        write_json(moved / "state.json", about)
         lines = [
             line
             for line in (moved / "SHA256SUMS").read_text().splitlines()
@@ -281,7 +290,7 @@ def test_a_checkpoint_is_exported_as_the_end_of_a_run_would(ranks, base, c, tmp_
     checkpoint.export(moved, tmp_path / "again", base)
     (moved / "state.json").write_text("{}")
     with pytest.raises(SystemExit) as end:
-        weights.main([str(moved), str(tmp_path / "third")])
+        weights_command.main([str(moved), str(tmp_path / "third")])
     assert end.value.code == 3 and "state.json, 2 bytes, is not what" in capsys.readouterr().err
 
 
@@ -400,7 +409,7 @@ def test_sums_that_are_not_whole_are_damage(ranks, base, c, keep):
 def test_what_is_due_is_saved_and_the_last_step_too(ranks, base, c, tmp_path):
     first, run = start(ranks, base), Run(replace(c, save_every=2), DIGESTS, ranks)
     never = Run(replace(c, out=str(tmp_path / "never")), DIGESTS, ranks)
-    with metrics.Log(run.out, 5, ["loss"]) as log:
+    with Log(run.out, 5, ["loss"]) as log:
         for step in range(1, 6):
             run.after(step, step == 5, *first, log=log)
         run.wait()
@@ -414,7 +423,7 @@ def test_asked_to_stop_a_run_saves_and_says_so(ranks, base, c, monkeypatch):
     first, run = start(ranks, base), Run(c, DIGESTS, ranks)
     monkeypatch.setattr(signals, "stop_wanted", lambda: True)
     message = f"saved after step 3 in {c.out}; the same command"
-    with metrics.Log(run.out, 5, ["loss"]) as log, pytest.raises(Preempted, match=message):
+    with Log(run.out, 5, ["loss"]) as log, pytest.raises(Preempted, match=message):
         run.after(3, False, *first, log=log)
     assert [p.name for p in checkpoint.complete(run.out)] == ["step-000003"]
 
@@ -423,7 +432,7 @@ def fake(c, step: int, suffix: str = "", state: bytes | None = None) -> Path:
     """A checkpoint as far as opening a folder looks."""
     folder = Path(c.out) / "checkpoints" / f"step-{step:06d}{suffix}"
     folder.mkdir(parents=True)
-    identity = disk.read_json(Path(c.out) / "run.json")["run"]
+    identity = read_json(Path(c.out) / "run.json")["run"]
     whole = json.dumps({"step": step, "ranks": [], "run": identity}).encode()
     (folder / "state.json").write_bytes(whole if state is None else state)
     (folder / "SHA256SUMS").write_text(checkpoint._sum(folder / "state.json") + "\n")
@@ -578,7 +587,7 @@ def test_checkpoints_of_nobody_are_refused(ranks, c, state, message):
 
 def test_what_has_a_digest_is_compared_by_it_alone(ranks, c):
     Run(c, DIGESTS, ranks)
-    state = disk.read_json(fake(c, 3) / "state.json")
+    state = read_json(fake(c, 3) / "state.json")
     moved = replace(c, model="moved/base", data=("a.jsonl", "b.jsonl"), eval_data=("new.jsonl",))
     assert Run(moved, DIGESTS, ranks).folder.name == "step-000003"
     assert Run(c, DIGESTS, ranks).identity["settings"]["model"] == c.model  # for an export

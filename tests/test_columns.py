@@ -12,14 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers import Limits, chat, gpt, human, save, scored
-from zephyr import data, feedback, files, forms
+from zephyr import feedback, files
+from zephyr.data import arrays, forms, readers
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
-HI = [("user", "Hi"), ("assistant", "Yo")]
+HI = [("system", ""), ("user", "Hi"), ("assistant", "Yo")]
 GOOD = {
-    data.conversations: {"messages": chat("Hi", "Yo")},
-    data.preferences: {"prompt": "Why?", "chosen": "Because.", "rejected": "No."},
+    arrays.conversations: {"messages": chat("Hi", "Yo")},
+    arrays.preferences: {"prompt": "Why?", "chosen": "Because.", "rejected": "No."},
 }
 
 
@@ -156,7 +157,7 @@ def test_the_same_line_gives_the_same_answer_in_every_format(read, pick, tmp_pat
         return [name for name in listed[0].split(", ") if name in EVERY[read]]
 
     def answers(path):
-        for _, row in files.read_rows(path, columns=EVERY[read]):
+        for _, row in readers.read_rows(path, columns=EVERY[read]):
             try:
                 yield read(row), forms.below(row)
             except ValueError as error:
@@ -174,7 +175,7 @@ def test_a_map_of_parquet_is_an_object(tmp_path, tokenizer):
     said = pyarrow.list_(pyarrow.map_(pyarrow.string(), pyarrow.string()))
     rows = [{"messages": [list(m.items()) for m in chat("Hi", "Yo")]}]
     path = parquet(tmp_path / "a.parquet", rows, pyarrow.schema([("messages", said)]))
-    tokens = data.conversations(path, tokenizer, Limits())
+    tokens = arrays.conversations(path, tokenizer, Limits())
     assert tokens.parts(0)[0].tolist() == tokenizer.render(chat("Hi", "Yo")).ids
 
 
@@ -185,8 +186,8 @@ def test_arrow_fills_one_odd_line_into_every_line(tokenizer, tmp_path):
     first = [{"messages": [m | {"name": None, "tool_calls": None} for m in chat("Hi", "Yo")]}]
     path = parquet(tmp_path / "a.parquet", [*rows[-1:], *rows[:100]])
     with pytest.raises(ValueError, match="a.parquet:1: message 1 has 'name': 'Bob', which would"):
-        data.conversations(path, tokenizer, Limits())
-    assert len(data.conversations(path, tokenizer, Limits(on_bad_row="skip"))) == 100
+        arrays.conversations(path, tokenizer, Limits())
+    assert len(arrays.conversations(path, tokenizer, Limits(on_bad_row="skip"))) == 100
     assert forms.talk(first[0]) == HI
 
 
@@ -197,7 +198,7 @@ def test_blank_is_what_carries_nothing():
     nested = {"a": None, "b": {"c": []}}
     for value in (None, "", " \n", "[]", "{}", [], {}, [None, ""], nested, deep):
         assert files.blank(value)
-    for value in (0, False, 0.0, "a", [0], {"a": {"b": "c"}}, files.UNREAD, b""):
+    for value in (0, False, 0.0, "a", [0], {"a": {"b": "c"}}, readers.UNREAD, b""):
         assert not files.blank(value)
 
 
@@ -217,16 +218,16 @@ def test_one_file_under_two_names_is_refused(tmp_path, monkeypatch, link):
             match=r"^.*[ab].jsonl is given twice, also as a.jsonl; its "
             "rows would count double, so name it once$",
         ):
-            files.expand(["a.jsonl", again])
+            readers.expand(["a.jsonl", again])
     with pytest.raises(ValueError, match="^a.jsonl is given twice; its rows would count double"):
-        files.expand(["a.jsonl", "copy.jsonl", "a.jsonl"])
-    assert len(files.expand(["a.jsonl", "copy.jsonl"])) == 2
+        readers.expand(["a.jsonl", "copy.jsonl", "a.jsonl"])
+    assert len(readers.expand(["a.jsonl", "copy.jsonl"])) == 2
     Path("c.jsonl").symlink_to("gone")
     with pytest.raises(ValueError, match="^c.jsonl: cannot read: No such file"):
-        files.expand(["c*.jsonl"])
+        readers.expand(["c*.jsonl"])
     os.mkfifo("d.jsonl")
     with pytest.raises(ValueError, match="^d.jsonl is a pipe or a device"):
-        files.expand(["d*.jsonl"])
+        readers.expand(["d*.jsonl"])
 
 
 def test_brackets_in_names_that_exist_are_names(tmp_path, monkeypatch):
@@ -236,7 +237,7 @@ def test_brackets_in_names_that_exist_are_names(tmp_path, monkeypatch):
         Path(name).touch()
 
     def names(path):
-        return list(map(str, files.expand([path])))
+        return list(map(str, readers.expand([path])))
 
     assert names("[v1]/a.jsonl") == ["[v1]/a.jsonl"]
     assert names("[v1]/*.jsonl") == ["[v1]/a.jsonl", "[v1]/b[2]*.jsonl"]
@@ -261,7 +262,7 @@ def test_brackets_in_names_that_exist_are_names(tmp_path, monkeypatch):
     ],
 )
 def test_an_empty_file_among_full_ones_is_a_line(name, content, tokenizer, tmp_path, capsys):
-    (full,) = save(tmp_path / "a.jsonl", GOOD[data.preferences])
+    (full,) = save(tmp_path / "a.jsonl", GOOD[arrays.preferences])
     empty = tmp_path / name
     if content is None:
         import pyarrow
@@ -270,13 +271,13 @@ def test_an_empty_file_among_full_ones_is_a_line(name, content, tokenizer, tmp_p
     else:
         empty.write_bytes(content)
     for paths in ((full, str(empty)), (str(empty), full)):
-        tokens = data.preferences(paths, tokenizer, Limits())
+        tokens = arrays.preferences(paths, tokenizer, Limits())
         assert tokens.report("x").splitlines()[1:] == [f"{empty} is empty: no row comes from it"]
         assert tokens.where(0) == f"{full}:1"
     with pytest.raises(ValueError, match=f"^{empty}: no row is left to train on$"):
-        data.preferences((str(empty),), tokenizer, Limits())
+        arrays.preferences((str(empty),), tokenizer, Limits())
     with pytest.raises(ValueError, match=f"^{empty} is empty$"):
-        list(files.read_rows(empty))
+        list(readers.read_rows(empty))
 
     (raw,) = save(tmp_path / "raw.jsonl", scored())
     feedback.main([raw, str(empty), "--out", str(tmp_path / "out.jsonl")])

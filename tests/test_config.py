@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zephyr import config, exits
+from zephyr import config, errors
 from zephyr.config import DPOConfig, SFTConfig
+from zephyr.run import exits
 
 OWN = {"model": "m", "data": ("d.jsonl",), "out": "o"}
 FLAGS = "--model m --data d.jsonl --out o".split()
@@ -371,10 +372,10 @@ def test_to_toml_leaves_out_what_is_not_set():
 
 CODES = {
     OSError: 5,
-    exits.BadCheckpoint: 3,
-    exits.NonFinite: 4,
-    exits.Storage: 5,
-    exits.Preempted: 143,
+    errors.BadCheckpoint: 3,
+    errors.NonFinite: 4,
+    errors.Storage: 5,
+    errors.Preempted: 143,
 }
 
 
@@ -391,10 +392,10 @@ def fail(error):
         (ValueError("--lr 0 must be finite"), "--lr 0 must be finite"),
         (FileNotFoundError(2, "No such file", "x.bin"), "[Errno 2] No such file: 'x.bin'"),
         (OSError(28, "No space left"), "[Errno 28] No space left"),
-        (exits.BadCheckpoint("step-000003 is damaged"), "step-000003 is damaged"),
-        (exits.NonFinite("the loss is nan"), "the loss is nan"),
-        (exits.Storage("the disk is full"), "the disk is full"),
-        (exits.Preempted("saved"), "saved"),
+        (errors.BadCheckpoint("step-000003 is damaged"), "step-000003 is damaged"),
+        (errors.NonFinite("the loss is nan"), "the loss is nan"),
+        (errors.Storage("the disk is full"), "the disk is full"),
+        (errors.Preempted("saved"), "saved"),
     ],
 )
 def test_run_prints_one_line_and_exits_with_its_code(capsys, monkeypatch, error, line):
@@ -427,7 +428,7 @@ def test_the_other_kernels_package_is_refused_where_it_hides_ours(tmp_path):
         folder.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.1\n")
     (theirs / "kernels" / "__init__.py").touch()
-    code = "from zephyr import exits; exits.call(lambda: print('ran'))"
+    code = "from zephyr.run import exits; exits.call(lambda: print('ran'))"
 
     def run(*path: Path) -> tuple[int, str, str]:
         env = {k: x for k, x in os.environ.items() if k != "RANK"}

@@ -13,10 +13,13 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
 from kernels import fused_logprob
-from zephyr import attention, costs, optim, packing, parallel
-from zephyr.data import Pair
-from zephyr.model import Mistral, MistralConfig
-from zephyr.plan import MODELS
+from zephyr import attention, optim, packing
+from zephyr.architecture import MistralConfig
+from zephyr.distributed import fsdp
+from zephyr.model import Mistral
+from zephyr.packing import Pair
+from zephyr.plan import costs
+from zephyr.plan.__main__ import MODELS
 
 MISTRAL, LLAMA = MODELS["mistral-7b"], MODELS["llama-2-70b"]
 SMALL = MistralConfig(
@@ -104,7 +107,7 @@ class Live(TorchDispatchMode):
 def model(c: MistralConfig, recompute: str = "none", dtype=torch.float32) -> Mistral:
     made = Mistral(c).to(dtype)
     for block in made.model.layers:
-        block.forward = parallel.wrapped(block, c, recompute, compiled=False)
+        block.forward = fsdp.wrapped(block, c, recompute, compiled=False)
     return made
 
 

@@ -15,8 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers import GOOD, Limits, both_at_once, chat, save, shared, trained_tokenizer
-from zephyr import data, feedback, files
+from zephyr import feedback
+from zephyr.data import arrays, cache, readers
 from zephyr.tokenizer import Tokenizer
+
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +135,7 @@ FORMS = {
 def test_every_form_is_the_right_text(request, which, empty_system, form, tmp_path):
     tokenizer, (prompt, row) = request.getfixturevalue(which), FORMS[form]
     path = save(tmp_path / "a.jsonl", row)
-    tokens = data.preferences(path, tokenizer, Limits(empty_system=empty_system))
+    tokens = arrays.preferences(path, tokenizer, Limits(empty_system=empty_system))
     pair = tokens.pair(0)
     if empty_system and "<|system|>" not in prompt[0]:
         prompt = ["<|system|>\n", *prompt]
@@ -148,7 +151,7 @@ def test_every_form_is_the_right_text(request, which, empty_system, form, tmp_pa
 def test_a_pair_is_what_generation_starts_from_and_what_sft_saw(small, tmp_path):
     dialogue = chat("the cat", "sat", "on a mat", "one two")
     other = [*dialogue[:-1], {"role": "assistant", "content": "of some"}]
-    pair = data.preferences(
+    pair = arrays.preferences(
         save(tmp_path / "a.jsonl", {"chosen": dialogue, "rejected": other}), small, Limits()
     ).pair(0)
     assert pair.prompt.tolist() == small.prompt(dialogue[:-1])
@@ -160,7 +163,7 @@ def test_a_pair_is_what_generation_starts_from_and_what_sft_saw(small, tmp_path)
 def test_conversations_are_rendered_whole(small, tmp_path, empty_system):
     rows = [chat("the cat", "sat"), chat("a", "b", "c", "d", system="e f"), chat("a", "b", "c")]
     path = save(tmp_path / "a.jsonl", *({"messages": m, "prompt": "ignored"} for m in rows))
-    tokens = data.conversations(path, small, Limits(empty_system=empty_system))
+    tokens = arrays.conversations(path, small, Limits(empty_system=empty_system))
     assert len(tokens) == 3
     at = 0
     for k, messages in enumerate(rows):
@@ -175,7 +178,7 @@ def test_conversations_are_rendered_whole(small, tmp_path, empty_system):
 def test_several_files_are_one(small, tmp_path):
     rows = [{"prompt": f"p{k}", "chosen": f"c{k}", "rejected": "r"} for k in range(5)]
     paths = [*save(tmp_path / "b.jsonl", *rows[:2]), *save(tmp_path / "a.jsonl", *rows[2:])]
-    tokens = data.preferences(tuple(paths), small, Limits())
+    tokens = arrays.preferences(tuple(paths), small, Limits())
     chosen = [response(small, tokens.pair(k).chosen) for k in range(len(tokens))]
     assert chosen == ["c0", "c1", "c2", "c3", "c4"]
 
@@ -184,10 +187,10 @@ def test_several_files_are_one(small, tmp_path):
 def test_chunks_leave_no_seam(small, tmp_path, monkeypatch, chunk):
     rows = [{"prompt": "p" * k, "chosen": "c" * (k % 3), "rejected": "r"} for k in range(1, 12)]
     path = save(tmp_path / "a.jsonl", *rows)
-    whole = data.preferences(path, small, Limits())
-    monkeypatch.setattr(data, "CHUNK", chunk)
+    whole = arrays.preferences(path, small, Limits())
+    monkeypatch.setattr(arrays, "CHUNK", chunk)
     monkeypatch.setenv("ZEPHYR_CACHE", str(tmp_path / "other"))
-    tokens = data.preferences(path, small, Limits())
+    tokens = arrays.preferences(path, small, Limits())
     assert tokens.ids.tolist() == whole.ids.tolist()
     assert tokens.ends.tolist() == whole.ends.tolist()
 
@@ -325,8 +328,8 @@ BAD_CONVERSATIONS = [
     ({"messages": chat("", "b", system="c")}, "turn 0, the user's, is empty"),
     ({"messages": chat("\udfff", "b")}, "the lone surrogate \\udfff is not text"),
 ]
-ROWS = [(data.preferences, GOOD, *bad) for bad in BAD_PAIRS]
-ROWS += [(data.conversations, {"messages": chat("a", "b")}, *bad) for bad in BAD_CONVERSATIONS]
+ROWS = [(arrays.preferences, GOOD, *bad) for bad in BAD_PAIRS]
+ROWS += [(arrays.conversations, {"messages": chat("a", "b")}, *bad) for bad in BAD_CONVERSATIONS]
 
 
 @pytest.mark.parametrize("read, good, row, message", ROWS)
@@ -350,14 +353,14 @@ def test_a_bad_row_costs_one_line_that_names_it(read, good, row, message, small,
 def test_more_than_one_percent_of_bad_rows_stops(small, tmp_path):
     skip = Limits(on_bad_row="skip")
     path = save(tmp_path / "a.jsonl", *[GOOD] * 198, {}, [])
-    assert data.preferences(path, small, skip).counts["skipped: bad row"] == 2
+    assert arrays.preferences(path, small, skip).counts["skipped: bad row"] == 2
     path = save(tmp_path / "a.jsonl", *[GOOD] * 197, {}, [], {})
     with pytest.raises(
         ValueError,
         match="^3 of 200 rows are bad, more than the 1 % that may be "
         "skipped; the first: .*a.jsonl:198: has no field",
     ):
-        data.preferences(path, small, skip)
+        arrays.preferences(path, small, skip)
 
 
 def test_nothing_left_to_train_on(small, tmp_path):
@@ -368,9 +371,9 @@ def test_nothing_left_to_train_on(small, tmp_path):
         match="a.jsonl: no row is left to train on; dropped: chosen and "
         "rejected are the same 2; dropped: a response is empty 1$",
     ):
-        data.preferences(path, small, Limits())
+        arrays.preferences(path, small, Limits())
     (tmp_path / "a.jsonl").write_text("\n \n")
-    for read in (data.preferences, data.conversations):
+    for read in (arrays.preferences, arrays.conversations):
         with pytest.raises(ValueError, match="a.jsonl: no row is left to train on$"):
             read(path, small, Limits())
 
@@ -385,7 +388,7 @@ def test_empty_and_equal_responses_are_dropped_and_counted(small, tmp_path):
         GOOD | {"chosen": "No."},
         transcript,
     )
-    tokens = data.preferences(path, small, Limits())
+    tokens = arrays.preferences(path, small, Limits())
     assert response(small, tokens.pair(0).chosen) == "Because."
     assert tokens.counts == {
         "dropped: a response is empty": 3,
@@ -451,7 +454,7 @@ def cut(tokenizer, spoken, chosen, rejected, c):
     counts = Counter()
     said = [*spoken, ("assistant", chosen), ("assistant", rejected)]
     *context, chosen, rejected = tokenizer.turns([(k == 0, *turn) for k, turn in enumerate(said)])
-    return data.cut_pair(context, chosen, rejected, tokenizer, c, counts), counts
+    return arrays.cut_pair(context, chosen, rejected, tokenizer, c, counts), counts
 
 
 WORDS = "the cat sat on a mat one two three of some small words".split()
@@ -560,7 +563,7 @@ def test_cut_pairs_from_a_file(small, tmp_path):
         {"prompt": "the", "chosen": long + end, "rejected": long},
         {"prompt": "the", "chosen": "a", "rejected": long},
     )
-    tokens = data.preferences(path, small, Limits(max_length=160, max_prompt_length=80))
+    tokens = arrays.preferences(path, small, Limits(max_length=160, max_prompt_length=80))
     assert len(tokens) == 2
     assert tokens.counts == {
         "kept": 2,
@@ -577,7 +580,7 @@ def test_cut_pairs_from_a_file(small, tmp_path):
         "; cut: prompt 1; cut: responses 2; dropped: chosen and rejected are the same 1"
     )
     with pytest.raises(ValueError, match="^--max-prompt-length 20 leaves no room"):
-        data.preferences(path, small, Limits(max_length=160, max_prompt_length=20))
+        arrays.preferences(path, small, Limits(max_length=160, max_prompt_length=20))
 
 
 # the cache
@@ -586,18 +589,21 @@ def test_cut_pairs_from_a_file(small, tmp_path):
 def test_the_second_call_opens_the_same_arrays(small, tmp_path, monkeypatch):
     path = save(tmp_path / "a.jsonl", GOOD, GOOD | {"chosen": ""}, GOOD)
     talks = save(tmp_path / "b.jsonl", {"messages": chat("a", "b")})
-    first = data.preferences(path, small, Limits()), data.conversations(talks, small, Limits())
+    first = arrays.preferences(path, small, Limits()), arrays.conversations(talks, small, Limits())
     monkeypatch.setattr(Tokenizer, "turns", None)
     copy = tmp_path / "same content.jsonl"
     copy.write_bytes(Path(*path).read_bytes())
     for same in (path, (str(copy),)):
-        again = data.preferences(same, small, Limits()), data.conversations(talks, small, Limits())
+        again = (
+            arrays.preferences(same, small, Limits()),
+            arrays.conversations(talks, small, Limits()),
+        )
         for one, two in zip(first, again, strict=True):
             assert one.ids.tolist() == two.ids.tolist()
             assert one.mask.tolist() == two.mask.tolist()
             assert one.ends.tolist() == two.ends.tolist()
             assert one.report("x") == two.report("x") and one.digest == two.digest
-    assert len(list(data.cache_folder().iterdir())) == 2
+    assert len(list(cache.cache_folder().iterdir())) == 2
     with pytest.raises(ValueError, match="read-only"):
         first[0].ids[0] = 7
 
@@ -607,41 +613,41 @@ def test_every_row_knows_where_it_came_from(small, tmp_path):
     first = save(tmp_path / "a.jsonl", GOOD, GOOD | {"chosen": ""}, GOOD | {"prompt": "more"})
     second = tmp_path / "b.jsonl"
     second.write_text("\n" + json.dumps(GOOD | {"prompt": "other"}) + "\n")
-    tokens = data.preferences((*first, str(second)), small, Limits())
+    tokens = arrays.preferences((*first, str(second)), small, Limits())
     names = [tokens.where(k) for k in range(len(tokens))]
     assert names == [f"{first[0]}:1", f"{first[0]}:3", f"{second}:2"]
     moved = tmp_path / "moved.jsonl"
     Path(*first).rename(moved)
-    again = data.preferences((str(moved), str(second)), small, Limits())
+    again = arrays.preferences((str(moved), str(second)), small, Limits())
     assert again.where(1) == f"{moved}:3", "of the same arrays"
 
 
 def test_long_rows_come_in_small_chunks(monkeypatch):
-    monkeypatch.setattr(data, "CHARACTERS", 100)
+    monkeypatch.setattr(arrays, "CHARACTERS", 100)
     rows = ["x" * 60, "y" * 60, "z" * 500, *"abc"]
-    assert list(data._chunks(iter(rows))) == [rows[:2], rows[2:3], rows[3:]]
-    monkeypatch.setattr(data, "CHUNK", 2)
-    assert [len(chunk) for chunk in data._chunks(iter("abcde"))] == [2, 2, 1]
+    assert list(arrays._chunks(iter(rows))) == [rows[:2], rows[2:3], rows[3:]]
+    monkeypatch.setattr(arrays, "CHUNK", 2)
+    assert [len(chunk) for chunk in arrays._chunks(iter("abcde"))] == [2, 2, 1]
 
 
 def test_a_file_that_changes_while_it_is_read_is_not_cached(small, tmp_path, monkeypatch):
     path = save(tmp_path / "a.jsonl", GOOD)
-    write = data._write
+    write = arrays._write
 
     def late(*args):
         write(*args)
         with open(*path, "a") as file:
             file.write(json.dumps(GOOD) + "\n")
 
-    monkeypatch.setattr(data, "_write", late)
+    monkeypatch.setattr(arrays, "_write", late)
     with pytest.raises(ValueError, match="a.jsonl changed while it was read; start again once"):
-        data.preferences(path, small, Limits())
-    assert list(data.cache_folder().iterdir()) == []
+        arrays.preferences(path, small, Limits())
+    assert list(cache.cache_folder().iterdir()) == []
 
 
 def test_whatever_goes_into_the_arrays_makes_new_ones(small, tmp_path, monkeypatch):
     path = save(tmp_path / "a.jsonl", GOOD | {"messages": chat("a", "b")})
-    digests = {data.preferences(path, small, Limits()).digest}
+    digests = {arrays.preferences(path, small, Limits()).digest}
 
     def is_new(tokens):
         before = len(digests)
@@ -654,70 +660,70 @@ def test_whatever_goes_into_the_arrays_makes_new_ones(small, tmp_path, monkeypat
         {"empty_system": False},
         {"on_bad_row": "skip"},
     ):
-        assert is_new(data.preferences(path, small, replace(Limits(), **change)))
-    assert is_new(data.conversations(path, small, Limits()))
-    assert is_new(data.conversations(path, small, Limits(empty_system=False)))
-    assert not is_new(data.conversations(path, small, Limits(max_length=7)))
+        assert is_new(arrays.preferences(path, small, replace(Limits(), **change)))
+    assert is_new(arrays.conversations(path, small, Limits()))
+    assert is_new(arrays.conversations(path, small, Limits(empty_system=False)))
+    assert not is_new(arrays.conversations(path, small, Limits(max_length=7)))
     other = trained_tokenizer(
         tmp_path / "tokenizer.model", "of some other text about the same cat " * 3
     )
-    assert is_new(data.preferences(path, other, Limits()))
+    assert is_new(arrays.preferences(path, other, Limits()))
     save(tmp_path / "a.jsonl", GOOD | {"messages": chat("a", "c")})
-    assert is_new(data.preferences(path, small, Limits()))
-    assert is_new(data.preferences((*path, *save(tmp_path / "b.jsonl", GOOD)), small, Limits()))
-    monkeypatch.setattr(data, "TEMPLATE", "another")
-    assert is_new(data.preferences(path, small, Limits()))
-    assert len(list(data.cache_folder().iterdir())) == len(digests) == 11
+    assert is_new(arrays.preferences(path, small, Limits()))
+    assert is_new(arrays.preferences((*path, *save(tmp_path / "b.jsonl", GOOD)), small, Limits()))
+    monkeypatch.setattr(arrays, "TEMPLATE", "another")
+    assert is_new(arrays.preferences(path, small, Limits()))
+    assert len(list(cache.cache_folder().iterdir())) == len(digests) == 11
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, MemoryError, OSError(28, "No space left")])
 def test_an_interrupted_build_leaves_nothing_behind(small, tmp_path, monkeypatch, stop):
     path = save(tmp_path / "a.jsonl", *[GOOD] * 5)
-    monkeypatch.setattr(data, "CHUNK", 2)
+    monkeypatch.setattr(arrays, "CHUNK", 2)
     turns, calls = Tokenizer.turns, []
 
     def fail_late(self, messages):
-        calls.append(len(list(data.cache_folder().glob("part-*/dpo-*/ids"))))
+        calls.append(len(list(cache.cache_folder().glob("part-*/dpo-*/ids"))))
         if len(calls) == 2:
             raise stop
         return turns(self, messages)
 
     monkeypatch.setattr(Tokenizer, "turns", fail_late)
     with pytest.raises(stop if isinstance(stop, type) else type(stop)):
-        data.preferences(path, small, Limits())
+        arrays.preferences(path, small, Limits())
     assert calls == [1, 1], "the build had begun"
-    assert not list(data.cache_folder().iterdir())
-    assert len(data.preferences(path, small, Limits())) == 5
+    assert not list(cache.cache_folder().iterdir())
+    assert len(arrays.preferences(path, small, Limits())) == 5
 
 
 def test_arrays_are_on_disk_before_they_have_their_name(small, tmp_path, monkeypatch):
     synced = []
 
     def fsync(number):
-        assert not list(data.cache_folder().glob("dpo-*"))
+        assert not list(cache.cache_folder().glob("dpo-*"))
         synced.append(os.path.basename(os.readlink(f"/proc/self/fd/{number}")))
 
     monkeypatch.setattr(os, "fsync", fsync)
-    tokens = data.preferences(save(tmp_path / "a.jsonl", GOOD), small, Limits())
-    (folder,) = data.cache_folder().iterdir()
+    tokens = arrays.preferences(save(tmp_path / "a.jsonl", GOOD), small, Limits())
+    (folder,) = cache.cache_folder().iterdir()
     assert sorted(synced) == sorted(os.listdir(folder)) and len(tokens) == 1
 
 
 def test_a_failed_build_leaves_nothing_behind(small, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="a.jsonl:2: has no field"):
-        data.preferences(save(tmp_path / "a.jsonl", GOOD, {}), small, Limits())
+        arrays.preferences(save(tmp_path / "a.jsonl", GOOD, {}), small, Limits())
     monkeypatch.setattr(Path, "rename", lambda part, folder: part.rmdir())  # not empty
     with pytest.raises(OSError, match="not empty"):
-        data.preferences(save(tmp_path / "a.jsonl", GOOD), small, Limits())
-    assert not list(data.cache_folder().iterdir())
+        arrays.preferences(save(tmp_path / "a.jsonl", GOOD), small, Limits())
+    assert not list(cache.cache_folder().iterdir())
 
 
 def test_two_processes_that_build_at_once_both_succeed(small, tmp_path):
     (path,) = save(tmp_path / "a.jsonl", *[GOOD] * 5)
     outputs = both_at_once(small, path, tmp_path)
-    tokens = data.preferences((path,), small, Limits())
+    tokens = arrays.preferences((path,), small, Limits())
     assert [int(out) for out, _ in outputs] == [tokens.ids.sum()] * 2
-    (folder,) = data.cache_folder().iterdir()
+    (folder,) = cache.cache_folder().iterdir()
     assert folder.stat().st_mode & 0o055 == 0o055, "others may read what this user made"
 
 
@@ -725,14 +731,14 @@ def test_a_large_vocabulary_takes_more_bytes(small, tmp_path, monkeypatch):
     path = save(tmp_path / "a.jsonl", GOOD)
     for k, (size, dtype) in enumerate([(1 << 16, np.uint16), ((1 << 16) + 1, np.uint32)]):
         monkeypatch.setattr(small, "vocab_size", size)
-        tokens = data.preferences(path, small, Limits(max_length=1000 + k))
+        tokens = arrays.preferences(path, small, Limits(max_length=1000 + k))
         assert tokens.ids.dtype == dtype
         assert response(small, tokens.pair(0).chosen) == "Because."
 
 
 def test_pair_lengths_count_the_rows_of_a_packed_pair(small, tmp_path):
     rows = [GOOD | {"chosen": "a" * k, "prompt": "p" * k} for k in (1, 2, 30)]
-    tokens = data.preferences(save(tmp_path / "a.jsonl", *rows), small, Limits())
+    tokens = arrays.preferences(save(tmp_path / "a.jsonl", *rows), small, Limits())
     pairs = [tokens.pair(k) for k in range(3)]
     assert tokens.pair_lengths().tolist() == [sum(map(len, pair)) - 2 for pair in pairs]
     assert sum(len(part) for pair in pairs for part in pair) == len(tokens.ids)
@@ -743,8 +749,8 @@ def test_pair_lengths_count_the_rows_of_a_packed_pair(small, tmp_path):
 
 def test_every_real_conversation_loads(mistral):
     path = shared("ultrachat.train.jsonl.gz")
-    tokens = data.conversations((str(path),), mistral, Limits())
-    rows = [row for _, row in files.read_rows(path)]
+    tokens = arrays.conversations((str(path),), mistral, Limits())
+    rows = [row for _, row in readers.read_rows(path)]
     assert len(tokens) == len(rows) == 640
     starts = [0, *tokens.ends[:-1, 0]]
     for k, row in enumerate(rows):
@@ -757,8 +763,8 @@ def test_every_real_conversation_loads(mistral):
 def test_every_real_pair_loads(mistral, tmp_path, capsys):
     out = tmp_path / "pairs.jsonl"
     feedback.main([str(shared("ultrafeedback.train.jsonl.gz")), "--out", str(out)])
-    tokens = data.preferences((str(out),), mistral, Limits())
-    rows = [row for _, row in files.read_rows(out)]
+    tokens = arrays.preferences((str(out),), mistral, Limits())
+    rows = [row for _, row in readers.read_rows(out)]
     counts = tokens.counts
     lost = [count for what, count in counts.items() if what.startswith(("dropped", "skipped"))]
     assert counts["rows"] == len(rows) > 500
@@ -786,11 +792,11 @@ def test_every_real_pair_loads(mistral, tmp_path, capsys):
 
 
 MEMORY = """
+from zephyr.data import arrays
 import sys
-from zephyr import config, data
+from zephyr import config
 from zephyr.tokenizer import Tokenizer
 
-pytestmark = pytest.mark.usefixtures("own_cache")
 model, rows = sys.argv[1:]
 c = config.DPOConfig(model=model, data=(rows,), out="")
 tokenizer = Tokenizer(model)
@@ -799,7 +805,7 @@ def peak():  # not ru_maxrss, which starts at the size of the process that start
     lines = dict(line.split(":") for line in open("/proc/self/status"))
     return int(lines["VmHWM"].split()[0]) << 10
 before = peak()
-assert len(data.preferences(c.data, tokenizer, c)) > 5000
+assert len(arrays.preferences(c.data, tokenizer, c)) > 5000
 print(peak() - before)
 """
 
@@ -819,7 +825,7 @@ def test_memory_does_not_grow_with_the_file(small, tmp_path):
         [sys.executable, "-c", MEMORY, small.path, path],
         text=True,
         capture_output=True,
-        cwd=Path(data.__file__).parent.parent,
+        cwd=Path(arrays.__file__).parent.parent,
         timeout=60,
     )
     assert done.returncode == 0, done.stderr

@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from zephyr import disk, folders
+from zephyr import files
+from zephyr.weights import locate, safetensor_files
 
 A, B = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
@@ -29,8 +30,8 @@ def entry(*offsets: int, shape=(2,), dtype="F32") -> dict:
     return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
 
 
-def read(folder: Path) -> dict[str, disk.Stored]:
-    return disk.stored(*folders.weight_files(folder))
+def read(folder: Path) -> dict[str, safetensor_files.Stored]:
+    return safetensor_files.stored(*locate.weight_files(folder))
 
 
 def sharded(folder: Path, **changes: str) -> None:
@@ -38,20 +39,20 @@ def sharded(folder: Path, **changes: str) -> None:
     save_file({"a": torch.ones(2)}, folder / A)
     save_file({"b": torch.ones(3)}, folder / B)
     weight_map = {"a": A, "b": B} | changes
-    (folder / disk.INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    (folder / locate.INDEX).write_text(json.dumps({"weight_map": weight_map}))
 
 
 def test_headers_say_what_is_where(tmp_path):
     sharded(tmp_path)
     assert read(tmp_path) == {
-        "a": disk.Stored(tmp_path / A, "a", (2,), "F32"),
-        "b": disk.Stored(tmp_path / B, "b", (3,), "F32"),
+        "a": safetensor_files.Stored(tmp_path / A, "a", (2,), "F32"),
+        "b": safetensor_files.Stored(tmp_path / B, "b", (3,), "F32"),
     }
     one = tmp_path / "one"
     one.mkdir()
     tensors = {"w": torch.ones(2, 3).bfloat16(), "layers.0.rotary_emb.inv_freq": torch.ones(4)}
-    save_file(tensors, one / disk.SINGLE)
-    assert read(one) == {"w": disk.Stored(one / disk.SINGLE, "w", (2, 3), "BF16")}
+    save_file(tensors, one / locate.SINGLE)
+    assert read(one) == {"w": safetensor_files.Stored(one / locate.SINGLE, "w", (2, 3), "BF16")}
 
 
 @pytest.mark.parametrize(
@@ -101,15 +102,15 @@ def test_headers_say_what_is_where(tmp_path):
     ],
 )
 def test_a_bad_file_is_refused(tmp_path, write, message):
-    write(tmp_path / disk.SINGLE)
-    where = re.escape(str(tmp_path / disk.SINGLE))
+    write(tmp_path / locate.SINGLE)
+    where = re.escape(str(tmp_path / locate.SINGLE))
     with pytest.raises(ValueError, match=f"^{where}:? .*{message}") as raised:
         read(tmp_path)
     assert str(raised.value).isprintable() and len(str(raised.value)) < 600
 
 
 def test_a_header_over_the_limit_is_not_read(tmp_path):
-    path = tmp_path / disk.SINGLE
+    path = tmp_path / locate.SINGLE
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", 200 << 20))
         file.truncate(300 << 20)
@@ -188,7 +189,7 @@ def test_no_weights_or_two_kinds(tmp_path):
     with pytest.raises(ValueError, match=pickles):
         read(tmp_path)
     sharded(tmp_path)
-    save_file({"a": torch.ones(2)}, tmp_path / disk.SINGLE)
+    save_file({"a": torch.ones(2)}, tmp_path / locate.SINGLE)
     with pytest.raises(ValueError, match="has both model.safetensors and model.safetensors.index"):
         read(tmp_path)
 
@@ -196,62 +197,62 @@ def test_no_weights_or_two_kinds(tmp_path):
 def test_json_is_read_with_suspicion(tmp_path):
     path = tmp_path / "config.json"
     with pytest.raises(ValueError, match=r"config\.json: cannot read: No such file"):
-        disk.read_json(path)
+        files.read_json(path)
     for text, message in {
         '{"a": 1,': "malformed JSON",
         '{"a": 1, "a": 2}': "key 'a' appears twice",
         "3": "holds a JSON int, not an object",
         "[" * 100_000: "malformed JSON: nested too deeply$",
         '{"a": ' + "[" * 50 + "]" * 50 + "}": "malformed JSON: nested too deeply$",
-        " " * disk.JSON_BYTES + "{}": "16,777,218 bytes; 16,777,216 is the limit",
+        " " * files.JSON_BYTES + "{}": "16,777,218 bytes; 16,777,216 is the limit",
         f'{{"{"a" * 10**6}": 1, "{"a" * 10**6}": 2}}': "the key 'aaa",
     }.items():
         path.write_text(text)
         with pytest.raises(ValueError, match=f"config.json.*{message}"):
-            disk.read_json(path)
+            files.read_json(path)
     path.write_bytes(b'{"\xff": 1}')
     with pytest.raises(ValueError, match="malformed JSON"):
-        disk.read_json(path)
+        files.read_json(path)
     path.write_text('{"a": ' + "[" * 48 + "]" * 48 + "}")
-    disk.write_json(path, disk.read_json(path))
+    files.write_json(path, files.read_json(path))
     for number in ("NaN", "-Infinity", "1e400"):
         path.write_text(f'{{"a": [1.5, {number}]}}')
-        assert not math.isfinite(disk.read_json(path)["a"][1])
+        assert not math.isfinite(files.read_json(path)["a"][1])
         with pytest.raises(ValueError, match=f"malformed JSON: '{number}' is not a finite number"):
-            disk.read_json(path, finite=True)
+            files.read_json(path, finite=True)
     path.unlink()
     os.mkfifo(path)
     with pytest.raises(ValueError, match="config.json: cannot read: it is not a file"):
-        disk.read_json(path)
+        files.read_json(path)
 
 
 def test_split():
     sizes = {"a": 3, "b": 4, "c": 9, "d": 1, "e": 7, "f": 7}
-    assert disk.split(sizes, 8) == [["a", "b"], ["c"], ["d", "e"], ["f"]]
-    assert disk.split(sizes, 100) == [[*"abcdef"]]
+    assert safetensor_files.group_by_size(sizes, 8) == [["a", "b"], ["c"], ["d", "e"], ["f"]]
+    assert safetensor_files.group_by_size(sizes, 100) == [[*"abcdef"]]
 
 
 def two_shards(folder):
     shapes = {"a": (2,), "b": (3, 1), "c": (1,)}
     ones = (torch.ones(shape).half() for shape in shapes.values())
-    disk.write_shards(folder, [["a"], ["b", "c"]], shapes, torch.float16, ones)
+    safetensor_files.write_shards(folder, [["a"], ["b", "c"]], shapes, torch.float16, ones)
 
 
 def test_a_new_folder_is_complete_and_readable_by_all(tmp_path):
     target = tmp_path / "deep" / "model"
     before = os.umask(0o077)
     try:
-        with disk.new_folder(target, 30) as temp:
-            disk.write_json(temp / "config.json", {"a": 1})
+        with files.new_folder(target, 30) as temp:
+            files.write_json(temp / "config.json", {"a": 1})
             two_shards(temp)
             assert not target.exists()
     finally:
         os.umask(before)
-    names = ["config.json", A, B, disk.INDEX]
+    names = ["config.json", A, B, locate.INDEX]
     assert sorted(p.name for p in target.iterdir()) == names
     assert {oct(p.stat().st_mode & 0o777) for p in target.iterdir()} == {"0o644"}
     assert oct(target.stat().st_mode & 0o777) == "0o755"
-    assert disk.read_json(target / disk.INDEX) == {
+    assert files.read_json(target / locate.INDEX) == {
         "metadata": {"total_size": 4 + 6 + 2},
         "weight_map": {"a": A, "b": B, "c": B},
     }
@@ -272,21 +273,23 @@ def test_a_folder_is_written_with_two_tensors_in_memory_at_most(tmp_path):
 
     names = [f"x{k}" for k in range(9)]
     groups = [names[:6], names[6:]]
-    disk.write_shards(tmp_path, groups, dict.fromkeys(names, (5,)), torch.float32, tensors())
-    assert len(made) == 9 and len(disk.stored(*folders.weight_files(tmp_path))) == 9
+    safetensor_files.write_shards(
+        tmp_path, groups, dict.fromkeys(names, (5,)), torch.float32, tensors()
+    )
+    assert len(made) == 9 and len(safetensor_files.stored(*locate.weight_files(tmp_path))) == 9
 
 
 @pytest.mark.parametrize(
     ("failure", "message"),
     [
         (OSError(errno.ENOSPC, "No space left"), "model: cannot write: .*No space left"),
-        (disk.SafetensorError("I/O error"), "model: cannot write: I/O error"),
+        (files.SafetensorError("I/O error"), "model: cannot write: I/O error"),
         (ValueError("something else"), "^something else$"),
     ],
 )
 def test_a_failure_leaves_nothing(tmp_path, failure, message):
     with pytest.raises(ValueError, match=message):
-        with disk.new_folder(tmp_path / "model", 0) as temp:
+        with files.new_folder(tmp_path / "model", 0) as temp:
             two_shards(temp)
             raise failure
     assert not any(tmp_path.iterdir())
@@ -295,14 +298,16 @@ def test_a_failure_leaves_nothing(tmp_path, failure, message):
 def test_what_cannot_be_written(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="NaN or infinity in b; the weights are not saved"):
         values = iter([torch.ones(1), torch.tensor([torch.inf])])
-        disk.write_shards(tmp_path, [["a", "b"]], {"a": (1,), "b": (1,)}, torch.float32, values)
+        safetensor_files.write_shards(
+            tmp_path, [["a", "b"]], {"a": (1,), "b": (1,)}, torch.float32, values
+        )
     with pytest.raises(ValueError, match=r"exists already; choose another name or move it away"):
-        with disk.new_folder(tmp_path, 0):
+        with files.new_folder(tmp_path, 0):
             pass
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"model: cannot write: .*(Not a directory|File exists)"):
-        with disk.new_folder(tmp_path / "file" / "model", 0):
+        with files.new_folder(tmp_path / "file" / "model", 0):
             pass
     with pytest.raises(ValueError, match=r"model takes [0-9,]+ bytes and the disk has \d"):
-        with disk.new_folder(tmp_path / "model", 10**18 * 1000):
+        with files.new_folder(tmp_path / "model", 10**18 * 1000):
             pass

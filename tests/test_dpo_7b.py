@@ -11,10 +11,9 @@ import torch
 import transformers
 
 from benchmarks import dpo_7b, vs_trl
-from zephyr import huggingface
-from zephyr.data import Pair
 from zephyr.model import Mistral
-from zephyr.packing import pack_pairs
+from zephyr.packing import Pair, pack_pairs
+from zephyr.weights import config_json
 
 TINY = ["--shape", "tiny", "--steps", "3", "--batch", "1"]
 MACHINE = {"gpu": None, "cpu": "some", "cores": 2, "commit": "abc", "torch": "2.13"}
@@ -233,6 +232,6 @@ def test_a_real_run(tmp_path, capsys, monkeypatch):
 
 def test_the_architecture_is_one_that_huggingface_reads(tmp_path):
     shape = vs_trl.architecture("7b")
-    huggingface.write_config(tmp_path, shape, "float32", {})
+    config_json.write_config(tmp_path, shape, "float32", {})
     theirs = transformers.AutoConfig.from_pretrained(tmp_path)
     assert (theirs.head_dim, theirs.sliding_window) == (shape.head_dim, shape.sliding_window)

@@ -13,9 +13,11 @@ import torch
 import transformers
 
 from helpers import pieces, shared
-from zephyr import huggingface, tokenizer_json, toy, weights
-from zephyr.model import MistralConfig
+from zephyr.architecture import MistralConfig
+from zephyr.model import Mistral
 from zephyr.tokenizer import Tokenizer
+from zephyr.toy import birds
+from zephyr.weights import config_json, hub, tokenizer_json
 
 ODD = (
     "",
@@ -80,7 +82,7 @@ def folder(request, tmp_path_factory) -> Path:
     if request.param == "mistral":
         content = shared("mistral/tokenizer.model").read_bytes()
     elif request.param == "toy":
-        toy.build(base.parent / "toy")
+        birds.build(base.parent / "toy")
         content = (base.parent / "toy" / "base" / "tokenizer.model").read_bytes()
     else:
         content = pieces(120, bos_id=3, eos_id=5, unk_id=4, bos_piece="<go>", eos_piece="<stop>")
@@ -92,13 +94,13 @@ def folder(request, tmp_path_factory) -> Path:
 def save(base: Path, saved: Path, config: dict | None = None) -> None:
     """Save a model of random weights that starts from `base`, whose config.json says `config`."""
     shape = MistralConfig(vocab_size=Tokenizer(base).vocab_size, **SHAPE)
-    huggingface.write_config(base, shape, "float32", {})
+    config_json.write_config(base, shape, "float32", {})
     path = base / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | (config or {})))
-    weights.fresh(base, seed=0)
-    model = weights.Mistral(weights.config(base))
-    weights.load(base, model)
-    weights.save(model, saved, base)
+    hub.fresh(base, seed=0)
+    model = Mistral(config_json.read(base))
+    hub.load(base, model)
+    hub.save(model, saved, base)
 
 
 def rendered(theirs, messages: list[dict], prompt: bool) -> list[int]:

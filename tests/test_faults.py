@@ -23,9 +23,13 @@ import train_dpo
 from benchmarks import tiny
 from benchmarks.chaos import Saves, faulty
 from helpers import run
-from zephyr import checkpoint, exits, metrics, optim, parallel
-from zephyr.checkpoint import STATE, SUMS
-from zephyr.exits import BadCheckpoint, Storage
+from zephyr import optim
+from zephyr.distributed import fsdp, group
+from zephyr.errors import BadCheckpoint, Storage
+from zephyr.metrics import log
+from zephyr.run import checkpoint, exits
+from zephyr.run.checkpoint import STATE, SUMS
+from zephyr.weights import hub
 
 FLAGS = [*tiny.DPO, *"--batch 4 --steps 10 --save-every 2 --log-every 3 --eval-every 3".split()]
 STEPS = 10  # 4 an epoch
@@ -61,7 +65,7 @@ def killed(straight, tmp_path) -> Path:
 
 
 def trajectory(out: Path) -> list[dict]:
-    return metrics.trajectory(metrics.read(out))
+    return log.trajectory(log.read(out))
 
 
 def alike(out: Path, straight: Path) -> None:
@@ -121,12 +125,14 @@ class Process:
             }
         code = f"""
 import os, sys, time
-log = os.open({str(self.log)!r}, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-os.dup2(log, 1), os.dup2(log, 2)
+out = os.open({str(self.log)!r}, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+os.dup2(out, 1), os.dup2(out, 2)
 os.environ |= {own}
 sys.argv = {argv}
 import train_dpo
-from zephyr import checkpoint, exits, metrics, optim
+from zephyr import optim
+from zephyr.metrics import log
+from zephyr.run import checkpoint, exits
 def hang(*_, **__):
     print("it hangs", flush=True)
     time.sleep(60)
@@ -172,11 +178,11 @@ finish = checkpoint.Writer.finish
 checkpoint.Writer.finish = lambda self, *rest, **named: (
     hang() if self.state["step"] == 4 else finish(self, *rest, **named))
 """
-IN_AN_EVALUATION = "metrics.Log.evaluation = hang"
-IN_THE_EXPORT = """
-from zephyr import disk
-write = disk.write_shards
-disk.write_shards = lambda *rest: (write(*rest), hang())
+IN_AN_EVALUATION = "log.Log.evaluation = hang"
+IN_THE_EXPORT = """from zephyr.weights import safetensor_files
+
+write = safetensor_files.write_shards
+safetensor_files.write_shards = lambda *rest: (write(*rest), hang())
 """
 
 
@@ -341,8 +347,8 @@ def test_a_reader_that_goes_away_ends_nothing(place, straight, tmp_path):
 
 @pytest.fixture
 def ranks():
-    yield parallel.start()
-    parallel.finish()
+    yield group.start()
+    group.finish()
 
 
 @pytest.mark.parametrize("background", [False, True], ids=["foreground", "background"])
@@ -404,7 +410,7 @@ def test_a_folder_that_cannot_be_written_is_told_before_the_model_is_read(
     place, tmp_path, monkeypatch, out
 ):
     (tmp_path / "file").touch()
-    monkeypatch.setattr(parallel, "build", None)
+    monkeypatch.setattr(fsdp, "build", None)
     with pytest.raises(Storage, match=rf"^{tmp_path / out}: cannot write: .*; change --out$"):
         run(train_dpo, place, tmp_path / out, *FLAGS)
 
@@ -618,10 +624,9 @@ def test_a_pickle_is_never_opened(place, straight, killed, tmp_path, name, sums)
 
 def test_a_process_whose_run_failed_may_run_again_in_its_folder(place, straight, tmp_path):
     """Whoever still holds the error, and with it the frames of the run, holds no lock."""
-    from zephyr import weights
 
     errors = []
-    for fails in ((weights, "load"), (metrics.Log, "begin"), (weights, "save")):
+    for fails in ((hub, "load"), (log.Log, "begin"), (hub, "save")):
         with pytest.MonkeyPatch.context() as patch, pytest.raises(ZeroDivisionError) as caught:
             patch.setattr(*fails, lambda *_, **__: 1 // 0)
             run(train_dpo, place, tmp_path / "run", *FLAGS)
@@ -680,5 +685,5 @@ def test_what_changes_the_trajectory_is_listed_and_what_does_not_may_change(
     spelt = "--data", glob, "--model", os.path.relpath(other / "base")
     free = "--keep 1 --no-save-async --recompute full --timeout 60 --microbatch-tokens 300"
     run(train_dpo, place, killed, *FLAGS, *free.split(), *spelt)
-    assert [r["step"] for r in metrics.read(killed)] == [r["step"] for r in metrics.read(straight)]
+    assert [r["step"] for r in log.read(killed)] == [r["step"] for r in log.read(straight)]
     assert [p.name for p in checkpoint.complete(killed)] == ["step-000010"]

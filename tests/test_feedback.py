@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers import shared
+from zephyr.data.readers import BadRow, BadRows, read_rows, write_rows
 from zephyr.feedback import Counts, Rules, binarize, hold_out, main
-from zephyr.files import BadRow, BadRows, read_rows, write_rows
 
 
 def completion(text, score, ratings=None, model="m"):

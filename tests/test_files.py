@@ -13,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zephyr import files
-from zephyr.files import BadRow, BadRows, atomic, expand, read_rows, write_rows, writing
+from zephyr.data import readers
+from zephyr.data.readers import BadRow, BadRows, expand, read_rows, write_rows, writing
+from zephyr.files import atomic
 
 ROWS = [
     {"prompt": "a\u2028b\x85c\x00d", "n": 1},
@@ -213,7 +215,7 @@ def test_unreadable(tmp_path):
 
 
 def test_lines_over_the_limit_are_skipped(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "LINE_BYTES", 1 << 20)
+    monkeypatch.setattr(readers, "LINE_BYTES", 1 << 20)
     long = b'{"a": "' + b"x" * (1 << 20) + b'"}'
     fits = b'{"a": "' + b"x" * ((1 << 20) - 10) + b'"}\n'
     path = save(tmp_path / "a.jsonl", b"\n" + long * 3 + b"\n" + fits + long)
@@ -222,13 +224,13 @@ def test_lines_over_the_limit_are_skipped(tmp_path, monkeypatch):
     assert bad.messages == [f"{path}:{i}: longer than 1 MiB, the limit for one row" for i in (2, 4)]
     with pytest.raises(BadRow, match="a.json:2: longer than 1 MiB"):
         list(read_rows(save(tmp_path / "a.json", b"[{}," + long + b"]")))
-    monkeypatch.setattr(files, "LIST_BYTES", 1 << 20)
+    monkeypatch.setattr(readers, "LIST_BYTES", 1 << 20)
     with pytest.raises(ValueError, match="a.json: a JSON list over 1 MiB; write it as .jsonl"):
         list(read_rows(tmp_path / "a.json"))
 
 
 def test_gzip_bomb_needs_bounded_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "LINE_BYTES", 1 << 20)
+    monkeypatch.setattr(readers, "LINE_BYTES", 1 << 20)
     with gzip.open(tmp_path / "a.jsonl.gz", "wb") as file:
         for _ in range(50):
             file.write(bytes(1 << 20))
@@ -243,7 +245,7 @@ def test_gzip_bomb_needs_bounded_memory(tmp_path, monkeypatch):
 
 
 def test_a_gzip_bomb_of_many_lines_stops(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "LIST_BYTES", 1 << 18)
+    monkeypatch.setattr(readers, "LIST_BYTES", 1 << 18)
     path = tmp_path / "a.jsonl.gz"
     for line in (b"\n", b" " * 1000 + b"\n", b'{"a": 1}\n', b" " * 100_000):
         path.write_bytes(gzip.compress(line * (1_000_000 // len(line))))

@@ -14,9 +14,12 @@ import transformers
 from safetensors.torch import load_file
 
 from helpers import MISTRAL_7B, folder_of, model, pieces, published, shared
-from zephyr import base, config, disk, folders, huggingface, original, tokenizer_json, weights
+from zephyr import config
 from zephyr.config import DPOConfig, SFTConfig
+from zephyr.model import Mistral
 from zephyr.tokenizer import Tokenizer
+from zephyr.weights import base, config_json, hub, locate, tokenizer_json
+from zephyr.weights.mistral import convert
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 4943162336\n"
 PAGE = b"<!DOCTYPE html>\n<html><head><title>Sign in</title></head></html>\n"
@@ -41,7 +44,7 @@ def refused(folder: Path) -> str:
     """The line that a run from this folder ends with."""
     with pytest.raises(ValueError) as raised:
         shape = base.open_folder(folder).shape
-        weights.load(folder, weights.Mistral(shape))
+        hub.load(folder, Mistral(shape))
     assert str(raised.value).isprintable()
     return str(raised.value)
 
@@ -65,7 +68,7 @@ def refused(folder: Path) -> str:
 )
 def test_a_file_whose_content_is_another_thing(good, name, content, what):
     if "index" in name:
-        (good / disk.SINGLE).unlink()
+        (good / locate.SINGLE).unlink()
     (good / name).write_bytes(content)
     assert refused(good).startswith(f"{good / name} {what}")
 
@@ -98,7 +101,7 @@ def test_other_tokenizers(good):
 def test_what_is_no_model_folder(tmp_path, good):
     def line(path: Path) -> str:
         with pytest.raises(ValueError) as raised:
-            weights.config(path)
+            config_json.read(path)
         return str(raised.value)
 
     file = good / "config.json"
@@ -124,20 +127,20 @@ def test_what_is_no_model_folder(tmp_path, good):
 def test_a_run_and_its_checkpoints(tmp_path):
     run = put(tmp_path / "run", config__toml="", run__json={})
     with pytest.raises(ValueError, match=r"run is a run that has not ended, .*; continue it$"):
-        weights.config(run)
+        config_json.read(run)
     for step in (9, 10, 100):
         put(run / "checkpoints" / f"step-{step}", SHA256SUMS=b"", state__json={})
     newest = run / "checkpoints" / "step-100"
     with pytest.raises(ValueError, match=f"or python -m zephyr.weights {newest} NEW$"):
-        weights.config(run)
+        config_json.read(run)
     with pytest.raises(ValueError, match=f"is a run's checkpoint; .* zephyr.weights {newest} NEW$"):
-        weights.config(newest)
+        config_json.read(newest)
     with pytest.raises(ValueError, match="has no config.json; did you mean step-10, step-100"):
-        weights.config(run / "checkpoints")
+        config_json.read(run / "checkpoints")
     put(run, **{"model/config__json": MISTRAL_7B})
     with pytest.raises(ValueError, match=f"run is a run; its model is {run}/model$"):
-        weights.config(run)
-    assert weights.config(run / "model").vocab_size == 32000
+        config_json.read(run)
+    assert config_json.read(run / "model").vocab_size == 32000
 
 
 @pytest.mark.parametrize(
@@ -155,13 +158,13 @@ def test_a_run_and_its_checkpoints(tmp_path):
 def test_quantized_by_its_config(tmp_path, key, value, how):
     put(tmp_path, config__json=MISTRAL_7B | {key: value})
     with pytest.raises(ValueError) as raised:
-        weights.config(tmp_path)
+        config_json.read(tmp_path)
     assert str(raised.value) == (
         f"{tmp_path}/config.json: {key} says {how}: quantized weights cannot be trained; take the "
         "model that they were made from"
     )
     put(tmp_path, config__json=MISTRAL_7B | {key: None})
-    assert weights.config(tmp_path).vocab_size == 32000
+    assert config_json.read(tmp_path).vocab_size == 32000
 
 
 @pytest.mark.parametrize("ending", ["qweight", "weight_scale_inv", "weight.absmax", "SCB"])
@@ -189,8 +192,8 @@ def test_a_lora_adapter(tmp_path, good):
 
 
 def test_weights_that_are_not_safetensors(tmp_path, good):
-    whole = load_file(good / disk.SINGLE)
-    (good / disk.SINGLE).rename(good / "model-00002-of-00003.safetensors")
+    whole = load_file(good / locate.SINGLE)
+    (good / locate.SINGLE).rename(good / "model-00002-of-00003.safetensors")
     assert refused(good) == (
         f"{good} has 1 of 3 shards and no model.safetensors.index.json, which says what is in them;"
         f" fetch it: hf download REPO model.safetensors.index.json --local-dir {good}"
@@ -198,9 +201,9 @@ def test_weights_that_are_not_safetensors(tmp_path, good):
     (good / "model-00002-of-00003.safetensors").rename(good / "model.fp16.safetensors")
     assert refused(good).endswith("index.json, but model.fp16.safetensors")
     (good / "model.fp16.safetensors").unlink()
-    (good / disk.SINGLE).symlink_to("../../blobs/4d7a")
+    (good / locate.SINGLE).symlink_to("../../blobs/4d7a")
     assert "as a link to ../../blobs/4d7a, which is not there; fetch it" in refused(good)
-    (good / disk.SINGLE).unlink()
+    (good / locate.SINGLE).unlink()
     put(good, params__json={}, consolidated__safetensors=b"")
     assert "convert them with python -m zephyr.weights" in refused(good)
     (good / "params.json").unlink()
@@ -214,16 +217,16 @@ def test_weights_that_are_not_safetensors(tmp_path, good):
 
 def test_the_lines_that_convert_a_pickle_work(tmp_path, good):
     good = good.rename(tmp_path / "it's good")
-    whole = load_file(good / disk.SINGLE)
+    whole = load_file(good / locate.SINGLE)
     torch.save(whole, good / "pytorch_model.bin")
-    (good / disk.SINGLE).unlink()
+    (good / locate.SINGLE).unlink()
     line = refused(good)
     commands = line.partition("trust it, ")[2].replace("python ", f"{sys.executable} ", 1)
     subprocess.run(commands, shell=True, check=True, capture_output=True)
     new = tmp_path / "it's good-safetensors"
     shape = base.open_folder(new).shape
-    again = weights.Mistral(shape)
-    weights.load(new, again)
+    again = Mistral(shape)
+    hub.load(new, again)
     assert shape == base.open_folder(good).shape
     assert all(torch.equal(p, whole[name]) for name, p in again.named_parameters())
 
@@ -235,18 +238,18 @@ def test_links_into_hugging_faces_cache_are_read(tmp_path, good, link):
     inner = repo / "snapshots" / "1f" if link == "snapshot" else tmp_path / "local"
     inner.mkdir(parents=True)
     (repo / "blobs").mkdir(parents=True)
-    weights.save(model(), tmp_path / "sharded", good, shard_bytes=20_000)
+    hub.save(model(), tmp_path / "sharded", good, shard_bytes=20_000)
     for k, path in enumerate((tmp_path / "sharded").iterdir()):
         path.rename(repo / "blobs" / str(k))
         (inner / path.name).symlink_to(os.path.relpath(repo / "blobs" / str(k), inner))
-    assert (inner / disk.INDEX).is_file()
+    assert (inner / locate.INDEX).is_file()
     shape, tokenizer, *_ = base.open_folder(inner)
-    again = weights.Mistral(shape)
-    weights.load(inner, again)
+    again = Mistral(shape)
+    hub.load(inner, again)
     before = dict(model().named_parameters())
     assert all(torch.equal(p, before[name]) for name, p in again.named_parameters())
-    assert weights.digest(inner)
-    weights.save(again, tmp_path / "out", inner)  # of files, not of links
+    assert hub.digest(inner)
+    hub.save(again, tmp_path / "out", inner)  # of files, not of links
     assert not any(p.is_symlink() for p in (tmp_path / "out").iterdir())
     other = tmp_path / "elsewhere"
     first = next(inner.glob("model-*.safetensors"))
@@ -254,7 +257,7 @@ def test_links_into_hugging_faces_cache_are_read(tmp_path, good, link):
     first.unlink()
     first.symlink_to(other)
     with pytest.raises(ValueError, match="links out of the folder"):
-        folders.weight_files(inner)
+        locate.weight_files(inner)
 
 
 def test_rows_above_the_pieces_are_kept_and_never_sampled(tmp_path):
@@ -275,7 +278,7 @@ def test_rows_above_the_pieces_are_kept_and_never_sampled(tmp_path):
     )
     assert "added tokens (<pad>), which" in base.open_folder(folder).notes[0]
     (folder / "tokenizer.json").unlink()
-    weights.save(wide, tmp_path / "out", folder)
+    hub.save(wide, tmp_path / "out", folder)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert theirs.lm_head.weight.shape[0] == 103
 
@@ -303,7 +306,7 @@ def test_a_tied_model_whose_file_has_another_head(tmp_path):
     same, other = tied.model.embed_tokens.weight.detach().clone(), torch.ones(101, 32)
     head = "lm_head.weight"
     folder = folder_of(tied, tmp_path / "same", **{head: same})
-    weights.load(folder, weights.Mistral(weights.config(folder)))
+    hub.load(folder, Mistral(config_json.read(folder)))
     for k, odd in enumerate((other, same[:, :16].clone(), same + 1e-3)):
         line = refused(folder_of(tied, tmp_path / f"other{k}", **{head: odd}))
         assert line == (
@@ -335,14 +338,14 @@ def test_the_empty_system_message_is_the_folders_own(good):
         return c.empty_system, notes
 
     assert look() == (True, []) and look(empty_system=False) == (False, [])
-    put(good, chat_template__jinja=huggingface.chat_template(True))
+    put(good, chat_template__jinja=config_json.chat_template(True))
     assert look() == (True, []) and look(empty_system=True) == (True, [])
     decided, (note,) = look(empty_system=False)
     assert decided is False and note == (
         f"the chat template of {good} inserts an empty system message, this run does otherwise: "
         "--no-empty-system"
     )
-    put(good, chat_template__jinja=huggingface.chat_template(False))
+    put(good, chat_template__jinja=config_json.chat_template(False))
     decided, (note,) = look()
     assert decided is False and note == (
         f"the chat template of {good} inserts no empty system message, and so does this run: "
@@ -422,5 +425,5 @@ def test_a_tokenizer_that_cannot_be_saved_is_refused_at_the_start(good, tmp_path
     source = published(tmp_path / "raw", model())
     put(source, tokenizer__model__v1=pieces(101, add_dummy_prefix=False))
     with pytest.raises(ValueError, match="no tokenizer.json gives its ids"):
-        original.convert(source, tmp_path / "target")
+        convert(source, tmp_path / "target")
     assert not (tmp_path / "target").exists()

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from helpers import Limits, chat, gpt, human, save, scored, shared
-from zephyr import data, feedback, files, forms
+from zephyr import feedback
+from zephyr.data import arrays, forms, readers
 from zephyr.tokenizer import conversation
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -97,7 +98,7 @@ TALKS = {
 def test_every_form_of_a_conversation(name, tokenizer, tmp_path):
     row, wanted = TALKS[name]
     assert forms.talk(row) == wanted
-    tokens = data.conversations(save(tmp_path / "a.jsonl", row), tokenizer, Limits())
+    tokens = arrays.conversations(save(tmp_path / "a.jsonl", row), tokenizer, Limits())
     messages = [{"role": role, "content": content} for role, content in wanted]
     assert tokens.parts(0)[0].tolist() == tokenizer.render(messages).ids
 
@@ -168,7 +169,7 @@ def test_every_form_of_a_pair(name, tokenizer, tmp_path):
     assert forms.preference(row) == (wanted, "A", "B")
     bare = wanted if wanted[0][1] else wanted[1:]
     assert forms.preference(row, system=False) == (bare, "A", "B")
-    pair = data.preferences(save(tmp_path / "a.jsonl", row), tokenizer, Limits()).pair(0)
+    pair = arrays.preferences(save(tmp_path / "a.jsonl", row), tokenizer, Limits()).pair(0)
     messages = [{"role": role, "content": content} for role, content in wanted]
     assert pair.prompt.tolist() == tokenizer.prompt(messages)
     assert [tokenizer.decode(ids.tolist()) for ids in pair[1:]] == ["A", "B"]
@@ -340,9 +341,9 @@ BAD_PAIRS = [
         "the assistant's text has a chat template's '\\n\\nAssistant:'",
     ),
 ]
-GOOD = {data.conversations: TALKS["messages"][0], data.preferences: PAIRS["text"][0]}
-BAD = [(data.conversations, *bad) for bad in BAD_TALKS]
-BAD += [(data.preferences, *bad) for bad in BAD_PAIRS]
+GOOD = {arrays.conversations: TALKS["messages"][0], arrays.preferences: PAIRS["text"][0]}
+BAD = [(arrays.conversations, *bad) for bad in BAD_TALKS]
+BAD += [(arrays.preferences, *bad) for bad in BAD_PAIRS]
 
 
 @pytest.mark.parametrize("read, change, message", BAD)
@@ -391,7 +392,7 @@ def test_a_text_about_templates_is_text(text):
 def test_no_real_text_is_taken_for_another_format():
     """Three of the 3220 answers of UltraFeedback's models do end in a literal `</s>`."""
     for name in ("ultrachat.train", "ultrachat.test", "ultrafeedback.train", "ultrafeedback.test"):
-        for _, row in files.read_rows(shared(f"{name}.jsonl.gz")):
+        for _, row in readers.read_rows(shared(f"{name}.jsonl.gz")):
             if "messages" in row:
                 messages = conversation(row["messages"])
                 assert forms.talk(row) == messages
@@ -416,7 +417,7 @@ def test_scores_that_contradict_are_trained_and_counted(tokenizer, tmp_path):
             *((x, 1) for x in odd[:3]),
         ]
     ]
-    tokens = data.preferences(save(tmp_path / "a.jsonl", *rows), tokenizer, Limits())
+    tokens = arrays.preferences(save(tmp_path / "a.jsonl", *rows), tokenizer, Limits())
     assert len(tokens) == len(rows) == 11
     for k in range(len(rows)):
         assert tokenizer.decode(tokens.pair(k).chosen.tolist()) == "A"
@@ -425,7 +426,7 @@ def test_scores_that_contradict_are_trained_and_counted(tokenizer, tmp_path):
     assert tokens.report("x").endswith(f"; {line} 3")
     del tokens
     dropped = save(tmp_path / "b.jsonl", rows[0] | {"chosen": ""}, rows[1])
-    assert line not in data.preferences(dropped, tokenizer, Limits()).counts
+    assert line not in arrays.preferences(dropped, tokenizer, Limits()).counts
 
 
 # feedback reads the same prompts
@@ -443,7 +444,7 @@ def test_scores_that_contradict_are_trained_and_counted(tokenizer, tmp_path):
     ],
 )
 def test_feedback_refuses_what_it_would_lose(row, message):
-    with pytest.raises(files.BadRow) as error:
+    with pytest.raises(readers.BadRow) as error:
         list(feedback.binarize([("raw.jsonl:7", row)]))
     assert str(error.value).startswith(f"raw.jsonl:7: {message}")
 

@@ -9,8 +9,8 @@ import transformers
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from helpers import SMALL, batch, model, packed, tokens
-from zephyr import exits, generate
+from helpers import SMALL, batch, model, packed, speak, tokens
+from zephyr import generate
 from zephyr.tokenizer import Tokenizer
 
 LENGTHS = (3, 9, 17, 1)
@@ -183,12 +183,6 @@ def spoken(tokenizer: Tokenizer, text: str) -> list[int]:
     return tokenizer.encode("\n" + text)[len(tokenizer.encode("\n")) :]
 
 
-def run(monkeypatch, *flags, said: str = "") -> None:
-    monkeypatch.setattr(sys, "argv", ["zephyr/generate.py", *map(str, flags)])
-    monkeypatch.setattr(sys, "stdin", io.StringIO(said))
-    exits.call(generate.main)
-
-
 @pytest.fixture
 def script(monkeypatch):
     """Plays the model: answers ids given beforehand, and remembers what it was asked."""
@@ -204,7 +198,7 @@ def script(monkeypatch):
 
 
 def test_one_shot_prints_what_generate_samples(folder, monkeypatch, capsys):
-    run(monkeypatch, folder, "--prompt", "the cat", "--max-new", 9, "--seed", 5)
+    speak(monkeypatch, folder, "--prompt", "the cat", "--max-new", 9, "--seed", 5)
     shown = capsys.readouterr()
     m, tokenizer = generate.load(str(folder))
     messages = [{"role": "system", "content": ""}, {"role": "user", "content": "the cat"}]
@@ -218,7 +212,7 @@ def test_a_conversation_keeps_its_history(folder, monkeypatch, capsys, script):
     sat, mat = spoken(tokenizer, "sat"), spoken(tokenizer, "mat")
     answers += [[*sat, tokenizer.eos, *mat], [tokenizer.eos], mat]
     flags = "--system the --temperature 0.5 --top-p 0.9 --seed 3 --max-new 100".split()
-    run(monkeypatch, folder, *flags, said="cat\n\n  \n a mat \nthe\n")
+    speak(monkeypatch, folder, *flags, said="cat\n\n  \n a mat \nthe\n")
     assert capsys.readouterr().out == "sat\n\nmat\n\n"
     talk = [
         ("system", "the"),
@@ -253,7 +247,7 @@ def test_half_a_character_waits_for_the_rest(folder, monkeypatch, script):
     for end in ("", "\ufffd"):
         writes = []
         monkeypatch.setattr(sys, "stdout", Terminal())
-        run(monkeypatch, folder, "--prompt", "the")
+        speak(monkeypatch, folder, "--prompt", "the")
         assert "".join(writes).rstrip("\n\ufffd") == text
         assert "".join(writes).endswith(f"{end}\n")
         assert sum(map(bool, writes)) > 10, "not printed as it comes"
@@ -280,7 +274,7 @@ def test_half_a_character_waits_for_the_rest(folder, monkeypatch, script):
 )
 def test_a_mistake_costs_one_line(folder, monkeypatch, capsys, flags, message):
     with pytest.raises(SystemExit, match="2"):
-        run(monkeypatch, folder, *flags)
+        speak(monkeypatch, folder, *flags)
     error = capsys.readouterr().err
     assert error.startswith("generate.py: ") and error.count("\n") == 1
     assert message.partition("[")[0] in error and message.rpartition("+")[2] in error
@@ -289,6 +283,6 @@ def test_a_mistake_costs_one_line(folder, monkeypatch, capsys, flags, message):
 def test_a_missing_folder_costs_one_line(tmp_path, monkeypatch, capsys):
     for flags in ([], [tmp_path / "absent"]):
         with pytest.raises(SystemExit, match="2"):
-            run(monkeypatch, *flags)
+            speak(monkeypatch, *flags)
         error = capsys.readouterr().err
         assert error.startswith("generate.py: ") and error.count("\n") == 1

@@ -11,16 +11,18 @@ import torch
 import train_dpo
 import train_sft
 from helpers import DPO, SFT, launch, run, weights_of
-from zephyr import anchor, checkpoint, exits, parallel
-from zephyr.guard import Guard
+from zephyr import errors, reference
+from zephyr.distributed import group
+from zephyr.run import checkpoint
+from zephyr.run.guard import Guard
 
 FLAGS = (*DPO, "--batch", "4", "--epochs", "2")
 
 
 @pytest.fixture
 def ranks():
-    yield parallel.start()
-    parallel.finish()
+    yield group.start()
+    group.finish()
 
 
 def guard(ranks, policy: str = "stop", kept=()) -> Guard:
@@ -44,7 +46,7 @@ def test_a_loss_that_is_not_finite_names_its_rows(ranks, value):
         r"^step 7: the loss is not finite in pairs.jsonl:2, pairs.jsonl:3; the step is not "
         "taken. Look at these rows, lower --lr, or"
     )
-    with pytest.raises(exits.NonFinite, match=message):
+    with pytest.raises(errors.NonFinite, match=message):
         step(guard(ranks), 7, [0.1, value, value], 3.0)
 
 
@@ -53,7 +55,7 @@ def test_a_gradient_that_is_not_finite_names_the_largest_losses(ranks):
         "step 7: the gradient norm is inf; every loss is finite, the largest are of "
         "pairs.jsonl:3, pairs.jsonl:1, pairs.jsonl:2; the step"
     )
-    with pytest.raises(exits.NonFinite, match=message):
+    with pytest.raises(errors.NonFinite, match=message):
         step(guard(ranks), 7, [0.3, 0.2, 0.4, 0.1], math.inf)
 
 
@@ -64,7 +66,7 @@ def test_skipping_stops_at_the_third_in_a_row_and_the_count_is_kept(ranks, capsy
     assert capsys.readouterr().err.count("the step is not taken\n") == 3
     g = guard(ranks, "skip", [json.loads(json.dumps(g.state()))])
     assert not step(g, 5, [math.nan], 1.0)
-    with pytest.raises(exits.NonFinite, match="step 6: .*, the third in a row: lower --lr"):
+    with pytest.raises(errors.NonFinite, match="step 6: .*, the third in a row: lower --lr"):
         step(g, 6, [0.1], math.nan)
 
 
@@ -95,7 +97,7 @@ def poison(place, tmp_path, monkeypatch):
 
     def poison(count: int) -> list[int]:
         table[second[:count], 0] = np.inf
-        anchor._write(path, torch.from_numpy(table))
+        reference._write(path, torch.from_numpy(table))
         return sorted(int(k) + 1 for k in second[:count])
 
     return poison
@@ -104,7 +106,7 @@ def poison(place, tmp_path, monkeypatch):
 def test_a_run_stops_before_the_step_and_its_last_checkpoint_stands(place, tmp_path, poison):
     (line,) = poison(1)
     message = f"step 2: the loss is not finite in .*/pairs.jsonl:{line}; the step is not taken"
-    with pytest.raises(exits.NonFinite, match=message):
+    with pytest.raises(errors.NonFinite, match=message):
         run(train_dpo, place, tmp_path / "run", *FLAGS, "--save-every", "1", "--no-save-async")
     (last,) = checkpoint.complete(tmp_path / "run")
     assert last.name == "step-000001" and checkpoint.verified(last)["step"] == 1
@@ -126,7 +128,9 @@ def test_a_run_that_skips_goes_on_without_the_step(place, tmp_path, poison, caps
 
 def test_three_in_a_row_stop_even_a_run_that_skips(place, tmp_path, poison):
     poison(4)
-    with pytest.raises(exits.NonFinite, match="step 4: the loss is not finite in .*third in a row"):
+    with pytest.raises(
+        errors.NonFinite, match="step 4: the loss is not finite in .*third in a row"
+    ):
         run(train_dpo, place, tmp_path / "run", *FLAGS, "--on-nonfinite", "skip")
 
 
@@ -134,5 +138,5 @@ def test_sft_names_the_documents_of_the_micro_batch(place, tmp_path, monkeypatch
     real = train_sft.losses.sft
     monkeypatch.setattr(train_sft.losses, "sft", lambda logprob_N: real(logprob_N) * math.nan)
     flags = (*SFT, "--max-length", "48", "--microbatch-tokens", "48")
-    with pytest.raises(exits.NonFinite, match=r"1: the loss is not finite in .*chats.jsonl:\d"):
+    with pytest.raises(errors.NonFinite, match=r"1: the loss is not finite in .*chats.jsonl:\d"):
         run(train_sft, place, tmp_path / "run", *flags)

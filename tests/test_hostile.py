@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from benchmarks import fuzz
 from helpers import Limits
-from zephyr import config, data, files
+from zephyr import config
+from zephyr.data import arrays, readers
 
 NAMES = pytest.mark.parametrize("name", fuzz.TARGETS)
 ROOT = Path(__file__).parent.parent
@@ -183,7 +184,7 @@ def test_a_recipe_may_open_with_a_byte_order_mark(tmp_path):
 def test_no_escape_sequence_in_a_row_reaches_the_terminal(tmp_path, row):
     path = tmp_path / "a.jsonl"
     path.write_text(row)
-    for read in (data.conversations, data.preferences):
+    for read in (arrays.conversations, arrays.preferences):
         with pytest.raises(ValueError, match=f"^{path}:1: ") as raised:
             read((str(path),), fuzz.tokenizer(), Limits())
         assert str(raised.value).isprintable() and len(str(raised.value)) < 600
@@ -193,6 +194,6 @@ def test_two_megabytes_of_one_word_are_a_row(tmp_path):
     """With a NUL and a line separator inside, which end neither the text nor the line."""
     word = "\0\u2028" + "a" * 2_000_000
     path = tmp_path / "a.jsonl"
-    files.write_rows(path, [{"prompt": "Why?", "chosen": word, "rejected": "No."}])
-    tokens = data.preferences((str(path),), fuzz.tokenizer(), Limits(max_length=3_000_000))
+    readers.write_rows(path, [{"prompt": "Why?", "chosen": word, "rejected": "No."}])
+    tokens = arrays.preferences((str(path),), fuzz.tokenizer(), Limits(max_length=3_000_000))
     assert fuzz.tokenizer().decode(tokens.pair(0).chosen.tolist()[:-1]) == word

@@ -7,16 +7,17 @@ import pytest
 import transformers
 
 from helpers import MISTRAL_7B, shared
-from zephyr import disk, huggingface, weights
-from zephyr.model import MistralConfig
+from zephyr import files
+from zephyr.architecture import MistralConfig
 from zephyr.tokenizer import Tokenizer
+from zephyr.weights import config_json
 
 ABSENT = object()
 
 
 def parsed(changes: dict) -> MistralConfig:
     raw = {key: value for key, value in (MISTRAL_7B | changes).items() if value is not ABSENT}
-    return huggingface.parse(raw, Path("config.json"))
+    return config_json.parse(raw, Path("config.json"))
 
 
 def test_mistral_7b():
@@ -126,18 +127,18 @@ def test_values_of_any_depth_and_length_are_refused_in_one_line():
 
 def test_dtype_of_the_base():
     path = Path("config.json")
-    assert huggingface.dtype({"torch_dtype": "bfloat16"}, path) == "bfloat16"
-    assert huggingface.dtype({"dtype": "float16"}, path) == "float16"
-    assert huggingface.dtype({}, path) == "float32"
+    assert config_json.dtype({"torch_dtype": "bfloat16"}, path) == "bfloat16"
+    assert config_json.dtype({"dtype": "float16"}, path) == "float16"
+    assert config_json.dtype({}, path) == "float32"
     with pytest.raises(ValueError, match="config.json: torch_dtype is 'int8'; use float32"):
-        huggingface.dtype({"torch_dtype": "int8"}, path)
+        config_json.dtype({"torch_dtype": "int8"}, path)
 
 
 def test_config_is_written_in_the_form_of_transformers_4(tmp_path):
-    huggingface.write_config(tmp_path, parsed({}), "bfloat16", MISTRAL_7B)
-    written = disk.read_json(tmp_path / "config.json")
+    config_json.write_config(tmp_path, parsed({}), "bfloat16", MISTRAL_7B)
+    written = files.read_json(tmp_path / "config.json")
     assert written == MISTRAL_7B | {"head_dim": 128, "attention_dropout": 0.0}
-    assert disk.read_json(tmp_path / "generation_config.json") == {
+    assert files.read_json(tmp_path / "generation_config.json") == {
         "_from_model_config": True,
         "bos_token_id": 1,
         "eos_token_id": 2,
@@ -149,17 +150,17 @@ def test_config_is_written_in_the_form_of_transformers_4(tmp_path):
 
 def test_config_of_a_folder(tmp_path):
     with pytest.raises(ValueError, match="no such folder$"):
-        weights.config(tmp_path / "none")
+        config_json.read(tmp_path / "none")
     fetch = "HuggingFaceH4/sft: no such folder; from the Hub: hf download HuggingFaceH4/sft --local"
     with pytest.raises(ValueError, match=fetch):
-        weights.config("HuggingFaceH4/sft")
+        config_json.read("HuggingFaceH4/sft")
     with pytest.raises(ValueError, match="has no config.json, and no params.json"):
-        weights.config(tmp_path)
+        config_json.read(tmp_path)
     (tmp_path / "params.json").touch()
     with pytest.raises(ValueError, match=r"but params.json: convert it with python -m zephyr.w"):
-        weights.config(tmp_path)
+        config_json.read(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(MISTRAL_7B))
-    assert weights.config(str(tmp_path)) == parsed({})
+    assert config_json.read(str(tmp_path)) == parsed({})
 
 
 CHAT = [
@@ -181,8 +182,8 @@ def base(tmp_path):
 def written(base: Path, chat: bool, system: bool = True) -> Path:
     folder = base.parent.parent / "out"
     folder.mkdir(exist_ok=True)
-    template = huggingface.chat_template(system) if chat else None
-    huggingface.write_tokenizer(folder, Tokenizer(base), template)
+    template = config_json.chat_template(system) if chat else None
+    config_json.write_tokenizer(folder, Tokenizer(base), template)
     return folder
 
 
@@ -226,22 +227,22 @@ def test_an_earlier_spelling_of_the_template_is_known(base):
     """With `</s>` as text and without BOS."""
     for system in (True, False):
         folder = written(base, chat=True, system=system)
-        assert huggingface.empty_system(folder) is system
+        assert config_json.empty_system(folder) is system
         theirs = transformers.AutoTokenizer.from_pretrained(folder)
         hi = [{"role": "user", "content": "Hi"}]
         text = theirs.apply_chat_template(hi, tokenize=False)
-        earlier = huggingface._plain(huggingface.chat_template(system))
+        earlier = config_json._plain(config_json.chat_template(system))
         assert "bos_token" not in earlier and "eos_token" not in earlier
         theirs.chat_template = earlier
         assert "<s>" + theirs.apply_chat_template(hi, tokenize=False) == text
         (folder / "chat_template.jinja").write_text(earlier)
-        assert huggingface.empty_system(folder) is system
+        assert config_json.empty_system(folder) is system
     (folder / "chat_template.jinja").write_text("{{ messages }}")
-    assert huggingface.empty_system(folder) is None
+    assert config_json.empty_system(folder) is None
     (folder / "chat_template.jinja").unlink()
-    assert huggingface.empty_system(folder) is False  # as tokenizer_config.json has it
+    assert config_json.empty_system(folder) is False  # as tokenizer_config.json has it
     (folder / "tokenizer_config.json").unlink()
-    assert huggingface.empty_system(folder) is None
+    assert config_json.empty_system(folder) is None
 
 
 def test_a_base_model_gets_no_chat_template(base):
@@ -251,4 +252,4 @@ def test_a_base_model_gets_no_chat_template(base):
         "tokenizer.model",
         "tokenizer_config.json",
     ]
-    assert "chat_template" not in disk.read_json(folder / "tokenizer_config.json")
+    assert "chat_template" not in files.read_json(folder / "tokenizer_config.json")

@@ -13,7 +13,8 @@ import torch
 import train_dpo
 import train_sft
 from helpers import DPO, launch, run, weights_of
-from zephyr import machine, phases
+from zephyr.distributed import machine
+from zephyr.metrics import phases
 
 CPU = torch.device("cpu")
 GIB = 2**30

@@ -15,9 +15,12 @@ import torch.multiprocessing as mp
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import MistralConfig, MistralForCausalLM
 
-from zephyr import metrics
-from zephyr.costs import model_flops
-from zephyr.metrics import Log, Means, peak_flops, read, smooth
+from zephyr.metrics import __main__ as metrics_command
+from zephyr.metrics import plots
+from zephyr.metrics.log import Log, read
+from zephyr.metrics.means import Means, peak_flops
+from zephyr.metrics.plots import smooth
+from zephyr.plan.costs import model_flops
 
 
 class Terminal(io.StringIO):
@@ -342,7 +345,7 @@ def write(folder, rows):
 
 
 def dpo_rows(steps):
-    names = [name for panel in metrics.PANELS for name in panel]
+    names = [name for panel in plots.PANELS for name in panel]
     rows = [{"step": step, **dict.fromkeys(names, 1 / step)} for step in range(1, steps + 1)]
     return [*rows, {"step": steps, **{f"eval_{name}": 0.5 for name in names[:7]}}]
 
@@ -361,14 +364,14 @@ def drawn(monkeypatch):
 def test_runs_are_drawn_over_each_other(monkeypatch, tmp_path, capsys):
     figures = drawn(monkeypatch)
     runs = [write(tmp_path / "one", dpo_rows(100)), write(tmp_path / "two", dpo_rows(1))]
-    metrics.main([*runs, "--out", str(tmp_path / "new" / "a.png")])
+    metrics_command.main([*runs, "--out", str(tmp_path / "new" / "a.png")])
     out = tmp_path / "new" / "a.png"
     assert capsys.readouterr().out == f"{out}\n"
     assert out.read_bytes().startswith(b"\x89PNG")
     assert stat.S_IMODE(out.stat().st_mode) == 0o644
     [figure] = figures
     titles = [axis.get_title("left") for axis in figure.axes]
-    assert titles == [", ".join(panel) for panel in metrics.PANELS]
+    assert titles == [", ".join(panel) for panel in plots.PANELS]
     [legend] = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == [
         "one",
@@ -387,7 +390,7 @@ def test_panels_without_data_are_left_out(monkeypatch, tmp_path):
     figures = drawn(monkeypatch)
     rows = [{"step": s, "loss": 2.0, "learning_rate": 1e-5, "grad_norm": None} for s in range(1, 4)]
     rows[1]["loss"] = None
-    metrics.main([write(tmp_path / "sft", rows)])
+    metrics_command.main([write(tmp_path / "sft", rows)])
     assert [axis.get_title("left") for axis in figures[0].axes] == ["loss", "learning_rate"]
     assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["sft", "train"]
     assert (tmp_path / "sft" / "metrics.png").exists()
@@ -396,7 +399,7 @@ def test_panels_without_data_are_left_out(monkeypatch, tmp_path):
 def test_runs_of_one_name_are_told_apart_by_their_path(monkeypatch, tmp_path):
     figures = drawn(monkeypatch)
     runs = [write(tmp_path / name / "dpo", [{"step": 1, "loss": 0.5}]) for name in "ab"]
-    metrics.main(runs)
+    metrics_command.main(runs)
     assert [text.get_text() for text in figures[0].legends[0].get_texts()] == [*runs, "train"]
 
 
@@ -420,7 +423,7 @@ def test_a_mistake_costs_one_line(text, message, tmp_path, capsys):
     if text is not None:
         (run / "metrics.jsonl").write_text(text)
     with pytest.raises(SystemExit, match="2"):
-        metrics.main([str(run)])
+        metrics_command.main([str(run)])
     error = capsys.readouterr().err
     assert error.startswith("metrics: " + message.format(run=run))
     assert error.count("\n") == 1
@@ -439,4 +442,4 @@ def test_reading_names_the_line_and_forgives_a_torn_last_one(tmp_path):
 def test_drawing_without_matplotlib_names_the_extra(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ValueError, match=r"needs matplotlib: pip install zephyr-dpo\[plot\]"):
-        metrics.draw({"run": [{"step": 1, "loss": 1.0}]}, tmp_path / "a.png")
+        plots.draw({"run": [{"step": 1, "loss": 1.0}]}, tmp_path / "a.png")

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 import train_dpo
 import train_sft
 from helpers import DPO, SFT, run, weights_of
-from zephyr import exits
+from zephyr.distributed import group
+from zephyr.run import exits
 
 
 @pytest.fixture
@@ -156,14 +157,13 @@ def test_a_run_that_mostly_warms_up_says_so(place, tmp_path, capfd):
 
 
 def test_fewer_pairs_in_a_batch_than_ranks(fails, monkeypatch):
-    from zephyr import parallel
 
-    real = parallel.start
+    real = group.start
 
     def of_eight(replicas, *_):
         return real(replicas)._replace(size=8)
 
-    monkeypatch.setattr(parallel, "start", of_eight)
+    monkeypatch.setattr(group, "start", of_eight)
     assert "--batch 4 is less than the 8 ranks" in fails(train_dpo, *DPO, "--batch", "4")
 
 

@@ -6,8 +6,9 @@ import transformers
 from torch import Tensor
 
 from helpers import SMALL, batch, model, packed, tokens
+from zephyr.architecture import MistralConfig
 from zephyr.attention import Layout
-from zephyr.model import Mistral, MistralConfig, initialise
+from zephyr.model import Mistral, initialise
 
 
 def gradients(m: Mistral, loss: Tensor) -> dict[str, Tensor]:

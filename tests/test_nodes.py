@@ -15,19 +15,26 @@ import torch.distributed as dist
 
 from benchmarks import two_nodes
 from helpers import close, folder_of, gradients, model, pairs, token_arrays, torchrun
-from zephyr import losses, metrics, optim, parallel
-from zephyr.packing import DocumentPlan, PairPlan
+from zephyr import losses, optim
+from zephyr.data.batching import DocumentSteps, PairSteps
+from zephyr.distributed import lost
+from zephyr.distributed.group import finish, set_timeout, start
+from zephyr.metrics.means import Means
 
 ROOT = Path(__file__).parent.parent
 
 SCRIPT = """
+from zephyr.data.batching import PairSteps
+from zephyr.distributed import fsdp
+from zephyr.distributed import group
+from zephyr.metrics.means import Means
+from zephyr.weights import config_json, hub
 import os
 import sys
 from pathlib import Path
 
 import torch
-from zephyr import losses, metrics, optim, parallel, weights
-from zephyr.packing import PairPlan
+from zephyr import losses, optim
 
 where, rank = Path(sys.argv[1]), int(os.environ["RANK"])
 inputs = torch.load(where / "inputs.pt", weights_only=False)
@@ -42,13 +49,13 @@ def whole(tensors):
 
 
 for replicas in (1, 2, 4):
-    ranks = parallel.start(replicas)
-    m = parallel.build(weights.config(where / "base"), ranks, "fp32")
-    parallel.together(lambda: weights.load(where / "base", m))
+    ranks = group.start(replicas)
+    m = fsdp.build(config_json.read(where / "base"), ranks, "fp32")
+    group.together(lambda: hub.load(where / "base", m))
     optimizer = optim.adamw(m, 0.1)
     shards = {name: p.to_local().numel() for name, p in m.named_parameters()}
-    means = metrics.Means(losses.METRICS)
-    plan = PairPlan(data, 8, 64, 0, rank, 4, shuffle=False)
+    means = Means(losses.METRICS)
+    plan = PairSteps(data, 8, 64, 0, rank, 4, shuffle=False)
     for batch in plan.epoch():
         means.add(len(batch.pairs), losses.preference(
             "dpo", m(batch), batch.response_N, torch.zeros(2 * len(batch.pairs)), 0.1))
@@ -61,7 +68,7 @@ for replicas in (1, 2, 4):
         "stepped": whole(dict(m.named_parameters())), "means": means.mean(),
     }
     if replicas == 4:
-        results["agree"] = [parallel.agree(flag) for flag in (False, rank == 3, True)]
+        results["agree"] = [group.agree(flag) for flag in (False, rank == 3, True)]
         node = where / f"node {rank // 2}"
 
         def built():
@@ -69,14 +76,14 @@ for replicas in (1, 2, 4):
             (node / str(rank)).touch()
             return sorted(p.name for p in node.iterdir())
 
-        results["once_per_node"] = parallel.once_per_node(ranks, built)
-        parallel.shared_folder(where / "made" / "run")
+        results["once_per_node"] = group.once_per_node(ranks, built)
+        group.shared_folder(where / "made" / "run")
         try:
-            parallel.shared_folder(node)
+            group.shared_folder(node)
         except ValueError as error:
             results["not shared"] = error.code, str(error)
         results["left over"] = [p.name for p in where.rglob(".seen*")]
-    parallel.finish()
+    group.finish()
 torch.save(results, where / f"{rank}.pt")
 """
 
@@ -113,9 +120,9 @@ def test_four_ranks_equal_one_process(four, inputs, replicas):
 
 @pytest.mark.parametrize("replicas", [1, 2, 4])
 def test_fewer_pairs_than_ranks_have_the_means_of_one_process(four, inputs, replicas):
-    m, plan = model(), PairPlan(inputs["data"], 8, 10**6, 0, 0, 1, shuffle=False)
+    m, plan = model(), PairSteps(inputs["data"], 8, 10**6, 0, 0, 1, shuffle=False)
     (batch,) = plan.epoch()
-    means = metrics.Means(losses.METRICS)
+    means = Means(losses.METRICS)
     means.add(3, losses.preference("dpo", m(batch), batch.response_N, torch.zeros(6), 0.1))
     for found in four:
         assert found[replicas]["means"] == pytest.approx(means.mean(), rel=1e-6)
@@ -127,14 +134,14 @@ def test_every_rank_runs_as_many_microbatches_and_their_sum_is_the_whole(world):
     rng = np.random.default_rng(0)
     for count in (23, 3):
         every = token_arrays([[[1] * n for n in row] for row in rng.integers(1, 12, (count, 3))])
-        plans = [PairPlan(every, 8, 64, 0, rank, world) for rank in range(world)]
+        plans = [PairSteps(every, 8, 64, 0, rank, world) for rank in range(world)]
         shares = [list(plan.epoch()) for plan in plans]
         assert len({len(share) for share in shares}) == 1
         numbers = [k for share in shares for batch in share for k in batch.pairs.tolist()]
         assert sorted(numbers) == list(range(count))
 
         documents = token_arrays([list(range(n)) for n in rng.integers(2, 30, count)])
-        plans = [DocumentPlan(documents, 8, 16, 32, 0, rank, world) for rank in range(world)]
+        plans = [DocumentSteps(documents, 8, 16, 32, 0, rank, world) for rank in range(world)]
         shares = [list(plan.epoch()) for plan in plans]
         assert len({len(share) for share in shares}) == 1
         targets = sum(len(batch.targets_N) for share in shares for batch in share)
@@ -163,7 +170,7 @@ def test_replicas_that_do_not_divide_the_ranks(monkeypatch, replicas, use):
     monkeypatch.setenv("WORLD_SIZE", "8")
     message = f"--replicas {replicas} does not divide the 8 ranks; use {use}"
     with pytest.raises(ValueError, match=message):
-        parallel.start(replicas)
+        start(replicas)
 
 
 def scripts(source: str, *arguments: str, ranks: int = 1) -> list[subprocess.Popen]:
@@ -192,20 +199,21 @@ def scripts(source: str, *arguments: str, ranks: int = 1) -> list[subprocess.Pop
 
 
 FAULT = """
+from zephyr.distributed import group
+from zephyr.run import exits
 import os
 import signal
 import sys
 
 import torch
 from torch.distributed.fsdp import fully_shard
-from zephyr import exits, parallel
 
 
 def main():
-    ranks = parallel.start(int(os.environ["WORLD_SIZE"]))  # groups of the mesh's own
+    ranks = group.start(int(os.environ["WORLD_SIZE"]))  # groups of the mesh's own
     layer = fully_shard(torch.nn.Linear(64, 64), mesh=ranks.mesh)
-    parallel.agree(False)
-    parallel.tighten(3)
+    group.agree(False)
+    group.set_timeout(3)
     loss = layer(torch.ones(1, 64)).sum()
     if ranks.rank == 1:
         print("ready", file=sys.stderr, flush=True)
@@ -213,7 +221,7 @@ def main():
             raise TypeError("a bug of ours")
         os.kill(os.getpid(), getattr(signal, sys.argv[1]))
     if sys.argv[2] == "together":
-        parallel.together(lambda: None)
+        group.together(lambda: None)
     loss.backward()
 
 
@@ -278,8 +286,8 @@ def test_a_rank_that_is_lost_ends_the_others_with_one_line(fault, waiting, messa
     ids=str,
 )
 def test_errors_that_tell_of_a_lost_rank(error):
-    assert parallel.lost(error)
-    assert "\n" not in parallel.lost_message(error)
+    assert lost.a_rank_is_lost(error)
+    assert "\n" not in lost.message(error)
 
 
 @pytest.mark.parametrize(
@@ -294,18 +302,19 @@ def test_errors_that_tell_of_a_lost_rank(error):
     ids=str,
 )
 def test_errors_that_do_not(error):
-    assert not parallel.lost(error)
+    assert not lost.a_rank_is_lost(error)
 
 
 SIGNALS = """
+from zephyr.distributed import group
+from zephyr.distributed import signals
 import os
 import signal
 import time
 
 import torch.distributed as dist
-from zephyr import parallel, signals
 
-parallel.start()
+group.start()
 me, seen = os.getpid(), []
 
 
@@ -343,14 +352,14 @@ def test_the_first_signal_asks_and_one_a_second_later_ends_even_a_hung_run():
 
 
 def test_the_limit_holds_in_every_group():
-    ranks = parallel.start()
+    ranks = start()
     try:
         own = dist.new_group(backend="gloo")  # as checkpoints in the background have
-        parallel.tighten(7)
+        set_timeout(7)
         for group in (dist.group.WORLD, own, *ranks.mesh.get_all_groups()):
             assert group._get_backend(torch.device("cpu")).options._timeout.total_seconds() == 7
     finally:
-        parallel.finish()
+        finish()
 
 
 FAKES = {

@@ -11,7 +11,9 @@ from torch._dynamo.utils import counters
 import train_dpo
 import train_sft
 from helpers import DPO, SFT, launch, model, pairs, read, run, same, weights_of
-from zephyr import checkpoint, losses, packing, parallel
+from zephyr import losses, packing
+from zephyr.distributed import fsdp
+from zephyr.run import checkpoint
 
 # while it traces, torch.compile does what torch warns of
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -97,7 +99,7 @@ def test_a_rank_without_pairs_adds_no_graph(traced, first):
 
 def parallel_blocks(m, recompute: str = "none"):
     for block in m.model.layers:
-        block.forward = parallel.wrapped(block, m.config, recompute, compiled=True)
+        block.forward = fsdp.wrapped(block, m.config, recompute, compiled=True)
     return m
 
 

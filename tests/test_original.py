@@ -5,31 +5,33 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from helpers import folder_of, model, packed, pieces, published, tokens
-from zephyr import disk, original, weights
+from zephyr import files
 from zephyr.model import Mistral, rope, rotate
+from zephyr.weights import __main__ as weights_command
+from zephyr.weights import config_json, hub, mistral
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_same_logits(tmp_path, capsys, monkeypatch, dtype):
-    monkeypatch.setattr(weights, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(hub, "SHARD_BYTES", 20_000)
     m = model()
     with torch.no_grad():
         for p in m.parameters():
             p.copy_(p.to(dtype))
     source = published(tmp_path / "source", m, dtype)
-    weights.main([str(source), str(tmp_path / "target")])
+    weights_command.main([str(source), str(tmp_path / "target")])
     told = capsys.readouterr().out
     assert "params.json has no rope_theta: 10000.0, as in Mistral-7B-v0.1" in told
     assert "params.json has no max_position_embeddings: 32768" in told
     assert len(list((tmp_path / "target").glob("model-*.safetensors"))) > 1
-    converted = Mistral(weights.config(tmp_path / "target"))
+    converted = Mistral(config_json.read(tmp_path / "target"))
     assert converted.config.sliding_window == 5
-    weights.load(tmp_path / "target", converted)
+    hub.load(tmp_path / "target", converted)
     x = tokens(23)
     torch.testing.assert_close(
         converted.logits(x, packed(23)), m.logits(x, packed(23)), rtol=0, atol=0
     )
-    config = disk.read_json(tmp_path / "target" / "config.json")
+    config = files.read_json(tmp_path / "target" / "config.json")
     assert config["torch_dtype"] == str(dtype).removeprefix("torch.")
     assert (tmp_path / "target" / "tokenizer.model").read_bytes() == pieces(101)
     assert not (tmp_path / "target" / "params.json").exists()
@@ -39,9 +41,9 @@ def test_attention_scores_are_those_of_interleaved_rope(tmp_path):
     """Mistral multiplies complex numbers x0 + i y0; ours turns halves. q·k must not notice."""
     m = model(sliding_window=None)
     published(tmp_path / "source", m, sliding_window=None, rope_theta=500.0)
-    original.convert(tmp_path / "source", tmp_path / "target")
-    converted = Mistral(weights.config(tmp_path / "target"))
-    weights.load(tmp_path / "target", converted)
+    mistral.convert(tmp_path / "source", tmp_path / "target")
+    converted = Mistral(config_json.read(tmp_path / "target"))
+    hub.load(tmp_path / "target", converted)
     h, position = torch.randn(9, 32), torch.arange(9) * 3
     cos, sin = rope(position, converted.config, torch.float32)
     attention = converted.model.layers[1].self_attn
@@ -69,10 +71,10 @@ def test_several_files_and_any_tokenizer(tmp_path):
         part = {name: whole[name] for name in sorted(whole)[i::2]}
         save_file(part, source / f"consolidated.{i:02}.safetensors")
     (source / "tokenizer.model").write_bytes(pieces(100))
-    original.convert(source, tmp_path / "target")
-    assert weights.config(tmp_path / "target").rope_theta == 1e6
+    mistral.convert(source, tmp_path / "target")
+    assert config_json.read(tmp_path / "target").rope_theta == 1e6
     assert (tmp_path / "target" / "tokenizer.model").read_bytes() == pieces(100)
-    weights.load(tmp_path / "target", Mistral(weights.config(tmp_path / "target")))
+    hub.load(tmp_path / "target", Mistral(config_json.read(tmp_path / "target")))
 
 
 @pytest.mark.parametrize(
@@ -89,7 +91,7 @@ def test_several_files_and_any_tokenizer(tmp_path):
 def test_refused(tmp_path, changes, message):
     published(tmp_path / "source", model(), **changes)
     with pytest.raises(ValueError, match=message):
-        original.convert(tmp_path / "source", tmp_path / "target")
+        mistral.convert(tmp_path / "source", tmp_path / "target")
     assert not (tmp_path / "target").exists()
 
 
@@ -98,12 +100,12 @@ def test_what_the_saved_folder_could_not_hold(tmp_path):
     path = source / "consolidated.safetensors"
     save_file({name: x.double() for name, x in load_file(path).items()}, path)
     with pytest.raises(ValueError, match=f"{path}: torch_dtype is 'float64'; use float32"):
-        original.convert(source, tmp_path / "target")
+        mistral.convert(source, tmp_path / "target")
     save_file({name: x.float() for name, x in load_file(path).items()}, path)
     (source / "tokenizer.model.v1").rename(tmp_path / "secret")
     (source / "tokenizer.model.v1").symlink_to(tmp_path / "secret")
     with pytest.raises(ValueError, match=r"tokenizer\.model\.v1 links out of the folder"):
-        original.convert(source, tmp_path / "target")
+        mistral.convert(source, tmp_path / "target")
     assert not (tmp_path / "target").exists()
 
 
@@ -111,18 +113,18 @@ def test_what_is_missing(tmp_path, capsys):
     source = published(tmp_path / "source", model())
     (source / "tokenizer.model.v1").unlink()
     with pytest.raises(ValueError, match="source/tokenizer.model: no such file; a model folder"):
-        original.convert(source, tmp_path / "target")
+        mistral.convert(source, tmp_path / "target")
     (source / "consolidated.safetensors").rename(source / "consolidated.00.pth")
     with pytest.raises(ValueError, match=r"has no consolidated\*\.safetensors; of a \.pth, a pick"):
-        original.convert(source, tmp_path / "target")
+        mistral.convert(source, tmp_path / "target")
     with pytest.raises(SystemExit) as ended:
-        weights.main([str(tmp_path / "none"), str(tmp_path / "target")])
+        weights_command.main([str(tmp_path / "none"), str(tmp_path / "target")])
     assert ended.value.code == 2
     assert "weights: " in (told := capsys.readouterr().err) and "none: no such folder" in told
-    weights.save(model(), tmp_path / "whole", folder_of(model(), tmp_path / "good"))
+    hub.save(model(), tmp_path / "whole", folder_of(model(), tmp_path / "good"))
     with pytest.raises(ValueError, match="whole is a Hugging Face folder already: it has a conf"):
-        original.convert(tmp_path / "whole", tmp_path / "target")
+        mistral.convert(tmp_path / "whole", tmp_path / "target")
     (tmp_path / "whole" / "config.json").rename(tmp_path / "whole" / "adapter_config.json")
     with pytest.raises(ValueError, match="whole is a LoRA adapter"):
-        original.convert(tmp_path / "whole", tmp_path / "target")
+        mistral.convert(tmp_path / "whole", tmp_path / "target")
     assert not (tmp_path / "target").exists()

@@ -7,8 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers import Limits, shared, token_arrays
-from zephyr import config, data, packing
-from zephyr.data import Pair, Tokens
+from zephyr import config, packing
+from zephyr.data import arrays, batching
+from zephyr.data.arrays import Tokens
+from zephyr.packing import Pair
 from zephyr.tokenizer import Tokenizer
 
 
@@ -60,7 +62,7 @@ sizes = st.lists(st.integers(1, 50), min_size=1, max_size=60)
 
 @given(sizes, st.integers(50, 90), st.integers(1, 4))
 def test_bins_hold_every_item_once_within_the_budget(lengths, budget, multiple):
-    groups = packing.bins(np.array(lengths), budget, multiple)
+    groups = batching.bins(np.array(lengths), budget, multiple)
     assert sorted(k for group in groups for k in group) == list(range(len(lengths)))
     assert all(sum(lengths[k] for k in group) <= budget for group in groups)
     assert len(groups) % multiple == 0
@@ -75,14 +77,14 @@ def real_pairs(tmp_path_factory):
     feedback.main([str(shared("ultrafeedback.train.jsonl.gz")), "--out", str(out)])
     patch = pytest.MonkeyPatch()
     patch.setenv("ZEPHYR_CACHE", str(out.parent))
-    yield data.preferences((str(out),), Tokenizer(shared("mistral")), Limits())
+    yield arrays.preferences((str(out),), Tokenizer(shared("mistral")), Limits())
     patch.undo()
 
 
 @pytest.mark.parametrize("budget", [4096, 8192, 16384])
 @pytest.mark.parametrize("batch", [32, 128])
 def test_microbatches_are_at_most_one_above_the_lower_bound(real_pairs, budget, batch):
-    plan = packing.PairPlan(real_pairs, batch, budget, seed=0, rank=0, world=1)
+    plan = batching.PairSteps(real_pairs, batch, budget, seed=0, rank=0, world=1)
     lengths = real_pairs.pair_lengths()
     for step in range(plan.steps_per_epoch):
         bound = -(-lengths[plan.step(step)].sum() // budget)
@@ -96,10 +98,10 @@ def test_microbatches_are_at_most_one_above_the_lower_bound(real_pairs, budget, 
 def test_a_step_holds_the_same_pairs_on_any_number_of_ranks(world, budget):
     rng = np.random.default_rng(0)
     data = pairs([tuple(rng.integers(1, 12, 3)) for _ in range(23)])
-    alone = packing.PairPlan(data, 5, 10**6, 3, 0, 1)
+    alone = batching.PairSteps(data, 5, 10**6, 3, 0, 1)
     for step in range(2 * alone.steps_per_epoch + 1):
         shares = [
-            packing.PairPlan(data, 5, budget, 3, rank, world).microbatches(step)
+            batching.PairSteps(data, 5, budget, 3, rank, world).microbatches(step)
             for rank in range(world)
         ]
         assert len({len(share) for share in shares}) == 1, "ranks run different numbers"
@@ -108,7 +110,7 @@ def test_a_step_holds_the_same_pairs_on_any_number_of_ranks(world, budget):
 
 
 def test_an_epoch_visits_every_pair_once_and_epochs_differ():
-    plan = packing.PairPlan(pairs([(2, 2, 2)] * 23), 5, 64, 0, 0, 1)
+    plan = batching.PairSteps(pairs([(2, 2, 2)] * 23), 5, 64, 0, 0, 1)
     epochs = [np.concatenate([plan.step(e * 5 + s) for s in range(5)]) for e in range(2)]
     assert plan.steps_per_epoch == 5
     assert all(sorted(epoch) == list(range(23)) for epoch in epochs)
@@ -126,7 +128,7 @@ def test_every_trained_token_is_predicted_exactly_once_in_its_own_context(world,
     mask = rng.integers(0, 2, starts[-1])
     data = token_arrays(documents, mask)
     seen = []
-    plans = [packing.DocumentPlan(data, 4, 16, 32, 5, r, world, train_on) for r in range(world)]
+    plans = [batching.DocumentSteps(data, 4, 16, 32, 5, r, world, train_on) for r in range(world)]
     for plan in plans:
         for batch in plan.epoch():
             previous = batch.tokens_T[batch.predict_N]
@@ -143,7 +145,7 @@ def test_every_trained_token_is_predicted_exactly_once_in_its_own_context(world,
 
 def test_rows_are_full_but_for_the_last():
     data = token_arrays([list(range(10))] * 7)
-    plan = packing.DocumentPlan(data, 1, 16, 16, 0, 0, 1)
+    plan = batching.DocumentSteps(data, 1, 16, 16, 0, 0, 1)
     sizes = [len(b.tokens_T) for b in plan.epoch()]
     assert sizes == [16, 16, 16, 15]
 
@@ -156,9 +158,9 @@ def test_the_empty_microbatch_predicts_nothing():
 def test_mistakes_cost_one_line():
     data = pairs([(5, 4, 6)])
     with pytest.raises(ValueError, match="--microbatch-tokens 12 is less than the longest pair"):
-        packing.PairPlan(data, 1, 12, 0, 0, 1)
+        batching.PairSteps(data, 1, 12, 0, 0, 1)
     with pytest.raises(ValueError, match="--batch 1 is less than the 2 ranks"):
-        packing.PairPlan(data, 1, 64, 0, 0, 2)
+        batching.PairSteps(data, 1, 64, 0, 0, 2)
     with pytest.raises(ValueError, match="--microbatch-tokens 8 is less than one row"):
         config.parse(
             config.SFTConfig,

@@ -8,26 +8,33 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from helpers import close, folder_of, gradients, model, pairs, token_arrays, torchrun
-from zephyr import anchor, exits, losses, optim, parallel, weights
-from zephyr.packing import PairPlan
+from zephyr import errors, losses, optim, reference
+from zephyr.data.batching import PairSteps
+from zephyr.distributed import fsdp, group
+from zephyr.weights import hub, masters
 
 SCRIPT = """
+from zephyr.data.batching import PairSteps
+from zephyr.distributed import fsdp
+from zephyr.distributed import group
+from zephyr import packing
+from zephyr import reference
+from zephyr.weights import hub
 import os
 import sys
 from functools import partial
 from pathlib import Path
 
 import torch
-from zephyr import anchor, losses, optim, packing, parallel, weights
-from zephyr.packing import PairPlan
+from zephyr import losses, optim
 
 where = Path(sys.argv[1])
-ranks = parallel.start()
+ranks = group.start()
 os.environ["ZEPHYR_CACHE"] = str(where / f"cache of {ranks.rank}")
 inputs = torch.load(where / "inputs.pt", weights_only=False)
 batches, data = inputs["batches"], inputs["data"]
 count = sum(len(batch.targets_N) for batch in batches)
-everything = PairPlan(data, len(data), 10**6, 0, 0, 1).microbatches(0)[0]
+everything = PairSteps(data, len(data), 10**6, 0, 0, 1).microbatches(0)[0]
 
 
 def attempt(act):
@@ -44,8 +51,8 @@ def refuse(kind, *guilty):
 
 
 def built(folder, recompute="none", precision="fp32"):
-    m = parallel.build(weights.config(where / folder), ranks, precision, recompute)
-    parallel.together(lambda: weights.load(where / folder, m))
+    m = fsdp.build(config_json.read(where / folder), ranks, precision, recompute)
+    group.together(lambda: hub.load(where / folder, m))
     return m
 
 
@@ -64,14 +71,14 @@ mine, nothing = batches[ranks.rank], packing.nothing()
 uneven = list(batches) if ranks.rank == 0 else [nothing, nothing]
 results = {
     "together": [
-        attempt(lambda: parallel.together(partial(refuse, kind, *guilty)))
+        attempt(lambda: group.together(partial(refuse, kind, *guilty)))
         for kind, *guilty in ((ValueError,), (ValueError, 0, 1), (ValueError, 1), (OSError, 1))
     ],
     "on_first": [
-        attempt(lambda: parallel.on_first(partial(refuse, ValueError, *guilty)))
+        attempt(lambda: group.on_first(partial(refuse, ValueError, *guilty)))
         for guilty in ((), (0,), (1,))
     ],
-    "total": parallel.total(10 ** ranks.rank),
+    "total": group.total(10 ** ranks.rank),
 }
 
 
@@ -81,8 +88,8 @@ def on_disk():
     return first
 
 
-results["once_per_node"] = [parallel.once_per_node(ranks, on_disk)] + [
-    attempt(lambda: parallel.once_per_node(ranks, partial(refuse, ValueError, *guilty)))
+results["once_per_node"] = [group.once_per_node(ranks, on_disk)] + [
+    attempt(lambda: group.once_per_node(ranks, partial(refuse, ValueError, *guilty)))
     for guilty in ((0,), (1,))
 ]
 for folder in ("base", "tied"):
@@ -90,9 +97,9 @@ for folder in ("base", "tied"):
     shards = {name: p.to_local().numel() for name, p in m.named_parameters()}
     logprobs, gradient = backward(m, [mine])
     m.zero_grad()
-    plan = PairPlan(data, 3, 40, 0, ranks.rank, ranks.size)
-    anchor.cached(m, plan, 99, folder, "fp32", ranks)
-    cached = anchor.cached(None, plan, 99, folder, "fp32", ranks)  # from rank 0's file alone
+    plan = PairSteps(data, 3, 40, 0, ranks.rank, ranks.size)
+    reference.cached(m, plan, 99, folder, "fp32", ranks)
+    cached = reference.cached(None, plan, 99, folder, "fp32", ranks)  # from rank 0's file alone
     _, of_uneven = backward(m, uneven)
     full = backward(built(folder, "full"), [mine])
     norm = optim.step(optim.adamw(m, 0.1), 1e-3, 1e-2)
@@ -105,7 +112,7 @@ for folder in ("base", "tied"):
     }
 results["bf16"] = backward(built("base", precision="bf16"), [mine])[1]
 torch.save(results, where / f"{ranks.rank}.pt")
-parallel.finish()
+group.finish()
 """
 
 
@@ -139,8 +146,8 @@ def test_storage_that_refuses_stays_that_on_every_rank(ranks):
     def full():
         raise OSError(28, "No space left on device", "cache")
 
-    with pytest.raises(exits.Storage, match="No space left on device: 'cache'") as refused:
-        parallel.together(full)
+    with pytest.raises(errors.Storage, match="No space left on device: 'cache'") as refused:
+        group.together(full)
     assert refused.value.code == 5 and refused.value.shared
 
 
@@ -184,9 +191,9 @@ def test_two_ranks_equal_one_process(two, inputs, folder):
 def test_two_ranks_fill_the_reference_cache_as_one_would(two, inputs, folder):
     """A last step of one pair leaves the second rank nothing to do."""
     m, data = model(tie_word_embeddings=folder == "tied"), inputs["data"]
-    (everything,) = PairPlan(data, len(data), 10**6, 0, 0, 1).microbatches(0)
+    (everything,) = PairSteps(data, len(data), 10**6, 0, 0, 1).microbatches(0)
     for found in two:
-        torch.testing.assert_close(found[folder]["cached"], anchor.live(m)(everything))
+        torch.testing.assert_close(found[folder]["cached"], reference.live(m)(everything))
 
 
 def test_bf16_gradients_are_added_in_fp32(two, inputs):
@@ -206,8 +213,8 @@ def test_bf16_gradients_are_added_in_fp32(two, inputs):
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_one_process_in_fp32_is_a_plain_module(ranks, inputs, tmp_path, recompute):
     m = model()
-    built = parallel.build(m.config, ranks, "fp32", recompute)
-    weights.load(folder_of(m, tmp_path / "base"), built)
+    built = fsdp.build(m.config, ranks, "fp32", recompute)
+    hub.load(folder_of(m, tmp_path / "base"), built)
     assert not any(isinstance(p, DTensor) for p in built.parameters())
     expected = gradients(m, inputs["batches"])
     ours = gradients(built, inputs["batches"])
@@ -219,8 +226,8 @@ def test_one_process_in_fp32_is_a_plain_module(ranks, inputs, tmp_path, recomput
 def test_bf16_computes_narrow_and_keeps_fp32(ranks, inputs, tmp_path, tied, recompute):
     """The oracle is the same model in bf16, its gradients widened before they are added."""
     m = model(tie_word_embeddings=tied)
-    built = parallel.build(m.config, ranks, "bf16", recompute)
-    weights.load(folder_of(m, tmp_path / "base"), built)
+    built = fsdp.build(m.config, ranks, "bf16", recompute)
+    hub.load(folder_of(m, tmp_path / "base"), built)
     narrow, seen, expected = copy.deepcopy(m).bfloat16(), [], {}
     built.model.layers[1].mlp.register_forward_hook(lambda *call: seen.append(call[2].dtype))
     for batch in inputs["batches"]:
@@ -245,22 +252,22 @@ def test_split_masters_compute_as_cast_ones_do(ranks, inputs, tmp_path):
         for p in m.parameters():
             p.copy_(p.bfloat16() * (1 + 2**-12))  # every master has a lower half
     folder = folder_of(m, tmp_path / "base")
-    cast, split = (parallel.build(m.config, ranks, "bf16", masters=x) for x in ("fp32", "split"))
+    cast, split = (fsdp.build(m.config, ranks, "bf16", masters=x) for x in ("fp32", "split"))
     optimizers = []
     for built in (cast, split):
-        weights.load(folder, built)
+        hub.load(folder, built)
         optimizers.append(optim.adamw(built, 0.1))
         for batch in inputs["batches"]:
             (losses.sft(built(batch)) / len(batch.targets_N)).backward()
     for (name, p), q in zip(split.named_parameters(), cast.parameters(), strict=True):
         assert p.dtype == torch.bfloat16 and p.grad.dtype == torch.float32
-        assert torch.equal(weights.whole(p), m.get_parameter(name)), name
+        assert torch.equal(masters.full_master(p), m.get_parameter(name)), name
         assert torch.equal(p.grad, q.grad.full_tensor()), name
     assert any((p.grad != p.grad.bfloat16()).any() for p in split.parameters()), "added in fp32"
     norms = [optim.step(o, 1e-3, 1e-2) for o in optimizers]
     assert torch.equal(*norms)
     for (name, p), q in zip(split.named_parameters(), cast.parameters(), strict=True):
-        assert torch.equal(weights.whole(p), q.full_tensor()), name
+        assert torch.equal(masters.full_master(p), q.full_tensor()), name
 
 
 def test_only_the_first_rank_speaks(ranks, capsys):

@@ -11,10 +11,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import train_dpo
 import train_sft
 from helpers import DPO, SFT, model, pairs, run
-from zephyr import losses, optim, parallel, phases, weights
-from zephyr.guard import Guard
-from zephyr.metrics import Log, Means
-from zephyr.phases import Phases
+from zephyr import losses, optim
+from zephyr.distributed import fsdp, group
+from zephyr.metrics import phases
+from zephyr.metrics.log import Log
+from zephyr.metrics.means import Means
+from zephyr.metrics.phases import Phases
+from zephyr.run.guard import Guard
+from zephyr.weights.masters import fill
 
 CPU = torch.device("cpu")
 
@@ -156,12 +160,12 @@ def test_the_host_reads_nothing_inside_a_step(place, tmp_path, monkeypatch):
 @pytest.mark.parametrize("masters", ["fp32", "split"])
 @pytest.mark.parametrize("recompute", ["none", "elementwise"])
 def test_on_a_gpu_the_host_waits_for_nothing(recompute, masters):
-    ranks = parallel.start()
-    m = parallel.build(model().config, ranks, "bf16", recompute, masters)
+    ranks = group.start()
+    m = fsdp.build(model().config, ranks, "bf16", recompute, masters)
     with torch.no_grad():
         for name, p in m.named_parameters():
             local = p.to_local() if hasattr(p, "to_local") else p
-            weights.fill(p, local, model().get_parameter(name))
+            fill(p, local, model().get_parameter(name))
     optimizer, guard = optim.adamw(m, 0.0), Guard("stop", str, ranks)
     batch = pairs(0).pinned()
     try:
@@ -179,4 +183,4 @@ def test_on_a_gpu_the_host_waits_for_nothing(recompute, masters):
         assert norm.isfinite()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-        parallel.finish()
+        group.finish()

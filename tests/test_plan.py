@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from zephyr import costs, plan
 from zephyr.config import DPOConfig, SFTConfig
-from zephyr.plan import GIB, MODELS
+from zephyr.plan import __main__ as plan_command
+from zephyr.plan import costs, fit
+from zephyr.plan.__main__ import MODELS
+from zephyr.plan.fit import GIB
 
 ROOT = Path(__file__).parent.parent
 MISTRAL = MODELS["mistral-7b"]
@@ -21,7 +23,7 @@ STEP = 128 * 778  # tokens
 
 
 def page(capsys, line: str) -> str:
-    plan.main(line.split())
+    plan_command.main(line.split())
     out = capsys.readouterr()
     assert not out.err
     return out.out
@@ -173,7 +175,7 @@ def test_a_model_of_ones_own(capsys, tmp_path):
 def test_a_mistake_costs_one_line(capsys, monkeypatch, tmp_path, line, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as ended:
-        plan.main(line.split())
+        plan_command.main(line.split())
     out = capsys.readouterr()
     assert (ended.value.code, out.out) == (2, "")
     assert out.err.count("\n") == 1 and f"plan: {message}" in out.err
@@ -182,13 +184,13 @@ def test_a_mistake_costs_one_line(capsys, monkeypatch, tmp_path, line, message):
 def test_without_torch():
     """And without what takes long to import."""
     script = (
-        "import sys; sys.modules['torch'] = None; from zephyr import plan; plan.main(); "
+        "import sys; sys.modules['torch'] = None; from zephyr.plan.__main__ import main; main(); "
         "print({'numpy', 'tqdm', 'kernels'} & sys.modules.keys() or 'quick')"
     )
     command = [sys.executable, "-X", "importtime", "-c", script, "zephyr-7b-dpo", "--gpus", "8"]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert ran.stdout.endswith("GiB to spare\nquick\n")
-    took = re.search(r"\| +(\d+) \| +zephyr\.plan$", ran.stderr, re.M)
+    took = re.search(r"\| +(\d+) \| +zephyr\.plan\.__main__$", ran.stderr, re.M)
     assert int(took[1]) < 2e6  # microseconds; torch alone takes more, and this a tenth
 
 
@@ -198,7 +200,7 @@ def dearest(t, tokens):
 
 def needs(t, ranks, tokens, recompute, reshard=True):
     load = dearest(t, tokens)
-    return sum(plan.occupied(MISTRAL, t, ranks, load, recompute, reshard).values())
+    return sum(fit.occupied(MISTRAL, t, ranks, load, recompute, reshard).values())
 
 
 @pytest.mark.parametrize("ranks, gib", [(1, 139), (8, 79), (8, 39), (8, 23), (64, 79), (2, 79)])
@@ -207,46 +209,46 @@ def needs(t, ranks, tokens, recompute, reshard=True):
 )
 def test_what_is_chosen_fits_and_is_the_largest(t, ranks, gib):
     memory, longest = gib * GIB, 2048
-    found = plan.choose(MISTRAL, t, memory, ranks, longest, STEP)
-    assert found == plan.choose(MISTRAL, t, memory, ranks, longest, STEP)
+    found = fit.choose(MISTRAL, t, memory, ranks, longest, STEP)
+    assert found == fit.choose(MISTRAL, t, memory, ranks, longest, STEP)
     tokens, recompute = found
-    assert longest <= tokens <= STEP / ranks + longest + plan.GRAIN
+    assert longest <= tokens <= STEP / ranks + longest + fit.GRAIN
     assert needs(t, ranks, tokens, recompute) <= memory
-    most = tokens + plan.GRAIN > STEP / ranks + longest
-    assert most or needs(t, ranks, tokens + plan.GRAIN, recompute) > memory
+    most = tokens + fit.GRAIN > STEP / ranks + longest
+    assert most or needs(t, ranks, tokens + fit.GRAIN, recompute) > memory
     # nothing slower: what is cheaper to recompute has no room for as much as makes up for it
-    for other in plan.POLICIES:
+    for other in fit.POLICIES:
         row = dearest(t, 1)
-        room = plan.largest(MISTRAL, t, memory, ranks, other, True, row, STEP / ranks + longest)
+        room = fit.largest(MISTRAL, t, memory, ranks, other, True, row, STEP / ranks + longest)
         if room >= longest:
-            times = [plan.slowness(MISTRAL, STEP / ranks, *x) for x in (found, (room, other))]
+            times = [fit.slowness(MISTRAL, STEP / ranks, *x) for x in (found, (room, other))]
             assert times == sorted(times)
 
 
 def test_more_memory_is_never_slower():
     t = DPOConfig(**OWN, **AUTO)
-    chosen = [plan.choose(MISTRAL, t, gib * GIB, 8, 1500, STEP) for gib in range(20, 100, 2)]
-    times = [plan.slowness(MISTRAL, STEP / 8, *x) for x in chosen]
+    chosen = [fit.choose(MISTRAL, t, gib * GIB, 8, 1500, STEP) for gib in range(20, 100, 2)]
+    times = [fit.slowness(MISTRAL, STEP / 8, *x) for x in chosen]
     assert times == sorted(times, reverse=True)
-    assert {recompute for _, recompute in chosen} == set(plan.POLICIES)
+    assert {recompute for _, recompute in chosen} == set(fit.POLICIES)
     assert (chosen[0][1], chosen[-1][1]) == ("full", "none")
 
 
 def test_what_is_given_is_kept():
     given = DPOConfig(**OWN, microbatch_tokens=8192, recompute="auto")
-    assert plan.choose(MISTRAL, given, 79 * GIB, 8, 1500, STEP) == (8192, "none")
-    assert plan.choose(MISTRAL, given, 45 * GIB, 8, 1500, STEP) == (8192, "elementwise")
-    assert plan.choose(MISTRAL, given, 25 * GIB, 8, 1500, STEP) == (8192, "full")
+    assert fit.choose(MISTRAL, given, 79 * GIB, 8, 1500, STEP) == (8192, "none")
+    assert fit.choose(MISTRAL, given, 45 * GIB, 8, 1500, STEP) == (8192, "elementwise")
+    assert fit.choose(MISTRAL, given, 25 * GIB, 8, 1500, STEP) == (8192, "full")
     given = DPOConfig(**OWN, microbatch_tokens="auto", recompute="full")
-    assert plan.choose(MISTRAL, given, 79 * GIB, 8, 1500, STEP)[1] == "full"
+    assert fit.choose(MISTRAL, given, 79 * GIB, 8, 1500, STEP)[1] == "full"
     # a budget that no step fills needs memory for a step alone
     given = DPOConfig(**OWN, microbatch_tokens=1 << 20, recompute="auto")
-    assert plan.choose(MISTRAL, given, 79 * GIB, 8, 1500, STEP / 8) == (1 << 20, "none")
+    assert fit.choose(MISTRAL, given, 79 * GIB, 8, 1500, STEP / 8) == (1 << 20, "none")
 
 
 def test_where_nothing_fits_the_least_is_tried():
     t = DPOConfig(**OWN, **AUTO)
-    assert plan.choose(MISTRAL, t, GIB, 1, 1500, STEP) == (1500, "full")
+    assert fit.choose(MISTRAL, t, GIB, 1, 1500, STEP) == (1500, "full")
     tiny = dataclasses.replace(
         MISTRAL,
         hidden_size=64,
@@ -255,16 +257,16 @@ def test_where_nothing_fits_the_least_is_tried():
         vocab_size=100,
         head_dim=2,
     )
-    assert plan.choose(tiny, t, 4 * GIB, 1, 30, 100) == (256, "none")
+    assert fit.choose(tiny, t, 4 * GIB, 1, 30, 100) == (256, "none")
 
 
 def test_reshard():
     t = DPOConfig(**OWN)
-    assert not plan.reshard(MISTRAL, t, 79 * GIB, 8, 8192, "none")
-    assert plan.reshard(MISTRAL, t, 39 * GIB, 8, 4096, "none")
+    assert not fit.reshard(MISTRAL, t, 79 * GIB, 8, 8192, "none")
+    assert fit.reshard(MISTRAL, t, 39 * GIB, 8, 4096, "none")
     for word in ("always", "never"):
         said = DPOConfig(**OWN, reshard=word)
-        assert plan.reshard(MISTRAL, said, 79 * GIB, 8, 8192, "none") == (word == "always")
-    tokens, recompute = plan.choose(MISTRAL, DPOConfig(**OWN, **AUTO), 79 * GIB, 8, 1500, STEP)
-    if not plan.reshard(MISTRAL, t, 79 * GIB, 8, tokens, recompute):
+        assert fit.reshard(MISTRAL, said, 79 * GIB, 8, 8192, "none") == (word == "always")
+    tokens, recompute = fit.choose(MISTRAL, DPOConfig(**OWN, **AUTO), 79 * GIB, 8, 1500, STEP)
+    if not fit.reshard(MISTRAL, t, 79 * GIB, 8, tokens, recompute):
         assert needs(t, 8, tokens, recompute, False) <= 79 * GIB

@@ -11,9 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import GOOD, Limits, run, save
-from zephyr import anchor, config, data, exits, feedback, files, generate, metrics, plan, weights
+from helpers import GOOD, Limits, save, speak
+from zephyr import config, errors, feedback, files, generate, reference
 from zephyr.config import DPOConfig, SFTConfig
+from zephyr.data import arrays
+from zephyr.data.cache import cache_folder
+from zephyr.metrics import __main__ as metrics_command
+from zephyr.plan import __main__ as plan_command
+from zephyr.run import exits
+from zephyr.weights import __main__ as weights_command
 
 ROOT = Path(__file__).parent.parent
 
@@ -69,18 +75,20 @@ def test_every_path_of_a_command_may_begin_with_a_tilde(home, monkeypatch, capsy
             command(list(words))
         return capsys.readouterr().err
 
-    assert f"{home}/c: no such folder" in says(weights.main, "~/c", "~/n")
-    assert f"{home}/run" in says(metrics.main, "~/run")
-    assert "--model ~/m: no such folder" in says(plan.main, "zephyr-7b-dpo", "--model", "~/m")
+    assert f"{home}/c: no such folder" in says(weights_command.main, "~/c", "~/n")
+    assert f"{home}/run" in says(metrics_command.main, "~/run")
+    assert "--model ~/m: no such folder" in says(
+        plan_command.main, "zephyr-7b-dpo", "--model", "~/m"
+    )
     assert f"{home}/raw.jsonl: no such file" in says(feedback.main, "~/raw.jsonl", "--out", "~/o")
     assert "~nobody-here: nobody knows" in says(feedback.main, "r", "--out", "~nobody-here")
     monkeypatch.setattr(sys, "argv", ["generate", "~/m"])
     with pytest.raises(ValueError, match=f"{home}/m: no such folder"):
         generate.main()
     monkeypatch.setenv("ZEPHYR_CACHE", "~/cache")
-    assert data.cache_folder() == home / "cache"
+    assert cache_folder() == home / "cache"
     monkeypatch.setenv("ZEPHYR_CACHE", "")
-    assert data.cache_folder() == home / ".cache" / "zephyr"
+    assert cache_folder() == home / ".cache" / "zephyr"
 
 
 def test_without_a_home_folder_the_cache_asks_for_one(small, tmp_path, monkeypatch):
@@ -89,19 +97,19 @@ def test_without_a_home_folder_the_cache_asks_for_one(small, tmp_path, monkeypat
     monkeypatch.delenv("ZEPHYR_CACHE")
     monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
     with pytest.raises(ValueError) as raised:
-        data.preferences(path, small, Limits())
+        arrays.preferences(path, small, Limits())
     rule = "set ZEPHYR_CACHE to a folder that can be written"
     assert str(raised.value) == f"there is no home folder; {rule}"
     (tmp_path / "a file").touch()
     for cache in (tmp_path / "a file", tmp_path / "a file" / "x", Path("/proc/nothing/x")):
         monkeypatch.setenv("ZEPHYR_CACHE", str(cache))
-        with pytest.raises(exits.Storage, match=f"^{cache}: cannot write: .*; {rule}$"):
-            data.preferences(path, small, Limits())
-        with pytest.raises(exits.Storage, match=f"^{cache}/r.npy: cannot write: .*; {rule}, with"):
-            anchor._write(cache / "r.npy", torch.zeros(2, 2))
+        with pytest.raises(errors.Storage, match=f"^{cache}: cannot write: .*; {rule}$"):
+            arrays.preferences(path, small, Limits())
+        with pytest.raises(errors.Storage, match=f"^{cache}/r.npy: cannot write: .*; {rule}, with"):
+            reference._write(cache / "r.npy", torch.zeros(2, 2))
     monkeypatch.setenv("ZEPHYR_CACHE", "~nobody-here/x")
     with pytest.raises(ValueError, match="^~nobody-here/x: nobody knows the home folder"):
-        data.preferences(path, small, Limits())
+        arrays.preferences(path, small, Limits())
 
 
 # --- bytes that are no text
@@ -121,7 +129,7 @@ def test_text_is_utf_8_whatever_the_locale():
 def test_half_a_character_in_a_conversation(folder, monkeypatch, capsys):
     said = b"the \xe4\xbd\nthe cat\n".decode("utf-8", "surrogateescape")
     with pytest.raises(SystemExit) as ended:
-        run(monkeypatch, folder, "--max-new", 2, said=said)
+        speak(monkeypatch, folder, "--max-new", 2, said=said)
     out, err = capsys.readouterr()
     assert ended.value.code == 2 and out == ""
     assert err.endswith(
@@ -159,7 +167,7 @@ def test_a_closed_stream_ends_no_command(tmp_path):
     assert shell(f"{PLAN} >&- 2>&- <&-") == (0, "", "")
     # a file that is opened later does not get stdout's number, and what C prints there
     code_ = (
-        "from zephyr import exits, files; import os; "
+        "from zephyr import files; from zephyr.run import exits; import os; "
         "exits.call(lambda: (open('f', 'wb'), os.write(1, b'x'), os.write(2, b'y')))"
     )
     path = {"PYTHONPATH": str(ROOT)}
@@ -170,7 +178,7 @@ def test_a_closed_stream_ends_no_command(tmp_path):
 def test_a_reader_that_goes_away_ends_a_command_quietly():
     code, out, err = shell(f"set -o pipefail; {PLAN} | head -c 10")
     assert (len(out), err) == (10, "") and code in (0, exits.NOBODY_READS)
-    slow = "import sys; from zephyr import exits; exits.call(lambda: print('x' * 10**6))"
+    slow = "import sys; from zephyr.run import exits; exits.call(lambda: print('x' * 10**6))"
     code, _, err = shell(f'set -o pipefail; {sys.executable} -c "{slow}" | true')
     assert (code, err) == (exits.NOBODY_READS, "")
     help_ = f"{sys.executable} -m zephyr.plan --help"
@@ -178,7 +186,7 @@ def test_a_reader_that_goes_away_ends_a_command_quietly():
 
 
 def test_what_stdout_cannot_encode_is_escaped():
-    code = "from zephyr import exits; exits.call(lambda: print('h\u00e9 \u4f60\u597d'))"
+    code = "from zephyr.run import exits; exits.call(lambda: print('h\u00e9 \u4f60\u597d'))"
     for env in (
         {"PYTHONIOENCODING": "ascii"},
         {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},

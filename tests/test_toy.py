@@ -6,25 +6,26 @@ from statistics import mean
 
 import pytest
 
-from zephyr import files, larkmere, toy
-from zephyr.larkmere import judge
+from zephyr.data import readers
 from zephyr.tokenizer import Tokenizer
+from zephyr.toy import birds, village
+from zephyr.toy.village import judge
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("toy") / "world"
-    toy.build(folder)
+    birds.build(folder)
     return folder
 
 
 def rows(world, name: str) -> list[dict]:
-    return [row for _, row in files.read_rows(world / f"{name}.jsonl.gz")]
+    return [row for _, row in readers.read_rows(world / f"{name}.jsonl.gz")]
 
 
 def test_a_seed_gives_the_same_bytes_and_another_seed_others(world, tmp_path):
-    toy.build(tmp_path / "again")
-    toy.build(tmp_path / "other", seed=1)
+    birds.build(tmp_path / "again")
+    birds.build(tmp_path / "other", seed=1)
     names = sorted(str(p.relative_to(world)) for p in world.rglob("*") if p.is_file())
     assert "base/tokenizer.model" in names and len(names) == 6
     for name in names:
@@ -35,9 +36,9 @@ def test_a_seed_gives_the_same_bytes_and_another_seed_others(world, tmp_path):
 
 def core(prompt: str) -> str:
     """The question in a prompt, without greeting and thanks."""
-    for hello, thanks in product(larkmere.HELLOS, larkmere.THANKS):
+    for hello, thanks in product(village.HELLOS, village.THANKS):
         text = prompt.removeprefix(hello).removesuffix(thanks).strip()
-        if text in larkmere.questions():
+        if text in village.questions():
             return text
     raise AssertionError(prompt)
 
@@ -110,7 +111,7 @@ def test_the_judge_is_not_fooled(world):
     """Each trick scores far below the best honest answer to the same prompt, on average."""
     asked = rows(world, "ultrafeedback.test")
     best = [max(row["completions"], key=lambda c: c["overall_score"]) for row in asked]
-    everything = " ".join(sorted(larkmere.truths())[:60])
+    everything = " ".join(sorted(village.truths())[:60])
     tricks = {
         "nothing": lambda row, good: "",
         "the prompt": lambda row, good: row["instruction"],
@@ -140,9 +141,9 @@ def test_a_polite_lie_scores_low(world):
     }
     lies = []
     for prompt in best:
-        kind, want = larkmere.question(prompt).kind, larkmere.question(prompt).want
+        kind, want = village.question(prompt).kind, village.question(prompt).want
         for other, answer in best.items():
-            q = larkmere.question(other)
+            q = village.question(other)
             if q.kind == kind and all(q.want[k] != want[k] for k in want):
                 lies.append(judge(prompt, answer).score)
                 break
@@ -150,7 +151,7 @@ def test_a_polite_lie_scores_low(world):
 
 
 def test_any_text_gets_a_verdict_and_any_other_prompt_none():
-    prompt = next(iter(larkmere.questions()))
+    prompt = next(iter(village.questions()))
     for text in ("", " ", "...", "\x00", "🙂" * 50, "a" * 10_000, "\n\n", "Who? Me! No."):
         assert 1 <= judge(prompt, text).score <= 10
     with pytest.raises(ValueError, match="is not of this world"):
@@ -159,7 +160,7 @@ def test_any_text_gets_a_verdict_and_any_other_prompt_none():
 
 def test_lengths_are_what_a_small_model_can_learn(world):
     tokenizer = Tokenizer(world / "base")
-    assert tokenizer.vocab_size == toy.VOCAB
+    assert tokenizer.vocab_size == birds.VOCAB
     chats = rows(world, "ultrachat.train")
     lengths = [len(tokenizer.render(row["messages"]).ids) for row in chats]
     assert 350_000 < sum(lengths) < 700_000
@@ -171,4 +172,4 @@ def test_lengths_are_what_a_small_model_can_learn(world):
 
 def test_building_over_something_is_refused(world):
     with pytest.raises(ValueError, match="exists already; remove it or name another"):
-        toy.build(world)
+        birds.build(world)

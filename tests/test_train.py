@@ -21,7 +21,8 @@ from transformers.optimization import get_cosine_schedule_with_warmup
 import train_dpo
 import train_sft
 from helpers import DPO, EVALUATED, SFT, launch, read, run, same, weights_of
-from zephyr import anchor, checkpoint, textbook
+from zephyr import reference, textbook
+from zephyr.run import checkpoint
 from zephyr.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -261,7 +262,7 @@ def test_a_poisoned_reference_stops_the_run(place, tmp_path, monkeypatch):
     monkeypatch.setenv("ZEPHYR_CACHE", str(tmp_path / "cache"))
     run(train_dpo, place, tmp_path / "one", *DPO)
     (path,) = (tmp_path / "cache").glob("reference-*.npy")
-    anchor._write(path, torch.from_numpy(np.load(path)) + torch.tensor([1.0, 0.0]))
+    reference._write(path, torch.from_numpy(np.load(path)) + torch.tensor([1.0, 0.0]))
     with pytest.raises(ValueError, match="before the first update policy and reference must agree"):
         run(train_dpo, place, tmp_path / "two", *DPO)
 
@@ -271,7 +272,7 @@ def test_the_cached_reference_is_what_the_loss_sees(place, tmp_path, monkeypatch
     monkeypatch.setenv("ZEPHYR_CACHE", str(tmp_path / "cache"))
     clean = run(train_dpo, place, tmp_path / "one", *DPO)
     (path,) = (tmp_path / "cache").glob("reference-*.npy")
-    anchor._write(path, torch.from_numpy(np.load(path)) - torch.tensor([2e-4, 0.0]))
+    reference._write(path, torch.from_numpy(np.load(path)) - torch.tensor([2e-4, 0.0]))
     rows = run(train_dpo, place, tmp_path / "two", *DPO)
     assert clean[0]["rewards/margins"] == 0
     assert rows[0]["rewards/margins"] == pytest.approx(2e-5, rel=0.1)

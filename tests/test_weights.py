@@ -12,8 +12,10 @@ import transformers
 from safetensors.torch import load_file
 
 from helpers import folder_of, model, packed, pieces, tokens
-from zephyr import disk, huggingface, weights
-from zephyr.model import Mistral, MistralConfig
+from zephyr import files
+from zephyr.architecture import MistralConfig
+from zephyr.model import Mistral
+from zephyr.weights import config_json, hub, locate
 
 
 def empty(config: MistralConfig) -> Mistral:
@@ -44,30 +46,30 @@ def same(a: dict, b: dict) -> None:
 def test_round_trip_through_transformers(tmp_path, dtype, changes, style, shards):
     limit = 20_000 if shards == "sharded" else 10**9
     first = model(**changes)
-    huggingface_type = getattr(transformers, huggingface.CLASSES[first.config.model_type])
+    huggingface_type = getattr(transformers, config_json.CLASSES[first.config.model_type])
     base = folder_of(first, tmp_path / "first")
     theirs = huggingface_type.from_pretrained(base, dtype=getattr(torch, dtype))
     theirs.save_pretrained(tmp_path / "base", max_shard_size=limit)
     base = tmp_path / "base"
     (base / "tokenizer.model").write_bytes(pieces(101))
     if style == 4:
-        config = disk.read_json(base / "config.json")
+        config = files.read_json(base / "config.json")
         config["rope_theta"] = config.pop("rope_parameters")["rope_theta"]
         config["torch_dtype"] = config.pop("dtype")
-        disk.write_json(base / "config.json", config)
+        files.write_json(base / "config.json", config)
 
-    ours = empty(weights.config(base))
-    weights.load(base, ours)
+    ours = empty(config_json.read(base))
+    hub.load(base, ours)
     assert ours.config == first.config
-    weights.save(ours, tmp_path / "out", base, shard_bytes=limit)
+    hub.save(ours, tmp_path / "out", base, shard_bytes=limit)
 
     again, report = huggingface_type.from_pretrained(
         tmp_path / "out", dtype="auto", output_loading_info=True, attn_implementation="eager"
     )
     assert not any(report.values()), report
-    assert (tmp_path / "out" / disk.INDEX).exists() == (shards == "sharded")
+    assert (tmp_path / "out" / locate.INDEX).exists() == (shards == "sharded")
     same(dict(again.state_dict()), dict(theirs.state_dict()))
-    assert disk.read_json(tmp_path / "out" / "config.json")["torch_dtype"] == dtype
+    assert files.read_json(tmp_path / "out" / "config.json")["torch_dtype"] == dtype
     x = tokens(23)
     with torch.no_grad():
         expected = again.float()(x[None]).logits[0]
@@ -78,9 +80,9 @@ def test_what_a_saved_folder_holds(tmp_path):
     base = folder_of(model(), tmp_path / "base")
     (base / "tokenizer.json").write_text("{}")
     (base / "special_tokens_map.json").write_text('{"eos_token": "<|im_end|>"}')
-    config = disk.read_json(base / "config.json") | {"eos_token_id": 7, "auto_map": {}}
-    disk.write_json(base / "config.json", config)
-    weights.save(model(), tmp_path / "out", base, torch.bfloat16)
+    config = files.read_json(base / "config.json") | {"eos_token_id": 7, "auto_map": {}}
+    files.write_json(base / "config.json", config)
+    hub.save(model(), tmp_path / "out", base, torch.bfloat16)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         "chat_template.jinja",
         "config.json",
@@ -91,11 +93,11 @@ def test_what_a_saved_folder_holds(tmp_path):
         "tokenizer_config.json",
     ]
     assert {oct(p.stat().st_mode & 0o777) for p in (tmp_path / "out").iterdir()} == {"0o644"}
-    config = disk.read_json(tmp_path / "out" / "config.json")
+    config = files.read_json(tmp_path / "out" / "config.json")
     assert config["torch_dtype"] == "bfloat16" and config["eos_token_id"] == 2
     assert "auto_map" not in config
     with pytest.raises(ValueError, match="out exists already; choose another name"):
-        weights.save(model(), tmp_path / "out", base)
+        hub.save(model(), tmp_path / "out", base)
 
 
 def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
@@ -107,17 +109,17 @@ def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         return open(path, mode)
 
-    monkeypatch.setattr(disk, "open", full_disk, raising=False)
+    monkeypatch.setattr(files, "open", full_disk, raising=False)
     with pytest.raises(ValueError, match="out: cannot write: .*No space left on device"):
-        weights.save(model(), tmp_path / "out", base, shard_bytes=20_000)
+        hub.save(model(), tmp_path / "out", base, shard_bytes=20_000)
     (base / "tokenizer.model").unlink()
     with pytest.raises(ValueError, match="tokenizer.model: no such file; a model folder needs"):
-        weights.save(model(), tmp_path / "out", base)
+        hub.save(model(), tmp_path / "out", base)
     broken = model()
     broken.model.norm.weight.data[3] = torch.nan
     (base / "tokenizer.model").write_bytes(pieces(101))
     with pytest.raises(ValueError, match="NaN or infinity in model.norm.weight; the weights are"):
-        weights.save(broken, tmp_path / "out", base)
+        hub.save(broken, tmp_path / "out", base)
     assert [p.name for p in tmp_path.iterdir()] == ["base"]
 
 
@@ -151,7 +153,7 @@ def test_refused(tmp_path, changes, message):
     m = model()
     folder = folder_of(m, tmp_path / "folder", **changes)
     with pytest.raises(ValueError, match=message) as raised:
-        weights.load(folder, empty(m.config))
+        hub.load(folder, empty(m.config))
     assert str(tmp_path) in str(raised.value) and "\n" not in str(raised.value)
 
 
@@ -160,7 +162,7 @@ def test_load_casts_and_overlooks_what_follows_from_the_config(tmp_path):
     extra = {inv_freq: torch.ones(4), NORM: m.model.norm.weight.detach().double()}
     folder = folder_of(m, tmp_path / "folder", **extra)
     ours = empty(m.config).bfloat16()
-    weights.load(folder, ours)
+    hub.load(folder, ours)
     same(ours.state_dict(), {name: x.bfloat16() for name, x in m.state_dict().items()})
 
 
@@ -169,7 +171,7 @@ def test_a_tied_model_stays_tied(tmp_path):
     with_head = folder_of(m, tmp_path / "a", **{HEAD: m.lm_head.weight.detach().clone()})
     for folder in (with_head, folder_of(m, tmp_path / "b")):
         ours = empty(m.config)
-        weights.load(folder, ours)
+        hub.load(folder, ours)
         assert ours.lm_head.weight is ours.model.embed_tokens.weight
         same(ours.state_dict(), m.state_dict())
 
@@ -177,18 +179,18 @@ def test_a_tied_model_stays_tied(tmp_path):
 def test_digest_sees_every_byte_of_config_and_weights(tmp_path):
     m = model()
     folder = folder_of(m, tmp_path / "a")
-    first = weights.digest(folder)
+    first = hub.digest(folder)
     shutil.copytree(folder, tmp_path / "b")
     (tmp_path / "b" / "tokenizer.model").write_text("another")
-    assert weights.digest(tmp_path / "b") == first and len(first) == 64
+    assert hub.digest(tmp_path / "b") == first and len(first) == 64
     digests = {first}
-    weights.save(m, tmp_path / "c", folder, shard_bytes=20_000)
-    digests.add(weights.digest(tmp_path / "c"))
-    for name in ("config.json", disk.SINGLE):
+    hub.save(m, tmp_path / "c", folder, shard_bytes=20_000)
+    digests.add(hub.digest(tmp_path / "c"))
+    for name in ("config.json", locate.SINGLE):
         content = bytearray((folder / name).read_bytes())
         content[-5] ^= 1
         (folder / name).write_bytes(content)
-        digests.add(weights.digest(folder))
+        digests.add(hub.digest(folder))
     assert len(digests) == 4
 
 
@@ -196,26 +198,26 @@ def test_fresh_weights(tmp_path):
     m = model()
     folder = folder_of(m, tmp_path / "base")
     with pytest.raises(ValueError, match="base has weights already; choose another folder"):
-        weights.fresh(folder, 5)
-    (folder / disk.SINGLE).unlink()
-    weights.fresh(folder, 5)
-    assert (folder / disk.SINGLE).stat().st_mode & 0o777 == 0o644
-    first = load_file(folder / disk.SINGLE)
+        hub.fresh(folder, 5)
+    (folder / locate.SINGLE).unlink()
+    hub.fresh(folder, 5)
+    assert (folder / locate.SINGLE).stat().st_mode & 0o777 == 0o644
+    first = load_file(folder / locate.SINGLE)
     assert {x.dtype for x in first.values()} == {torch.float32}
-    weights.load(folder, empty(m.config))
-    (folder / disk.SINGLE).unlink()
-    weights.fresh(folder, 5)
-    same(first, load_file(folder / disk.SINGLE))
+    hub.load(folder, empty(m.config))
+    (folder / locate.SINGLE).unlink()
+    hub.fresh(folder, 5)
+    same(first, load_file(folder / locate.SINGLE))
     assert len(list(folder.iterdir())) == 4
 
 
 RANK = """
+from zephyr.weights import hub
 import sys
 from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
-from zephyr import weights
 from zephyr.model import Mistral
 
 where, rank, size = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
@@ -224,20 +226,20 @@ dist.init_process_group("gloo", init_method=f"file://{where}/store", rank=rank, 
 
 def sharded():
     with torch.device("meta"):
-        model = Mistral(weights.config(where / "base"))
+        model = Mistral(config_json.read(where / "base"))
     for block in model.model.layers:
         fully_shard(block)
     return fully_shard(model).to_empty(device="cpu")
 
 
 model = sharded()
-weights.load(where / "base", model)
+hub.load(where / "base", model)
 assert model.lm_head.weight.to_local().shape[0] < 101
-weights.save(model, where / "out", where / "base", shard_bytes=20_000)
+hub.save(model, where / "out", where / "base", shard_bytes=20_000)
 dist.barrier()
 for act, mine in (
-    (lambda: weights.save(model, where / "out", where / "base"), rank == 0),
-    (lambda: weights.load(where / "broken", sharded()), rank == size - 1),
+    (lambda: hub.save(model, where / "out", where / "base"), rank == 0),
+    (lambda: hub.load(where / "broken", sharded()), rank == size - 1),
 ):
     try:
         act()
@@ -275,6 +277,6 @@ def test_three_ranks_equal_one(tmp_path):
         for process in processes:
             process.kill()
     assert all(process.returncode == 0 for process in processes), "\n".join(errors)
-    weights.save(m, tmp_path / "one", base, shard_bytes=20_000)
-    assert weights.digest(tmp_path / "out") == weights.digest(tmp_path / "one")
+    hub.save(m, tmp_path / "one", base, shard_bytes=20_000)
+    assert hub.digest(tmp_path / "out") == hub.digest(tmp_path / "one")
     assert not [p.name for p in tmp_path.iterdir() if p.name.startswith(".out")]

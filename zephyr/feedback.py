@@ -26,8 +26,10 @@ from typing import Literal, NamedTuple
 
 from tqdm import tqdm
 
-from zephyr import exits, forms
-from zephyr.files import BadRow, BadRows, expand, home, read_rows, shown, write_rows, writing
+from zephyr.data import forms
+from zephyr.data.readers import BadRow, BadRows, expand, read_rows, write_rows, writing
+from zephyr.files import home, shown
+from zephyr.run import exits
 from zephyr.tokenizer import conversation
 
 # parts of a prompt that a pair has no place for

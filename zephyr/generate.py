@@ -16,10 +16,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from zephyr import base, exits, files, huggingface, machine, weights
+from zephyr import files
+from zephyr.architecture import MistralConfig
 from zephyr.attention import Layout, visible
-from zephyr.model import Mistral, MistralConfig
+from zephyr.distributed import machine
+from zephyr.model import Mistral
+from zephyr.run import exits
 from zephyr.tokenizer import Tokenizer
+from zephyr.weights import base, config_json, hub
 
 
 class Cache:
@@ -157,7 +161,7 @@ def load(folder: str) -> tuple[Mistral, Tokenizer]:
     with torch.device("meta"):
         model = Mistral(shape).to(torch.bfloat16 if cuda else torch.float32)
     model.to_empty(device="cuda" if cuda else "cpu")
-    weights.load(folder, model)
+    hub.load(folder, model)
     return model.eval(), tokenizer
 
 
@@ -224,7 +228,7 @@ def main() -> None:
     model, tokenizer = load(args.model)
     sampling = {"temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
     if args.empty_system is None:
-        args.empty_system = huggingface.empty_system(Path(args.model)) is not False
+        args.empty_system = config_json.empty_system(Path(args.model)) is not False
     opens = args.system or args.empty_system
     messages = [{"role": "system", "content": args.system}] if opens else []
     while asked := args.prompt or ask():

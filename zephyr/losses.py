@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import kernels
-from zephyr.exits import shared
+from zephyr.errors import shared
 
 METRICS = (
     "loss",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kernels
-from zephyr.huggingface import MistralConfig
+from zephyr.architecture import MistralConfig
 
 
 class Normed(torch.autograd.Function):

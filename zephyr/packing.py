@@ -1,24 +1,27 @@
-"""Token arrays to packed batches, and the plan of which batch runs when and on which rank.
+"""Sequences to one packed micro-batch: Batch, pack_pairs, pack_documents.
 
-Everything is packed and nothing is padded: a micro-batch is one row of tokens without a batch
-axis. What an optimizer step holds depends on (seed, step) alone; the token budget and the number
-of ranks only cut it into micro-batches.
+Everything is packed and nothing is padded (sequence packing): a micro-batch is one pack of tokens,
+without a batch axis.
 
-T rows  N predicting rows  G gathered keys
-"""
+T tokens of the pack  N predicting tokens  G gathered keys"""
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from zephyr.attention import Layout
-from zephyr.data import Pair, Tokens
+
+
+class Pair(NamedTuple):
+    """Token ids. Both responses continue the same prompt, which ends in the assistant's header."""
+
+    prompt: np.ndarray
+    chosen: np.ndarray
+    rejected: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -120,32 +123,6 @@ def pack_documents(pieces: list[tuple[np.ndarray, np.ndarray, int]]) -> Batch:
     return replace(batch, documents=tuple(number for _, _, number in pieces))
 
 
-def ahead(
-    microbatches: Callable[[int], list[Batch]],
-    steps: range,
-    device: torch.device,
-    phase: Callable[[str], AbstractContextManager],
-) -> Iterator[tuple[int, list[Batch]]]:
-    """(step, its micro-batches) for each of `steps`; while one is used, a thread packs the next.
-    What it takes to wait for the thread is the phase `data`."""
-
-    def make(step: int) -> list[Batch]:
-        made = microbatches(step)
-        return [batch.pinned() for batch in made] if cuda else made
-
-    cuda = device.type == "cuda"
-    # a thread starts on the first GPU, and pinning there would take memory of it
-    start = {"initializer": torch.cuda.set_device, "initargs": (device,)} if cuda else {}
-    with ThreadPoolExecutor(1, **start) as pool:
-        coming = pool.submit(make, steps.start) if steps else None
-        for step in steps:
-            with phase("data"):
-                batches = coming.result()
-            if step + 1 in steps:
-                coming = pool.submit(make, step + 1)
-            yield step, batches
-
-
 def nothing() -> Batch:
     """The micro-batch of a rank that has none left: one token that predicts nothing, so that
     every rank takes part in the same collectives. Its gradient is exactly zero."""
@@ -166,167 +143,3 @@ def _batch(tokens, position, queries, keys, rows, predict, targets, response, pa
         max_k=int(np.diff(keys).max()),
     )
     return Batch(flat(tokens), layout, flat(predict), flat(targets), flat(response), flat([pairs]))
-
-
-def bins(lengths: np.ndarray, budget: int, multiple: int = 1) -> list[list[int]]:
-    """Item numbers in bins of at most `budget` tokens; the number of bins is a multiple of
-    `multiple`, and some may be empty.
-
-    First-fit decreasing finds how many bins are needed; then, so that no rank waits for another,
-    the items are dealt again, longest first, to the emptiest bin, if that keeps the budget.
-    """
-    order = np.argsort(-lengths, kind="stable")
-    loads: list[int] = []
-    first_fit: list[list[int]] = []
-    for item in order.tolist():
-        size = int(lengths[item])
-        fit = next((b for b, load in enumerate(loads) if load + size <= budget), len(loads))
-        if fit == len(loads):
-            loads.append(0)
-            first_fit.append([])
-        loads[fit] += size
-        first_fit[fit].append(item)
-    count = -(-len(first_fit) // multiple) * multiple
-    even: list[list[int]] = [[] for _ in range(count)]
-    loads = [0] * count
-    for item in order.tolist():
-        emptiest = loads.index(min(loads))
-        loads[emptiest] += int(lengths[item])
-        even[emptiest].append(item)
-    if max(loads, default=0) <= budget:
-        return even
-    return first_fit + [[] for _ in range(count - len(first_fit))]
-
-
-@dataclass(frozen=True)
-class PairPlan:
-    """Which pairs run in which step, micro-batch and rank.
-
-    Epoch e visits the pairs in the order of permutation(seed, e); step s takes the next `batch` of
-    them, the last of an epoch what is left. With `shuffle` false the order is the data's own.
-    """
-
-    data: Tokens
-    batch: int
-    budget: int
-    seed: int
-    rank: int
-    world: int
-    shuffle: bool = True
-
-    def __post_init__(self) -> None:
-        _enough(self.batch, self.world)
-        longest = int(self.data.pair_lengths().max())
-        if longest > self.budget:
-            raise ValueError(
-                f"--microbatch-tokens {self.budget} is less than the longest pair, {longest} "
-                "packed tokens; raise it or lower --max-length"
-            )
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return -(-len(self.data) // self.batch)
-
-    def step(self, step: int) -> np.ndarray:
-        """The pairs of optimizer step `step`, counted from 0 through all epochs."""
-        epoch, k = divmod(step, self.steps_per_epoch)
-        order = permutation(len(self.data), self.seed, epoch) if self.shuffle else None
-        numbers = np.arange(len(self.data)) if order is None else order
-        return numbers[k * self.batch : (k + 1) * self.batch]
-
-    def microbatches(self, step: int) -> list[Batch]:
-        """This rank's share of a step; every rank gets as many, some perhaps of nothing."""
-        numbers = self.step(step)
-        groups = bins(self.data.pair_lengths()[numbers], self.budget, self.world)
-        mine = [numbers[group].tolist() for group in groups[self.rank :: self.world]]
-        return [pack_pairs([self.data.pair(k) for k in m], m) if m else nothing() for m in mine]
-
-    def epoch(self) -> Iterator[Batch]:
-        """This rank's micro-batches of one whole pass."""
-        return (b for step in range(self.steps_per_epoch) for b in self.microbatches(step))
-
-
-@dataclass(frozen=True)
-class DocumentPlan:
-    """Which rows of tokens run in which step, micro-batch and rank.
-
-    Epoch e lays the documents end to end in the order of permutation(seed, e) and cuts them into
-    rows of `length` inputs, as Zephyr did, but a row's pieces never see each other. Each token but
-    a document's first is predicted exactly once: a piece cut off at a row's end still predicts the
-    id that opens the next row. Step s takes the next `batch` rows.
-    """
-
-    data: Tokens
-    batch: int
-    length: int
-    budget: int
-    seed: int
-    rank: int
-    world: int
-    train_on: str = "all"
-    shuffle: bool = True
-
-    def __post_init__(self) -> None:
-        _enough(self.batch, self.world)
-
-    @property
-    def rows_per_epoch(self) -> int:
-        inputs = len(self.data.ids) - len(self.data)
-        return -(-inputs // self.length)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return -(-self.rows_per_epoch // self.batch)
-
-    def row(self, epoch: int, row: int) -> list[tuple[np.ndarray, np.ndarray, int]]:
-        """The pieces (ids, trained, document) of one row."""
-        order, ends = _stream(self.data, self.seed, epoch, self.shuffle)
-        start, stop = row * self.length, min((row + 1) * self.length, int(ends[-1]))
-        pieces = []
-        k = int(np.searchsorted(ends, start, side="right"))
-        while start < stop:
-            document = int(order[k])
-            end = int(self.data.ends[document, 0])
-            a = end - 1 - (int(ends[k]) - start)  # in the flat arrays, where the piece starts
-            taken = min(int(ends[k]), stop) - start
-            ids = self.data.ids[a : a + taken + 1]
-            everything = self.train_on == "all"
-            trained = np.ones(taken + 1, bool) if everything else self.data.mask[a : a + taken + 1]
-            pieces.append((ids, trained, document))
-            start += taken
-            k += 1
-        return pieces
-
-    def microbatches(self, step: int) -> list[Batch]:
-        """This rank's share of a step; every rank gets as many, some perhaps of nothing."""
-        epoch, k = divmod(step, self.steps_per_epoch)
-        rows = np.arange(k * self.batch, min((k + 1) * self.batch, self.rows_per_epoch))
-        groups = bins(np.full(len(rows), self.length), self.budget, self.world)
-        return [
-            pack_documents([p for row in rows[group] for p in self.row(epoch, int(row))])
-            if group
-            else nothing()
-            for group in groups[self.rank :: self.world]
-        ]
-
-    def epoch(self) -> Iterator[Batch]:
-        """This rank's micro-batches of one whole pass."""
-        return (b for step in range(self.steps_per_epoch) for b in self.microbatches(step))
-
-
-def _enough(batch: int, world: int) -> None:
-    if batch < world:
-        raise ValueError(f"--batch {batch} is less than the {world} ranks; each needs a share")
-
-
-@lru_cache(maxsize=2)
-def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(n)
-
-
-@lru_cache(maxsize=2)
-def _stream(data: Tokens, seed: int, epoch: int, shuffle: bool) -> tuple[np.ndarray, np.ndarray]:
-    """The epoch's order of documents, and the count of inputs up to each one's end."""
-    order = permutation(len(data), seed, epoch) if shuffle else np.arange(len(data))
-    inputs = np.diff(data.ends[:, 0], prepend=0) - 1
-    return order, np.cumsum(inputs[order])

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zephyr import exits, toy
 from zephyr.attention import Layout
 from zephyr.model import Mistral, initialise
+from zephyr.run import exits
 from zephyr.tokenizer import Tokenizer
-from zephyr.weights import config
+from zephyr.toy import birds
+from zephyr.weights import config_json
 
 Pair = tuple[list[int], list[int], list[int]]  # token ids of prompt, chosen, rejected
 REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
@@ -84,12 +85,12 @@ class Alone(Mistral):
 
 
 def main() -> None:
-    base = toy.ensure() / "base"
-    toy.ensure_pairs()
-    model, tokenizer = Alone(config(base)), Tokenizer(base)
+    base = birds.ensure() / "base"
+    birds.ensure_pairs()
+    model, tokenizer = Alone(config_json.read(base)), Tokenizer(base)
     initialise(model, seed=0)
     pairs = []
-    for row in toy.rows(toy.FOLDER / "pairs.train.jsonl.gz")[:160]:
+    for row in birds.rows(birds.FOLDER / "pairs.train.jsonl.gz")[:160]:
         prompt = tokenizer.prompt(row["chosen"][:-1])
         whole = [tokenizer.render(row[side]).ids for side in ("chosen", "rejected")]
         pairs.append((prompt, *(ids[len(prompt) :] for ids in whole)))

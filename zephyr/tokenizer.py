@@ -17,8 +17,9 @@ from typing import NamedTuple
 
 import sentencepiece
 
-from zephyr import disk, folders
+from zephyr import files
 from zephyr.files import blank, plain, shown
+from zephyr.weights import locate
 
 ROLES = ("system", "user", "assistant")
 MODEL_BYTES = 64 << 20  # Mistral's tokenizer.model has half a megabyte, a large one five
@@ -84,7 +85,7 @@ class Tokenizer:
     """
 
     def __init__(self, path: str | Path):
-        self.path = folders.tokenizer_file(Path(path))
+        self.path = locate.tokenizer_file(Path(path))
         if (size := self.path.stat().st_size) > MODEL_BYTES:
             raise ValueError(f"{self.path}: {size:,} bytes, so not a sentencepiece model")
         data = self.path.read_bytes()
@@ -93,7 +94,7 @@ class Tokenizer:
         try:
             self.sp.load_from_serialized_proto(data)
         except (RuntimeError, UnicodeDecodeError) as error:  # it may quote a damaged piece
-            disk.recognise(self.path, data[:500])
+            files.recognise_weights(self.path, data[:500])
             if re.match(rb"[\w+/=]+ \d+\n", data):
                 raise ValueError(
                     f"{self.path} is a tiktoken file, as Llama 3's; sentencepiece "

@@ -1,0 +1,337 @@
+"""Rows in and out: .jsonl, .json, either gzipped, .parquet; streamed, errors with their place."""
+
+import gzip
+import json
+import math
+import os
+import re
+import zlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from glob import escape, glob
+from itertools import count
+from pathlib import Path
+from typing import BinaryIO
+
+from zephyr.files import atomic, home, plain, recognise, unique
+
+LINE_BYTES = 16 << 20  # longest line, decompressed: bounds the memory a gzip bomb can take
+LIST_BYTES = 1 << 30  # longest .json list, which has to be read whole
+UNREAD = object()  # the value of a column that is there but is not read
+RATIO = 200  # beyond LIST_BYTES, bytes that one of gzip may become: text stays far below, bombs not
+
+
+def _bare(row: dict) -> dict:
+    """The row itself, without the nulls in its objects, and the maps of parquet made objects."""
+    stack: list[dict | list] = [row]
+    while stack:
+        part = stack.pop()
+        for key, x in list(part.items() if isinstance(part, dict) else enumerate(part)):
+            if x is None and isinstance(part, dict):
+                del part[key]
+            elif isinstance(x, list) and x and all(isinstance(pair, tuple) for pair in x):
+                part[key] = x = dict(x)
+            if isinstance(x, dict | list):
+                stack.append(x)
+    return row
+
+
+class BadRow(ValueError):
+    """A row the user may choose to skip; the message starts with its place, "pairs.jsonl:17: "."""
+
+
+class BadRows:
+    """What happens to bad rows: "stop" raises at the first; "skip" drops, counts and remembers 20.
+
+    Skipping is for the odd broken row: `check`, called once all rows are read, raises when more
+    than 1 % of them were bad. The share is taken literally in small files too: one bad row in 50
+    is 2 % and stops, so of fewer than 100 rows none may be bad.
+    """
+
+    def __init__(self, policy: str = "stop"):
+        if policy not in ("stop", "skip"):
+            raise ValueError(f"on-bad-row {policy!r} is neither stop nor skip")
+        self.policy, self.rows, self.skipped, self.messages = policy, 0, 0, []
+        self.empty: list[str] = []  # files without a row
+
+    def seen(self, n: int = 1) -> None:
+        """Count n rows. read_rows does so for every row it reads with `bad`: do not count again."""
+        self.rows += n
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """Around one row's work: a BadRow ends the block, quietly when skipping."""
+        try:
+            yield
+        except BadRow as error:
+            if self.policy == "stop":
+                raise
+            self.skipped += 1
+            if len(self.messages) < 20:
+                self.messages.append(str(error))
+
+    def check(self) -> None:
+        """Raises ValueError when more than 1 % of the rows seen were skipped."""
+        if self.skipped * 100 > self.rows:
+            raise ValueError(
+                f"{self.skipped} of {self.rows} rows are bad, more than the 1 % that "
+                f"may be skipped; the first: {self.messages[0]}"
+            )
+
+    def report(self) -> str:
+        """A line for each empty file, the count of skipped rows and a line for each of the first
+        20; "" when there is nothing to tell."""
+        lines = [f"{path} is empty: no row comes from it" for path in self.empty]
+        if self.skipped:
+            lines.append(
+                f"skipped {self.skipped} bad rows of {self.rows}; the first {len(self.messages)}:"
+            )
+        return "\n".join([*lines, *(f"  {message}" for message in self.messages)])
+
+
+def expand(paths: Sequence[str | Path]) -> list[Path]:
+    """The files that paths and globs name, in the order given, sorted within a glob.
+
+    What exists is taken by its name, whatever brackets and stars are in it; likewise the folders
+    that a glob begins with. Raises ValueError for a folder, for what names no file, and for one
+    file named twice, under whatever names.
+    """
+    files: dict[tuple[int, int], str] = {}
+    for path in map(home, paths):
+        if os.path.isdir(path):
+            raise ValueError(f"{path} is a folder; name its files, as {path.rstrip('/')}/*.jsonl")
+        found = (
+            [path]
+            if os.path.exists(path)
+            else sorted(p for p in glob(_escaped(path), recursive=True) if not os.path.isdir(p))
+        )
+        if not found:
+            raise ValueError(f"{path}: no such file")
+        for name in found:
+            if os.path.exists(name) and not os.path.isfile(name):
+                raise ValueError(
+                    f"{name} is a pipe or a device; data is read twice, so give a file"
+                )
+            try:
+                about = os.stat(name)
+            except OSError as error:
+                raise ValueError(f"{name}: cannot read: {error.strerror or error}") from error
+            if first := files.get(file := (about.st_dev, about.st_ino)):
+                also = "" if first == name else f", also as {first}"
+                raise ValueError(
+                    f"{name} is given twice{also}; its rows would count double, so name it once"
+                )
+            files[file] = name
+    return list(map(Path, files.values()))
+
+
+def _escaped(path: str) -> str:
+    """The glob with the longest part of it that is a folder meant as it is spelled."""
+    parts = path.split("/")
+    for k in range(len(parts) - 1, 0, -1):
+        if os.path.isdir(folder := "/".join(parts[:k])):
+            return "/".join([escape(folder), *parts[k:]])
+    return path
+
+
+def read_rows(
+    path: Path, bad: BadRows | None = None, columns: Collection[str] | None = None
+) -> Iterator[tuple[str, dict]]:
+    """(where, row) of every row; where is "pairs.jsonl:17", the line (.json, .parquet: the row).
+
+    Lines and rows count from 1; blank lines are skipped but count. Of `columns` only the values are
+    read, where given, and without nulls: the others are UNREAD, so nothing in them can stop a row
+    or a file. A row that is no JSON object or whose text is malformed is a BadRow, which `bad` may
+    skip; `bad` also counts the rows and notes a file without any, which is else a ValueError. Any
+    other trouble with the file is a ValueError.
+    """
+    path, told, bad = Path(path), bad is not None, bad or BadRows()
+    before = bad.rows
+    rows = _parquet(path, columns) if path.suffix.lower() == ".parquet" else _json(path)
+    for where, data, offset in rows:
+        bad.seen()
+        row = None
+        with bad.guard():
+            row = data if isinstance(data, dict) else _row(where, data, offset, columns)
+        if row is not None:
+            yield where, row
+    if bad.rows == before:
+        if not told:
+            raise ValueError(f"{path} is empty")
+        bad.empty.append(str(path))
+
+
+def write_rows(path: Path | str, rows: Iterable[dict]) -> None:
+    """Write .jsonl or .jsonl.gz, all or nothing; equal rows give equal bytes."""
+    with writing(path) as write:
+        for row in rows:
+            write(row)
+
+
+@contextmanager
+def writing(path: Path | str) -> Iterator[Callable[[dict], object]]:
+    """A function that appends a row to .jsonl or .jsonl.gz, which appears once the block ends."""
+    if not str(path).endswith((".jsonl", ".jsonl.gz")):
+        raise ValueError(f"{path}: rows are written as .jsonl or .jsonl.gz")
+    zipped = str(path).endswith(".gz")
+    dump = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
+    with atomic(path) as file:
+        # no name and no time in the gzip header: the bytes depend on the rows alone
+        with gzip.GzipFile("", "wb", 6, file, mtime=0) if zipped else nullcontext(file) as out:
+            yield lambda row: out.write(f"{dump(row)}\n".encode())
+
+
+def _json(path: Path) -> Iterator[tuple[str, bytes, int]]:
+    """(where, the row's bytes, their offset) for .jsonl and .json, plain or gzipped."""
+    name = path.name.lower()
+    if not name.endswith((".jsonl", ".json", ".jsonl.gz", ".json.gz")):
+        raise ValueError(f"{path} is none of .jsonl, .json, .jsonl.gz, .json.gz, .parquet")
+    line, limit = 0, math.inf
+    try:
+        with open(path, "rb") as stream:
+            if name.endswith(".gz") and stream.peek(1):
+                if not stream.peek(2).startswith(b"\x1f\x8b"):
+                    recognise(path, stream.peek(512))
+                    raise ValueError(f"{path} is not gzip-compressed; take .gz off its name")
+                limit = max(LIST_BYTES, RATIO * os.fstat(stream.fileno()).st_size)
+                stream = gzip.GzipFile(fileobj=stream)
+            if not recognise(path, stream.peek(512)).startswith(b"["):
+                for line, data, offset in _lines(stream, limit):
+                    yield f"{path}:{line}", data, offset
+            elif ".jsonl" in name:
+                raise ValueError(f"{path} is a JSON list, not an object per line; name it .json")
+            else:
+                yield from _elements(path, stream)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path}: gzip data damaged after line {line}: {error}") from error
+    except OSError as error:
+        raise ValueError(f"{path}: cannot read: {error.strerror or error}") from error
+
+
+def _lines(stream: BinaryIO, limit: float) -> Iterator[tuple[int, bytes, int]]:
+    """(line, text, byte offset); an overlong line comes cut, one byte over LINE_BYTES.
+
+    Raises BadGzipFile for a stream of more than `limit` bytes.
+    """
+    line = offset = 0
+    while text := stream.readline(LINE_BYTES + 1):
+        line += 1
+        if text.strip():
+            yield line, text, offset
+        offset += len(text)
+        while not text.endswith(b"\n") and (text := stream.readline(LINE_BYTES)):
+            offset += len(text)
+            _bounded(offset, limit)
+        _bounded(offset, limit)
+
+
+def _bounded(offset: int, limit: float) -> None:
+    if offset > limit:
+        raise gzip.BadGzipFile(f"it swells to over {RATIO} times its size, as a bomb does")
+
+
+def _elements(path: Path, stream: BinaryIO) -> Iterator[tuple[str, bytes, int]]:
+    """(where, the row's bytes, their offset) for the elements of one JSON list."""
+    data = stream.read(LIST_BYTES + 1)
+    if len(data) > LIST_BYTES:
+        raise ValueError(
+            f"{path}: a JSON list over {LIST_BYTES >> 20} MiB; write it as .jsonl, "
+            "which is read by the line"
+        )
+    # a byte that is not UTF-8 survives the round trip, for its row to be blamed
+    text = data.decode(errors="surrogateescape")
+    find_end = json.JSONDecoder(parse_int=_integer).raw_decode
+    separator = re.compile(r"\s*(,|\]\s*$)\s*", re.A)
+    at = re.match(r"\ufeff?\s*\[\s*", text).end()
+    if re.fullmatch(r"\]\s*", text[at:]):
+        return
+    offset = len(text[:at].encode())
+    for row in count(1):
+        where = f"{path}:{row}"
+        try:
+            end = find_end(text, at)[1]
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{where}: {_malformed(error)}") from error
+        data = text[at:end].encode(errors="surrogateescape")
+        yield where, data, offset
+        mark = separator.match(text, end)
+        if not mark:
+            raise ValueError(f"{where}: malformed JSON: no comma and no end of the list follows")
+        if mark[1] != ",":
+            return
+        at = mark.end()
+        offset += len(data) + len(mark[0])
+
+
+def _row(where: str, data: bytes, offset: int, columns: Collection[str] | None) -> dict:
+    """The object that a row's bytes spell; BadRow for what JSON or UTF-8 does not allow.
+
+    NaN and Infinity are numbers, as Python writes them and as they are in parquet: who needs a
+    finite number, or text, asks for it.
+    """
+    if len(data) > LINE_BYTES:
+        raise BadRow(f"{where}: longer than {LINE_BYTES >> 20} MiB, the limit for one row")
+    try:
+        text = data.decode().removeprefix("\ufeff").rstrip("\r\n")
+        row = json.loads(text, parse_int=_integer, object_pairs_hook=unique)
+        if columns is not None and isinstance(row, dict):
+            row = _bare({name: x if name in columns else UNREAD for name, x in row.items()})
+        if re.search(r"\\u[dD][89a-fA-F]", text):
+            json.dumps(row, ensure_ascii=False, default=lambda unread: None).encode()
+    except UnicodeDecodeError as error:
+        byte, at = data[error.start], offset + error.start
+        raise BadRow(f"{where}: byte 0x{byte:02x} at offset {at} is not UTF-8") from error
+    except UnicodeEncodeError as error:
+        lone = ord(error.object[error.start])
+        raise BadRow(f"{where}: the lone surrogate \\u{lone:04x} is not text") from error
+    except (ValueError, RecursionError) as error:
+        raise BadRow(f"{where}: {_malformed(error)}") from error
+    if not isinstance(row, dict):
+        raise BadRow(f"{where}: a row is a JSON object, this is a {type(row).__name__}")
+    return row
+
+
+def _malformed(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "malformed JSON: nested too deeply"
+    # a .jsonl row is always its own line 1, which would read as the file's
+    return "malformed JSON: " + str(error).split(";")[0].replace(" line 1 ", " ")
+
+
+def _integer(digits: str) -> int | float:
+    """Python makes no integer of more than 4300 digits; that many are infinity, as 1e400 is."""
+    return int(digits) if len(digits) < 4300 else float(digits)
+
+
+def _parquet(path: Path, columns: Collection[str] | None) -> Iterator[tuple[str, dict, int]]:
+    """(where, row, 0) for parquet, 256 rows in memory at a time."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ValueError(f"{path}: needs pyarrow; pip install zephyr-dpo[parquet]") from error
+    number = 0
+    try:
+        with open(path, "rb") as stream:
+            head = stream.peek(512)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot read: {error.strerror or error}") from error
+    if not head:
+        return
+    if not head.startswith(b"PAR1"):
+        recognise(path, head)
+        raise ValueError(f"{path} is not a parquet file; name it for what it is")
+    try:
+        with parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            used = [name for name in names if columns is None or name in columns]
+            unread = dict.fromkeys(set(names).difference(used), UNREAD)
+            unique([(name, None) for name in used])
+            for batch in file.iter_batches(batch_size=256, columns=used):
+                for row in batch.to_pylist() if used else [{}] * batch.num_rows:
+                    number += 1
+                    yield f"{path}:{number}", row if columns is None else _bare(row | unread), 0
+    # a date that Python cannot hold is a ValueError or an OverflowError
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        why = plain(" ".join(str(error).split()), 200)
+        raise ValueError(f"{path}: cannot read past row {number}: {why}") from error

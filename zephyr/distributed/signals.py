@@ -1,0 +1,46 @@
+"""SIGTERM and SIGUSR1 ask a run to stop; zephyr/run/folder.py then saves at the end of a step."""
+
+import os
+import signal
+import socket
+import threading
+import time
+
+STOPS = (signal.SIGTERM, signal.SIGUSR1)
+_asked: float | None = None  # when the first signal came
+_ears: socket.socket | None = None
+
+
+def stop_wanted() -> bool:
+    """Has one come to this rank? The others may not have it yet: see parallel.agree."""
+    return _asked is not None
+
+
+def listen() -> None:
+    """Let the first SIGTERM or SIGUSR1 be noted, and one a second later end the process.
+
+    torchrun and Slurm may both send it, to all, so what comes within the second is the same signal.
+    Python runs handlers between its own instructions, never while a collective waits, so a thread
+    hears of signals through a socket instead: then the second one ends a hung run too.
+    """
+    global _asked, _ears
+    _asked = None
+    if _ears is not None or threading.current_thread() is not threading.main_thread():
+        return
+    _ears, mouth = socket.socketpair()
+    mouth.setblocking(False)
+    signal.set_wakeup_fd(mouth.detach(), warn_on_full_buffer=False)
+    for number in STOPS:
+        signal.signal(number, lambda *_: None)
+    threading.Thread(target=_obey, args=(_ears,), daemon=True).start()
+
+
+def _obey(ears: socket.socket) -> None:
+    global _asked
+    while number := ears.recv(1):
+        if number[0] not in STOPS:  # Ctrl-C stays Python's
+            continue
+        if _asked is None:
+            _asked = time.monotonic()
+        elif time.monotonic() - _asked > 1:
+            os._exit(143)

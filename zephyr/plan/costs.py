@@ -1,0 +1,226 @@
+"""What a step costs, in closed form: parameters, FLOPs, bytes. No torch.
+
+Bytes are those of tensors. What an allocator and a CUDA context take as well is in
+zephyr/plan/fit.py.
+
+T rows  G gathered keys  N predicting rows  D width  F MLP width  H query heads  K key/value heads
+E head width  V vocabulary  L layers
+"""
+
+from typing import NamedTuple
+
+from zephyr.architecture import MistralConfig
+
+WORKSPACE, CHUNK = 2**30, 4096  # of kernels.linear_logprob: its default, its rows at a time
+
+
+class Card(NamedTuple):
+    """A GPU; rates go in one direction."""
+
+    gib: float  # memory as torch reports it, GiB = 2**30
+    flops: float  # dense bf16 FLOP/s
+    link: float  # bytes/s to the GPUs of its node: NVLink, or PCIe where there is none
+    network: float  # bytes/s to other nodes: its share of what the node has
+
+
+# by a word of the device's name, the first that fits. Peaks and links are NVIDIA's data sheets';
+# the network is what such nodes usually have, DGX systems one adapter for each GPU
+CARDS = {
+    "H100 PCIe": Card(79.1, 756e12, 64e9, 25e9),
+    "H100 NVL": Card(93.1, 835e12, 64e9, 25e9),
+    "H100": Card(79.1, 989e12, 450e9, 50e9),
+    "H200": Card(139.8, 989e12, 450e9, 50e9),
+    "GH200": Card(94.5, 989e12, 450e9, 50e9),
+    "B200": Card(178.3, 2250e12, 900e9, 50e9),
+    "A100-40": Card(39.4, 312e12, 300e9, 25e9),
+    "A100": Card(79.1, 312e12, 300e9, 25e9),
+    "L40S": Card(44.4, 362e12, 32e9, 12.5e9),
+    "RTX 4090": Card(23.5, 165e12, 32e9, 1.25e9),
+}
+
+
+class Load(NamedTuple):
+    """What of packed rows decides their cost."""
+
+    tokens: float  # rows, a shared prompt's once
+    gathered: float  # keys, a shared prompt's twice
+    predicted: float  # rows that the head runs on
+    attended: float  # visible (query, key) pairs of one layer
+
+    def times(self, n: float) -> "Load":
+        return Load(*(n * x for x in self))
+
+
+def causal(length: int, window: int | None) -> int:
+    """Visible (query, key) pairs of a sequence."""
+    full = min(length, window or length)
+    return full * (full + 1) // 2 + (length - full) * full
+
+
+def pair(prompt: int, chosen: int, rejected: int, window: int | None) -> Load:
+    """A pair as `packing.pack_pairs` lays it out; a response's last token is no input."""
+    one, other = prompt + chosen - 1, prompt + rejected - 1
+    attended = causal(one, window) + causal(other, window) - causal(prompt, window)
+    return Load(one + other - prompt, one + other * (rejected > 1), chosen + rejected, attended)
+
+
+def document(length: int, window: int | None) -> Load:
+    """A row of one document, each of whose tokens predicts the next."""
+    return Load(length, length, length, causal(length, window))
+
+
+def parameters(c: MistralConfig) -> dict[str, int]:
+    """Their number, by part; a tied head has none of its own."""
+    D, L, E = c.hidden_size, c.num_hidden_layers, c.head_dim
+    return {
+        "embedding": c.vocab_size * D,
+        "attention": L * 2 * D * E * (c.num_attention_heads + c.num_key_value_heads),
+        "mlp": L * 3 * D * c.intermediate_size,
+        "norms": (2 * L + 1) * D,
+        "head": 0 if c.tie_word_embeddings else c.vocab_size * D,
+    }
+
+
+def units(c: MistralConfig) -> tuple[int, int]:
+    """Parameters of the two kinds of FSDP unit: a block; embedding, final norm and head."""
+    parts = parameters(c)
+    root = parts["embedding"] + c.hidden_size + parts["head"]
+    return (sum(parts.values()) - root) // c.num_hidden_layers, root
+
+
+def forward(c: MistralConfig, load: Load) -> dict[str, float]:
+    """FLOPs of one forward, by part. The last block's o_proj and MLP and the head see only the rows
+    that predict."""
+    D, L, E = c.hidden_size, c.num_hidden_layers, c.head_dim
+    H, K = c.num_attention_heads, c.num_key_value_heads
+    completed = (L - 1) * load.tokens + load.predicted
+    return {
+        "projections": 2.0 * D * E * ((H + 2 * K) * L * load.tokens + H * completed),
+        "mlp": 6.0 * D * c.intermediate_size * completed,
+        "attention": 4.0 * L * H * E * load.attended,
+        "head": 2.0 * c.vocab_size * D * load.predicted,
+    }
+
+
+def model_flops(c: MistralConfig, tokens: float, predicted: float, attended: float) -> float:
+    """FLOPs of forward and backward: three times the forward's.
+
+    `predicted` counts the rows the head runs on, `attended` the visible (query, key) pairs of one
+    layer. What recomputation, the reference pass and padding add is not counted: MFU is about
+    useful work. Nor are the scores that flash attention's backward computes again.
+    """
+    return 3 * sum(forward(c, Load(tokens, tokens, predicted, attended)).values())
+
+
+def recomputed(c: MistralConfig, load: Load, recompute: str) -> float:
+    """FLOPs that a backward does again: under `full` a block's forward but for its last matmul."""
+    parts = forward(c, load)
+    again = parts["projections"] + parts["mlp"] * 2 / 3 + parts["attention"]
+    return again if recompute == "full" else 0.0
+
+
+class Kept(NamedTuple):
+    """Numbers that a block keeps for its backward, per row; of fp32, those always so."""
+
+    before: int  # of every row, up to attention
+    keys: int  # of every gathered key
+    after: int  # of every row that goes on: in the last block only those that predict
+    picked: int  # of these in the last block, besides
+    before_fp32: int
+    after_fp32: int
+
+
+def kept(c: MistralConfig, recompute: str) -> Kept:
+    """What a block keeps; compiled it keeps no more. (Rows: x is a block's input, h a norm's
+    output, y the hidden states between attention and MLP.)"""
+    D, F, H = c.hidden_size, c.intermediate_size, c.num_attention_heads
+    q, kv = H * c.head_dim, c.num_key_value_heads * c.head_dim
+    return {
+        # x h q o, k v; y h, gate up product; norms' scales and attention's lse
+        "none": Kept(2 * D + 2 * q, 2 * kv, 2 * D + 3 * F, q, H + 1, 1),
+        # x q k v o as they leave the matmuls and attention; o_proj's output, gate up
+        "elementwise": Kept(D + 2 * q + 2 * kv, 0, D + 2 * F, 0, H, 0),
+        "full": Kept(D, 0, 0, 0, 0, 0),
+    }[recompute]
+
+
+def activations(c: MistralConfig, load: Load, recompute: str, itemsize: int) -> float:
+    """Bytes that a micro-batch's forward leaves for its backward, the head's G not counted, nor the
+    batch itself. itemsize is 2 for bf16, 4 for fp32."""
+    k, L, (T, G, N, _) = kept(c, recompute), c.num_hidden_layers, load
+    completed = (L - 1) * T + N
+    numbers = L * (k.before * T + k.keys * G) + k.after * completed + k.picked * N
+    fp32 = L * k.before_fp32 * T + k.after_fp32 * completed
+    # cos and sin; the final norm's input and output, its scales and the head's lse
+    numbers += c.head_dim * T + 2 * c.hidden_size * N
+    return itemsize * numbers + 4 * (fp32 + 2 * N)
+
+
+def block_backward(c: MistralConfig, load: Load, recompute: str, itemsize: int) -> float:
+    """Bytes for the moment of one block's backward: what it computes anew; four gradients, two of
+    the MLP's width and two of the model's; a weight's, once more in fp32 on its way to the rest."""
+    anew = Kept(*(x - y for x, y in zip(kept(c, "none"), kept(c, recompute), strict=True)))
+    numbers = (anew.before + anew.after) * load.tokens + anew.keys * load.gathered
+    numbers += 2 * (c.intermediate_size + c.hidden_size) * load.tokens
+    weight = c.intermediate_size * c.hidden_size
+    fp32 = (anew.before_fp32 + anew.after_fp32) * load.tokens + weight
+    return itemsize * (numbers + weight) + 4 * fp32
+
+
+def head_kept(c: MistralConfig, load: Load, itemsize: int, workspace: int = WORKSPACE) -> float:
+    """Bytes of G_NV, which the head keeps where it fits: `kernels.fused_logprob.keeps`."""
+    size = load.predicted * c.vocab_size * itemsize
+    return size if size <= workspace * 7 // 8 else 0
+
+
+def head(c: MistralConfig, load: Load, itemsize: int, workspace: int = WORKSPACE) -> float:
+    """Bytes for the moment of the head's forward and backward: G and a chunk of fp32 logits; dh and
+    what it is added up from; dw, once more in fp32 on its way to the gradients."""
+    N, V, D = load.predicted, c.vocab_size, c.hidden_size
+    logits = N * V * itemsize + min(N, CHUNK) * V * 4
+    return min(workspace, logits) + (4 + itemsize) * (N + V) * D
+
+
+def state(c: MistralConfig, shards: int, adam_state: str = "fp32") -> dict[str, int]:
+    """Bytes of a rank for what lasts from step to step. A split master takes the same 4 bytes as an
+    fp32 one: its bf16 half is the weight that computes."""
+    share = -(-sum(parameters(c).values()) // shards)
+    moments = {"fp32": 8, "bf16": 4}[adam_state]
+    return {"masters": 4 * share, "gradients": 4 * share, "moments": moments * share}
+
+
+def plain(ranks: int, precision: str, masters: str) -> bool:
+    """Whether the model is a plain module, without FSDP: the rule of `parallel.build`."""
+    return ranks == 1 and (precision == "fp32" or masters == "split")
+
+
+def sharding(c: MistralConfig, shards: int, itemsize: int, reshard: bool) -> dict[str, int]:
+    """Bytes of a rank for what FSDP gathers, and for gradients before they are scattered.
+
+    Gathered are embedding, norm and head throughout, and a block with, of several ranks, the next;
+    without `reshard` all. Gradients are whole for a block, in the weights' dtype and once more in
+    fp32 as reduce-scatter takes them, and for the head until the last of its unit are there; a
+    rank's share of a block, cast to be gathered and as it was scattered, is apart too.
+    """
+    block, root = units(c)
+    apart, blocks = shards > 1, c.num_hidden_layers
+    gathered = root + (min(1 + apart, blocks) if reshard else blocks) * block
+    buffers = (itemsize + 4) * (block + apart * block // shards)
+    buffers += itemsize * c.vocab_size * c.hidden_size
+    return {"gathered weights": itemsize * gathered, "gradient buffers": buffers}
+
+
+def traffic(
+    c: MistralConfig, shards: int, replicas: int, itemsize: int, reshard: bool
+) -> dict[str, float]:
+    """Bytes that a rank sends, and receives, for one micro-batch, by collective. Blocks are
+    gathered again for the backward if they were resharded; gradients are fp32."""
+    block, root = units(c)
+    blocks = c.num_hidden_layers * block
+    others = (shards - 1) / shards
+    return {
+        "all-gather, forward": itemsize * (root + blocks) * others,
+        "all-gather, backward": itemsize * blocks * others * reshard,
+        "reduce-scatter": 4 * (root + blocks) * others,
+        "all-reduce, replicas": 2 * 4 * (root + blocks) / shards * (replicas - 1) / replicas,
+    }

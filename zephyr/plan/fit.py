@@ -1,0 +1,106 @@
+"""What fits the memory of a GPU: the largest micro-batch, recomputation, resharding. No torch."""
+
+import bisect
+
+from zephyr.architecture import MistralConfig
+from zephyr.config import Training
+from zephyr.plan import costs
+from zephyr.plan.costs import Load
+
+GIB = 2**30
+CONTEXT = 1.0 * GIB  # CUDA's context, and what cuBLAS and NCCL hold
+FRAGMENTS = 0.04  # of all tensors: what an allocator whose segments grow holds and cannot use
+GRAIN = 128  # a budget is a multiple of this many tokens: a matmul's tile
+POLICIES = ("none", "elementwise", "full")
+ELEMENTWISE = 0.015  # of a step's time: what norms, rotations and products anew take
+FIXED = 256  # tokens' worth of time that a micro-batch takes besides: gradients are read and added
+
+
+def occupied(
+    c: MistralConfig, t: Training, ranks: int, load: Load, recompute: str, reshard: bool
+) -> dict[str, float]:
+    """Bytes of one GPU by part, at the peak of a micro-batch of `load`."""
+    # --precision auto is bf16 on every card there is a plan for
+    itemsize, shards = 2 if t.precision != "fp32" else 4, ranks // t.replicas
+    parts: dict[str, float] = {**costs.state(c, shards, t.adam_state)}
+    fsdp = (
+        {}
+        if costs.plain(ranks, t.precision, t.masters)
+        else costs.sharding(c, shards, itemsize, reshard)
+    )
+    parts |= fsdp
+    if getattr(t, "reference", "") == "live":
+        parts["live reference"] = parts["masters"] + fsdp.get("gathered weights", 0)
+    parts["activations"] = costs.activations(c, load, recompute, itemsize)
+    block = costs.block_backward(c, load, recompute, itemsize)
+    parts["head, or a block's backward"] = max(costs.head(c, load, itemsize), block)
+    parts["context and fragments"] = CONTEXT + FRAGMENTS * sum(parts.values())
+    return parts
+
+
+def largest(
+    c: MistralConfig,
+    t: Training,
+    memory: float,
+    ranks: int,
+    recompute: str,
+    reshard: bool,
+    row: Load,
+    most: float,
+) -> int:
+    """The most tokens, up to about `most`, whose micro-batch fits `memory` bytes; `row` is the load
+    of a token. 0 if none fits."""
+
+    def size(grains: int) -> float:
+        load = row.times(grains * GRAIN)
+        return sum(occupied(c, t, ranks, load, recompute, reshard).values())
+
+    grains = range(-int(-most // GRAIN) + 1)
+    return GRAIN * max(0, bisect.bisect_right(grains, memory, key=size) - 1)
+
+
+def choose(
+    c: MistralConfig, t: Training, memory: float, ranks: int, longest: int, step: float
+) -> tuple[int, str]:
+    """(microbatch_tokens, recompute): of `t`, or chosen where it says auto.
+
+    `memory` is what a GPU has in all, in bytes; `longest` the tokens of the longest pair or row;
+    `step` those of an optimizer step, over all ranks. For each way to recompute the largest budget
+    that fits is found, up to the one with which a rank's share of a step surely is one micro-batch;
+    of these the fastest is taken, see `slowness`. If nothing fits, it is the smallest there is. A
+    pair is taken as the dearest of its length: all prompt, and every row predicts.
+    """
+    row, share = Load(1, 1 + (t.table == "dpo"), 1, 0), step / ranks
+    most, auto = share + longest, t.microbatch_tokens == "auto"
+    least = longest if auto else min(t.microbatch_tokens, most)
+    policies = POLICIES if t.recompute == "auto" else (t.recompute,)
+    fit = []
+    for recompute in policies:
+        room = largest(c, t, memory, ranks, recompute, t.reshard != "never", row, most)
+        if room >= least:
+            fit.append((room if auto else t.microbatch_tokens, recompute))
+    smallest = (longest if auto else t.microbatch_tokens, policies[-1])
+    return min(fit, key=lambda x: slowness(c, share, *x), default=smallest)
+
+
+def slowness(c: MistralConfig, share: float, budget: int, recompute: str) -> float:
+    """Time of a token, in units of the least there could be."""
+    return (1 + again(c, Load(1, 1, 1, 0), recompute)) * (1 + FIXED * -(-share // budget) / share)
+
+
+def again(c: MistralConfig, load: Load, recompute: str) -> float:
+    """Time of what is computed again, as a share of forward and backward."""
+    useful = costs.model_flops(c, load.tokens, load.predicted, load.attended)
+    more = costs.recomputed(c, load, recompute) / useful
+    return ELEMENTWISE if recompute == "elementwise" else more
+
+
+def reshard(
+    c: MistralConfig, t: Training, memory: float, ranks: int, tokens: int, recompute: str
+) -> bool:
+    """Whether FSDP frees a block's weights between its forward and its backward: as `t` says, and
+    if that is auto, unless all gathered weights fit beside micro-batches of `tokens`."""
+    if t.reshard != "auto":
+        return t.reshard == "always"
+    load = Load(1, 1 + (t.table == "dpo"), 1, 0).times(tokens)
+    return sum(occupied(c, t, ranks, load, recompute, False).values()) > memory

@@ -1,0 +1,105 @@
+"""The page that the planner prints of a job."""
+
+from zephyr.plan import costs
+from zephyr.plan.fit import FRAGMENTS, GIB, POLICIES, again, largest
+from zephyr.plan.job import Job, remedy
+
+
+def report(job: Job) -> str:
+    """The page that the command prints."""
+    settled = job.settled()
+    left = settled.left() / GIB
+    if left >= 0:
+        verdict = f"fits, with {left:.1f} GiB to spare"
+    else:
+        cure = remedy(job)
+        cure = f"enough would be {cure}" if cure else "no flag and no number of GPUs is enough"
+        verdict = f"does not fit, by {-left:.1f} GiB; {cure}"
+    sent = [_sent(settled)] if job.ranks > 1 else []
+    sections = [_memory(settled), _policies(settled), _flop(settled), *sent, _hours(settled)]
+    return "\n\n".join([*sections, verdict])
+
+
+def _memory(job: Job) -> str:
+    t, parts = job.t, job.parts()
+    notes = {
+        "masters": "fp32" if t.masters == "fp32" else "bf16 weights, and the other 16 bits",
+        "gradients": "fp32",
+        "moments": f"AdamW's, {t.adam_state}",
+        "gathered weights": f"reshard {t.reshard}",
+        "gradient buffers": "before reduce-scatter",
+        "activations": f"{job.rows():,.0f} tokens, recompute {t.recompute}",
+        "context and fragments": f"assumed: 1 GiB, and {FRAGMENTS:.0%} of the rest",
+    }
+    rows = [(name, f"{x / GIB:.2f}", notes.get(name, "")) for name, x in parts.items()]
+    rows.append(("in all", f"{sum(parts.values()) / GIB:.2f}", f"of {job.card.gib}"))
+    return _table(("GiB of a GPU", "", ""), rows, left=(0, 2))
+
+
+def _policies(job: Job) -> str:
+    rows, one = [], job.item.times(1 / job.item.tokens)
+    for recompute in POLICIES:
+        size = costs.activations(job.c, one.times(1000), recompute, job.itemsize) / GIB
+        most = largest(job.c, job.t, job.memory, job.ranks, recompute, True, one, 1 << 20)
+        shown = f"{most:,}" if most >= job.item.tokens else "none fits"
+        more = again(job.c, job.item, recompute)
+        rows.append((recompute, f"{size:.2f}", shown, f"{more:.1%}"))
+    return _table(("recompute", "GiB per 1,000 tokens", "largest micro-batch", "more time"), rows)
+
+
+def _flop(job: Job) -> str:
+    parts, t = costs.forward(job.c, job.item), job.t
+    flop = {
+        "blocks' matmuls": 3 * (parts["projections"] + parts["mlp"]),
+        "attention": 3 * parts["attention"],
+        "head": 3 * parts["head"],
+        "forward and backward": job.useful,
+        "recomputed": costs.recomputed(job.c, job.item, t.recompute),
+    }
+    if t.table == "dpo":
+        once = "reference, each epoch" if t.reference == "live" else "reference, once"
+        flop[once] = sum(parts.values())
+    rows = [(name, f"{x / 1e12:.2f}", f"{x * job.items / 1e18:.3f}") for name, x in flop.items()]
+    return _table(("FLOP", f"T per {'pair' if t.table == 'dpo' else 'row'}", "E per epoch"), rows)
+
+
+def _sent(job: Job) -> str:
+    rows = [(name, f"{x / 1e9:.2f}", f"{s:.3f}") for name, (x, s) in job.traffic().items() if x]
+    times = job.seconds()
+    bare = (
+        times["step"]
+        - times["compute"]
+        - times["forward"] * (getattr(job.t, "reference", "") == "live")
+    )
+    hidden = min(1.0, max(0.0, 1 - bare / times["communication"]))
+    rows += [("compute", "", f"{times['compute']:.3f}"), ("hidden behind it", "", f"{hidden:.0%}")]
+    kind = f"HSDP, {job.t.replicas} replicas" if job.t.replicas > 1 else "FSDP"
+    return _table((f"communication of a GPU and step, {kind}", "GB", "seconds"), rows)
+
+
+def _hours(job: Job) -> str:
+    t, times, n = job.t, job.seconds(), job.microbatches()
+    steps = -(-job.items // t.batch)
+    passes = {"an epoch": steps * times["step"]}
+    if t.table == "dpo" and t.reference == "cached":
+        passes["the reference pass"] = steps * times["forward"]
+    passes["the run"] = sum(passes.values()) + (t.epochs - 1) * passes["an epoch"]
+    rows = [(name, f"{s / 3600:.3f}", f"{s / 3600 * job.ranks:.2f}") for name, s in passes.items()]
+    count = f"a step of {t.batch}, {n} micro-batch{'es' * (n > 1)} a GPU"
+    rows.insert(0, (count, f"{times['step']:.2f} s", ""))
+    peak = f"{job.efficiency:.0%} of {job.card.flops / 1e12:,.0f} TFLOP/s"
+    ours = "assumed" if t.precision != "fp32" else "bf16's, which fp32 is far from"
+    return _table((f"time at {peak}, {ours}", "hours", "GPU-hours"), rows)
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]], left: tuple[int, ...] = (0,)) -> str:
+    """Aligned columns under a head, the first indented; those not in `left` to the right."""
+    lines = [head, *((f"  {name}", *rest) for name, *rest in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "   ".join(
+            f"{x:<{w}}" if i in left else f"{x:>{w}}"
+            for i, (x, w) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )

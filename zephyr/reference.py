@@ -1,0 +1,143 @@
+"""The reference policy's log-probs: computed once with the starting weights and cached on disk, or
+from a second, frozen model.
+
+Cached, training needs no second model. The cache lies beside the token arrays under a key that
+covers the weights' content, the data (with tokenizer and lengths), and how and what computes.
+
+P pairs
+"""
+
+import contextlib
+import io
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+import kernels
+from zephyr import files
+from zephyr.data.batching import PairSteps
+from zephyr.data.cache import CHOOSE, cache_folder
+from zephyr.distributed import group, signals
+from zephyr.distributed.group import Ranks
+from zephyr.errors import Preempted, Storage, shared
+from zephyr.model import Mistral
+from zephyr.packing import Batch
+
+SUM = 32  # bytes: the SHA-256 behind a table
+SAVE_EVERY = 16  # steps whose log-probs a killed run can lose
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Called with a batch, the reference's summed log-probs of its responses [2P].
+
+    `exact`: those of step 0 were computed in this process and in the step's own micro-batches, so
+    that the policy, before any update, must give the same bits.
+    """
+
+    sums: Callable[[Batch], Tensor]
+    exact: bool
+
+    def __call__(self, batch: Batch) -> Tensor:
+        return self.sums(batch)
+
+
+def live(model: Mistral) -> Reference:
+    """The log-probs of `model` itself, computed anew for every batch."""
+
+    @torch.no_grad()
+    def sums_2P(batch: Batch) -> Tensor:
+        return kernels.response_sums(model(batch), batch.response_N, 2 * len(batch.pairs))
+
+    return Reference(sums_2P, exact=True)
+
+
+def cached(
+    model: Mistral, plan: PairSteps, steps: int, weights: str, bits: str, ranks: Ranks
+) -> Reference:
+    """A table lookup. `model` still has the starting weights; `weights` is their digest, and `bits`
+    says how they are computed with.
+
+    Only the pairs that the plan's first `steps` steps visit and that the cache lacks are computed,
+    in the very micro-batches that the first epoch will use: step 0 then sees equal bits.
+    """
+    device = ranks.device
+    computed_by = [bits, device.type, kernels.implementation(device)]
+    key = [weights, plan.data.digest, *computed_by]
+    name = sha256(json.dumps(key).encode()).hexdigest()[:20]
+    path = cache_folder() / f"reference-{name}.npy"
+    # one rank's file decides, so that all agree on what is missing
+    table_P2 = group.on_first(lambda: _read(path, len(plan.data))).to(device)
+    missing = [
+        s
+        for s in range(min(steps, plan.steps_per_epoch))
+        if table_P2[torch.from_numpy(plan.step(s)).to(device)].isnan().any()
+    ]
+    reference = live(model)
+    hidden = True if ranks.rank else None  # None: shown on a terminal only
+    with tqdm(
+        total=len(missing), desc="reference log-probs", delay=3, leave=False, disable=hidden
+    ) as bar:
+        for k in range(0, len(missing), SAVE_EVERY):
+            _fill(table_P2, reference, plan, missing[k : k + SAVE_EVERY], ranks)
+            group.on_first(lambda: _write(path, table_P2))
+            bar.update(SAVE_EVERY)
+            if group.agree(signals.stop_wanted()):
+                raise shared(
+                    Preempted(
+                        f"asked to stop: {path} has the reference log-probs so far; "
+                        "the same command goes on from there"
+                    )
+                )
+    return Reference(lambda batch: table_P2[batch.pairs].flatten(), exact=0 in missing)
+
+
+def _read(path: Path, pairs: int) -> Tensor:
+    """The table on disk [P, 2], NaN where a pair is missing; all NaN if it is absent or damaged,
+    which is said."""
+    table_P2 = torch.full((pairs, 2), torch.nan)
+    try:
+        content = path.read_bytes()
+        if sha256(content[:-SUM]).digest() == content[-SUM:]:
+            return torch.from_numpy(np.load(io.BytesIO(content)))
+        why = "it is not as it was written"
+    except FileNotFoundError:
+        return table_P2
+    except OSError as error:
+        why = error.strerror
+    with contextlib.suppress(OSError):  # nobody may be reading
+        print(f"{path} is damaged: {why}; it is made anew", file=sys.stderr)
+    return table_P2
+
+
+def _write(path: Path, table_P2: Tensor) -> None:
+    np.save(content := io.BytesIO(), table_P2.cpu().numpy())
+    try:
+        with files.atomic(path) as file:
+            file.write(content.getvalue() + sha256(content.getvalue()).digest())
+    except Storage as error:
+        raise Storage(f"{error}; {CHOOSE}, with room for it") from None
+
+
+def _fill(
+    table_P2: Tensor, reference: Reference, plan: PairSteps, steps: list[int], ranks: Ranks
+) -> None:
+    """Write the pairs of `steps` into the table, on every rank."""
+    sums_P2, done_P = torch.zeros_like(table_P2), torch.zeros_like(table_P2[:, 0])
+    for step in steps:
+        for batch in plan.microbatches(step):
+            batch = batch.to(ranks.device)
+            sums_P2[batch.pairs] = reference(batch).view(len(batch.pairs), 2)
+            done_P[batch.pairs] = 1
+    dist.all_reduce(sums_P2)
+    dist.all_reduce(done_P)
+    table_P2.copy_(torch.where(done_P[:, None] > 0, sums_P2, table_P2))

@@ -1,0 +1,98 @@
+"""What ends a run, and the exit code that tells a script or a scheduler which it was.
+
+    0    done
+    2    bad input: a flag, a recipe, a data or a model file
+    3    a checkpoint is damaged: `--resume previous` or `fresh`
+    4    a loss or a gradient is not finite
+    5    the storage refused: full, read-only, gone; the last checkpoint is intact
+    6    another rank died or did not answer in time
+    130  Ctrl-C
+    141  whoever read the output went away, as `| head -1` does
+    143  preempted: SIGTERM or SIGUSR1 came, and the state was saved
+
+torchrun exits with 1 whatever its ranks' codes were; its last lines show theirs.
+"""
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from zephyr.errors import Preempted, kind
+
+LOST_RANK = 6
+NOBODY_READS = 141
+
+
+def call(main: Callable[[], None]) -> None:
+    """Call `main`; what a user can cause or must know of becomes one line and an exit code."""
+    _streams()
+    try:
+        if hidden := hidden_kernels():
+            raise ValueError(hidden)
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        sys.exit(NOBODY_READS)
+    except (ValueError, OSError, Preempted) as error:
+        dist = sys.modules.get("torch.distributed")  # a process without torch can raise these too
+        many = dist is not None and dist.is_initialized()
+        _say(str(error), everywhere=many and not hasattr(error, "shared"))
+        sys.exit(getattr(kind(error), "code", 2))
+    except RuntimeError as error:
+        from zephyr.distributed import lost  # it imports torch, which the planner does without
+
+        if not lost.a_rank_is_lost(error):
+            raise
+        _say(lost.message(error), everywhere=True)
+        os._exit(LOST_RANK)  # a save in the background would wait for the lost rank
+    except KeyboardInterrupt:
+        sys.exit(130)
+    finally:
+        _flush()
+
+
+def _streams() -> None:
+    """Let no stream end a command: a closed one is nobody's, what stdout cannot encode is escaped,
+    and bytes on stdin that are no text come as surrogates, for who reads them to refuse."""
+    # in this order, so that each takes its own number, and no file that is opened later does
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, mode))
+        elif hasattr(stream, "reconfigure"):
+            with contextlib.suppress(OSError):  # of one that leads nowhere any more
+                stream.reconfigure(errors="surrogateescape" if mode == "r" else "backslashreplace")
+
+
+def _flush() -> None:
+    """Write what stdout still holds; if nobody reads it, let the end of the process not try."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def hidden_kernels() -> str | None:
+    """What to do if `import kernels` gives the package of that name from PyPI, not this project's;
+    where both are installed, that depends on the order of the folders that are searched."""
+    found = importlib.util.find_spec("kernels")
+    place = found and found.origin and Path(found.origin).resolve()
+    for other in importlib.metadata.distributions(name="kernels"):
+        if place == Path(other.locate_file("kernels/__init__.py")).resolve():
+            return (
+                f"{place}, of the distribution `kernels` from PyPI, hides this project's "
+                "package of that name: pip uninstall kernels"
+            )
+    return None
+
+
+def _say(text: str, everywhere: bool) -> None:
+    rank = os.environ.get("RANK", "0")
+    if rank == "0" or everywhere:
+        place = "" if rank == "0" else f" (rank {rank})"
+        with contextlib.suppress(OSError):  # nobody may be reading
+            print(f"{Path(sys.argv[0]).name}{place}: {text}", file=sys.stderr, flush=True)

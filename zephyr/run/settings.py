@@ -1,0 +1,78 @@
+"""Settings that are left to the machine: precision, token budget, what is computed again."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from zephyr import files
+from zephyr.architecture import MistralConfig
+from zephyr.config import Training
+from zephyr.distributed import group, machine
+from zephyr.distributed.group import Ranks
+from zephyr.plan import fit
+
+
+def fitted(c: Training, shape: MistralConfig, ranks: Ranks, lengths: np.ndarray) -> Training:
+    """The settings with values for what they leave to auto, by the least memory that a rank has
+    and the packed lengths of the pairs or rows; see zephyr/plan/fit.py."""
+    memory = torch.tensor(machine.memory(ranks.device))
+    dist.all_reduce(memory, dist.ReduceOp.MIN)
+    step = float(lengths.mean()) * c.batch
+    tokens, recompute = fit.choose(shape, c, int(memory), ranks.size, int(lengths.max()), step)
+    anew = fit.reshard(shape, c, int(memory), ranks.size, tokens, recompute)
+    if "auto" in (c.microbatch_tokens, c.recompute):
+        ranks.say(
+            f"--microbatch-tokens {tokens} --recompute {recompute}, by "
+            f"{int(memory) / 2**30:.1f} GiB a rank"
+        )
+    return replace(
+        c, microbatch_tokens=tokens, recompute=recompute, reshard="always" if anew else "never"
+    )
+
+
+def precise(c: Training, ranks: Ranks) -> Training:
+    """The settings with a value for --precision auto, the same on every rank.
+
+    A run that goes on keeps its own. A new one has bf16 if every rank's device multiplies it, or if
+    its masters are split; else fp32, which a CPU without such instructions is much faster in.
+    """
+    able = not group.agree(not machine.multiplies_bf16(ranks.device))
+    what = "GPU" if ranks.device.type == "cuda" else "CPU"
+    if c.precision == "auto":
+        before = group.on_first(lambda: _begun(c))
+        chosen = before or ("bf16" if able or c.masters == "split" else "fp32")
+        c = group.together(lambda: replace(c, precision=chosen))
+        why = (
+            "as the run began"
+            if before
+            else (f"this {what} {'multiplies' if able else 'does not multiply'} bf16")
+        )
+        ranks.say(f"--precision {chosen}: {why}")
+    if c.precision == "bf16" and not able:
+        times = "tens of times slower" if what == "CPU" else "slower"
+        ranks.say(
+            f"--precision bf16 is emulated here, as this {what} does not multiply it: it is "
+            f"{times} than --precision fp32"
+        )
+    return c
+
+
+def _begun(c: Training) -> str | None:
+    """The precision of the run that `c.out` holds and that is to go on."""
+    if c.resume == "fresh" and not restarted():
+        return None
+    try:
+        precision = files.read_json(Path(c.out) / "run.json")["run"]["settings"]["precision"]
+    except (ValueError, KeyError, TypeError):  # there is none, or Run says what is wrong with it
+        return None
+    return precision if precision in ("bf16", "fp32") else None
+
+
+def restarted() -> bool:
+    """Did torchrun or Slurm start this command again? Then what there is, is what it began."""
+    names = "TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"
+    return any(int(os.environ.get(name) or 0) for name in names)

@@ -1,0 +1,13 @@
+"""Model folders, as Hugging Face has them, in and out.
+
+locate.py             which files of a folder are a model's; if there is none, what it is instead
+config_json.py        config.json and the tokenizer's settings
+tokenizer_json.py     the tokenizer.json that gives the ids of training
+base.py               what the folder that a run starts from holds besides weights
+safetensor_files.py   tensors in files
+hub.py                load and save a model: one tensor at a time, sharded or not
+masters.py            fp32 masters, whole or in two halves
+mistral.py            from the layout that Mistral publishes
+
+    python -m zephyr.weights SOURCE TARGET     makes such a folder of a checkpoint or of Mistral's
+"""

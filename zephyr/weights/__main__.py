@@ -1,0 +1,46 @@
+"""Hugging Face folders to and from a (sharded) model, one tensor at a time.
+
+    python -m zephyr.weights SOURCE TARGET     of a run's checkpoint, or of Mistral's own layout
+
+transformers fills in what a folder lacks and loads what is broken; here both are errors.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from zephyr import files
+from zephyr.run import checkpoint, exits
+from zephyr.weights import mistral
+
+
+def main(arguments: list[str] | None = None) -> None:
+
+    parser = argparse.ArgumentParser(
+        prog="python -m zephyr.weights",
+        description="Make a Hugging Face folder of a run's checkpoint, or of a model in Mistral's "
+        "own layout.",
+    )
+    parser.add_argument(
+        "source",
+        help="RUN/checkpoints/step-..., or a folder with params.json and consolidated*.safetensors",
+    )
+    parser.add_argument("target", help="the Hugging Face folder to make")
+    parser.add_argument(
+        "--base",
+        help="for a checkpoint: the folder its run started from, if that is no longer where it was",
+    )
+    options = parser.parse_args(arguments)
+    try:
+        source, target = Path(files.home(options.source)), files.home(options.target)
+        if (source / checkpoint.SUMS).exists():
+            checkpoint.export(source, target, options.base and files.home(options.base))
+        else:
+            mistral.convert(source, target)
+    except ValueError as error:
+        print(f"weights: {error}", file=sys.stderr)
+        sys.exit(getattr(error, "code", 2))
+
+
+if __name__ == "__main__":
+    exits.call(main)

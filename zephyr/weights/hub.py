@@ -1,0 +1,215 @@
+"""Hugging Face folders to and from a (sharded) model, one tensor at a time.
+
+    python -m zephyr.weights SOURCE TARGET     of a run's checkpoint, or of Mistral's own layout
+
+transformers fills in what a folder lacks and loads what is broken; here both are errors.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import safetensors.torch
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from tqdm import tqdm
+
+from zephyr import files
+from zephyr.architecture import MistralConfig
+from zephyr.model import Mistral, initialise
+from zephyr.tokenizer import Tokenizer
+from zephyr.weights import config_json, locate, safetensor_files
+from zephyr.weights.masters import fill, full_master, resharded_parameters
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+SHARD_BYTES = 5_000_000_000
+HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
+QUANTIZED = (  # how the names end that GPTQ, AWQ, bitsandbytes, fp8 and compressed-tensors add
+    ".qweight",
+    ".qzeros",
+    ".g_idx",
+    ".scales",
+    ".biases",
+    ".SCB",
+    ".absmax",
+    ".quant_map",
+    ".weight_scale",
+    ".weight_scale_inv",
+    ".input_scale",
+    ".weight_packed",
+    ".weight_zero_point",
+)
+
+
+@torch.no_grad()
+def load(folder: Path | str, model: Mistral) -> None:
+    """Fill the model's parameters in place, each rank reading only its own slices of the files.
+
+    Weights are cast to the parameters' dtype. A tied model is tied again, as `to_empty` unties it.
+    Raises ValueError unless the files hold exactly the model's tensors, all finite; of NaN and
+    infinity a rank sees only its own.
+    """
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    parameters = dict(model.named_parameters())
+    found = safetensor_files.stored(*locate.weight_files(Path(folder)))
+    if model.config.tie_word_embeddings:
+        check_tied(folder, found)
+    check(folder, found, parameters)
+    broken = []
+    hidden = True if dist.is_initialized() and dist.get_rank() else None  # on a terminal only
+    bar = tqdm(parameters.items(), "weights", delay=3, leave=False, disable=hidden)
+    for name, parameter in bar:
+        local, part = _share(parameter)
+        if not local.numel():  # fewer rows than ranks
+            continue
+        # opened for each tensor, so that no more than one is mapped at a time
+        with safe_open(found[name].path, "pt") as file:
+            fill(parameter, local, file.get_slice(name)[part])
+        # the extremes carry any NaN or infinity, and need no second tensor as isfinite() does
+        if not all(math.isfinite(x) for x in torch.aminmax(local)):
+            broken.append(f"{name} as {local.dtype}")
+    if broken:
+        raise ValueError(f"{folder}: NaN or infinity in {files.some(broken)}")
+
+
+def _share(parameter: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
+    """This rank's part of a parameter, and which slices of the whole it is."""
+    if not isinstance(parameter, DTensor):
+        return parameter, tuple(slice(0, n) for n in parameter.shape)
+    shape, offset = compute_local_shape_and_global_offset(
+        parameter.shape, parameter.device_mesh, parameter.placements
+    )
+    part = tuple(slice(a, a + n) for a, n in zip(offset, shape, strict=True))
+    return parameter.to_local(), part
+
+
+def check_tied(folder: Path | str, found: dict[str, safetensor_files.Stored]) -> None:
+    """Take a tied model's head, which may be stored too, out of what was found. Raises ValueError
+    if it is another than the embeddings, as one of the two would be lost."""
+    head, embeddings = found.pop(HEAD, None), found.get(EMBEDDINGS)
+    if head is None or embeddings is None:
+        return
+    with safe_open(head.path, "pt") as first, safe_open(embeddings.path, "pt") as second:
+        a, b = first.get_tensor(HEAD), second.get_tensor(EMBEDDINGS)
+        if a.shape != b.shape or not (a == b).all():
+            raise ValueError(
+                f"{folder}: its config says tie_word_embeddings, yet {HEAD} is another than "
+                f"{EMBEDDINGS}; write tie_word_embeddings false, or leave {HEAD} out of the file"
+            )
+
+
+def check(
+    folder: Path | str, found: dict[str, safetensor_files.Stored], wanted: dict[str, Tensor]
+) -> None:
+    """Raises ValueError unless the tensors found are those wanted: names, shapes, floats."""
+    if odd := [name for name in found if name.endswith(QUANTIZED)]:
+        raise ValueError(
+            f"{folder} has {files.some(odd)}: quantized weights cannot be trained; "
+            "take the model that they were made from"
+        )
+    if odd := [name for name in found if ".lora_" in name or ".base_layer." in name]:
+        raise ValueError(
+            f"{folder} has {files.some(odd)}: a LoRA adapter beside the weights; merge "
+            "them with peft's merge_and_unload, and save that"
+        )
+    if missing := wanted.keys() - found.keys():
+        raise ValueError(f"{folder} lacks {files.some(missing)}, which its config asks for")
+    if surplus := found.keys() - wanted.keys():
+        raise ValueError(f"{folder} has {files.some(surplus)}, unknown to its config")
+    for name, (path, inside, shape, dtype) in found.items():
+        if shape != (right := tuple(wanted[name].shape)):
+            raise ValueError(f"{path}: {inside} is {list(shape)}; its config says {list(right)}")
+        if dtype not in FLOATS:
+            raise ValueError(f"{path}: {inside} is {dtype}; weights are one of {', '.join(FLOATS)}")
+
+
+def digest(folder: Path | str) -> str:
+    """sha256 over config.json and the weights: names and bytes, at about the disk's speed."""
+    paths = [Path(folder) / "config.json", *locate.weight_files(Path(folder))[0]]
+
+    def line(path: Path) -> str:
+        with open(path, "rb") as file:
+            return f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}\n"
+
+    with ThreadPoolExecutor(2) as pool:
+        return hashlib.sha256("".join(pool.map(line, paths)).encode()).hexdigest()
+
+
+@torch.no_grad()
+def save(
+    model: Mistral,
+    folder: Path | str,
+    base: Path | str,
+    dtype: torch.dtype | None = None,
+    empty_system: bool = True,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write a (sharded) model as a Hugging Face folder; see `write`.
+
+    Every rank calls it, and one tensor at a time is gathered; rank 0 writes. Raises its errors on
+    rank 0 only; no other rank is left waiting.
+    """
+    parameters = resharded_parameters(model)
+    tensors = (full_master(p) for p in parameters.values())
+    try:
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            shapes = {name: tuple(p.shape) for name, p in parameters.items()}
+            write(folder, model.config, shapes, tensors, base, dtype, empty_system, shard_bytes)
+    finally:
+        for _ in tensors:  # gathering takes every rank, so an error here must not end it early
+            pass
+
+
+def write(
+    folder: Path | str,
+    config: MistralConfig,
+    shapes: dict[str, tuple[int, ...]],
+    tensors: Iterator[Tensor],
+    base: Path | str,
+    dtype: torch.dtype | None = None,
+    empty_system: bool = True,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write a Hugging Face folder: weights, config, the base's tokenizer, the chat template.
+
+    `tensors` come in the order of `shapes`, and are cast to `dtype` or else the base's. The
+    template inserts an empty system message if training did. Raises ValueError if the folder exists
+    or cannot be written; then there is none.
+    """
+    path = Path(base) / "config.json"
+    raw = files.read_json(path)
+    dtype = dtype or getattr(torch, config_json.dtype(raw, path))
+    tokenizer = Tokenizer(base)
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
+    groups = safetensor_files.group_by_size(sizes, shard_bytes)
+    with files.new_folder(Path(folder), sum(sizes.values())) as temp:
+        config_json.write_config(
+            temp, config, str(dtype).removeprefix("torch."), raw, tokenizer.bos, tokenizer.eos
+        )
+        config_json.write_tokenizer(temp, tokenizer, config_json.chat_template(empty_system))
+        safetensor_files.write_shards(
+            temp, groups, shapes, dtype, (x.to("cpu", dtype) for x in tensors)
+        )
+
+
+def fresh(folder: Path | str, seed: int) -> None:
+    """Give a folder that has a config.json random weights: its model.safetensors, in fp32.
+
+    Their spread is the config's initializer_range (0.02 where it has none).
+    """
+    path = Path(folder) / locate.SINGLE
+    if path.exists() or path.with_name(locate.INDEX).exists():
+        raise ValueError(f"{folder} has weights already; choose another folder")
+    model = Mistral(config_json.read(folder))
+    raw = files.read_json(Path(folder) / "config.json")
+    initialise(model, seed, std=raw.get("initializer_range", 0.02))
+    tensors = {name: p.detach() for name, p in model.named_parameters()}
+    with files.atomic(path) as file:
+        file.write(safetensors.torch.save(tensors, metadata={"format": "pt"}))
