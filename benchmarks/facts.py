@@ -59,7 +59,7 @@ def plain(packed: Layout, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, window: i
     """Attention segment by segment, whatever the device and the dtype."""
     rows_G = packed.kv_rows_G
     k_GKE, v_GKE = (x.index_select(0, rows_G) for x in (k_TKE, v_TKE))
-    place = [packed.position_T, packed.position_T[rows_G], packed.cu_q, packed.cu_k]
+    place = [packed.position_T, packed.position_T[rows_G], packed.cu_seqlens_q, packed.cu_seqlens_k]
     with sdpa_kernel(SDPBackend.MATH):  # not the library that is being checked, nor another
         return segments(q_THE, k_GKE, v_GKE, place, window)
 

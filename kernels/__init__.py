@@ -1,7 +1,7 @@
 """Fused ops for training on token log-probs, and the one rule that picks their implementation.
 
     from kernels import linear_logprob, dpo_loss, response_sums
-    from kernels import adamw_, split, join
+    from kernels import adamw_, split, join, rms_norm, swiglu
 
 They know tensors, not language models: torch is all they need, and Triton on a GPU.
 ZEPHYR_KERNELS forces one of three implementations:
@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from kernels import fused_adamw, fused_dpo, fused_logprob, jit, reference
+from kernels.elementwise import rms_norm as rms_norm
+from kernels.elementwise import swiglu as swiglu
 from kernels.reference import Preference
 
 IMPLEMENTATIONS = ("triton", "torch", "reference")

@@ -33,6 +33,7 @@ from zephyr.tokenizer import Tokenizer
 from zephyr.weights import config_json, locate
 
 ROOT = Path(__file__).parent.parent
+WORKERS = Path(__file__).parent / "workers"
 
 
 @dataclass
@@ -247,16 +248,15 @@ def folder_of(m: Mistral, folder: Path, **changes: torch.Tensor) -> Path:
     return folder
 
 
-def torchrun(script: str, where: Path, ranks: int = 2) -> list[dict]:
+def torchrun(script: Path, where: Path, ranks: int = 2) -> list[dict]:
     """Run the script on the ranks with `where` as its argument; what each saved as RANK.pt."""
-    (where / "worker.py").write_text(script)
     command = [
         sys.executable,
         "-m",
         "torch.distributed.run",
         "--standalone",
         f"--nproc-per-node={ranks}",
-        where / "worker.py",
+        script,
         where,
     ]
     here = {
@@ -420,30 +420,11 @@ def save(path, *rows):
     return (str(path),)
 
 
-TOGETHER = """
-from zephyr.data import arrays
-import sys, time
-from pathlib import Path
-from zephyr import config
-from zephyr.tokenizer import Tokenizer
-model, rows, here, name = sys.argv[1:]
-write = arrays._write
-def both(*args):
-    write(*args)
-    (Path(here) / f"done.{name}").touch()
-    while len(list(Path(here).glob("done.*"))) < 2:
-        time.sleep(0.01)
-arrays._write = both
-c = config.DPOConfig(model=model, data=(rows,), out="")
-print(arrays.preferences(c.data, Tokenizer(model), c).ids.sum())
-"""
-
-
 def both_at_once(small, path, tmp_path) -> list[tuple[str, str]]:
     """What two processes print that build the same arrays, each done before either may go on."""
     both = [
         subprocess.Popen(
-            [sys.executable, "-c", TOGETHER, small.path, path, tmp_path, name],
+            [sys.executable, WORKERS / "together.py", small.path, path, tmp_path, name],
             cwd=Path(arrays.__file__).parent.parent,
             text=True,
             stdout=subprocess.PIPE,

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import folder_of, model, pairs, torchrun
+from helpers import WORKERS, folder_of, model, pairs, torchrun
 from zephyr import config, losses, optim
 from zephyr.config import DPOConfig, SFTConfig
 from zephyr.distributed import fsdp, signals
@@ -171,57 +171,6 @@ def test_a_state_before_any_step_is_one_too(ranks, base, c):
     equal(state(*second), state(*straight))
 
 
-SCRIPT = """
-from zephyr.distributed import fsdp
-from zephyr.distributed import group
-from zephyr.run.folder import Run
-from zephyr.weights import hub
-import sys
-from pathlib import Path
-
-import torch
-from zephyr import losses, optim
-from zephyr.config import DPOConfig
-
-where = Path(sys.argv[1])
-settings = torch.load(where / "settings.pt")
-ranks = group.start(settings["replicas"])
-batches = torch.load(where / "batches.pt", weights_only=False)
-m = fsdp.build(config_json.read(where / "base"), ranks, "fp32")
-hub.load(where / "base", m)
-optimizer = optim.adamw(m, 0.1)
-
-
-class Notes:
-    def state(self):
-        return {"rank": ranks.rank}
-
-
-def opened(**changes):
-    c = DPOConfig(**settings | changes)
-    try:
-        return Run(c, {"data": "digest", "model": "another"}, ranks)
-    except ValueError as error:
-        return f"{error.code} {error}"
-
-
-run = opened()
-step, kept = run.load(m, optimizer)
-run.save(3, m, optimizer, notes=Notes())
-for batch in batches:
-    weight = ranks.size * (ranks.rank == 1)  # all of the gradient is the second rank's
-    (losses.sft(m(batch)) * weight).backward()
-    optim.step(optimizer, 1e-3 / (1 + step), 1.0)
-    step += 1
-run.save(step, m, optimizer, notes=Notes())
-run.wait()
-(where / "file").touch()
-refused = opened(out=str(where / "file" / "run"))
-torch.save({"step": step, "refused": refused, "kept": kept["notes"]}, where / f"{ranks.rank}.pt")
-group.finish()
-"""
-
-
 @pytest.mark.parametrize("size, replicas", [(2, 1), (4, 2)])
 def test_one_rank_then_many_then_one(ranks, base, c, tmp_path, size, replicas):
     """Step 3 is step 2 saved again by all ranks; steps 2 and 3 of the training are theirs too."""
@@ -233,7 +182,7 @@ def test_one_rank_then_many_then_one(ranks, base, c, tmp_path, size, replicas):
     run.save(2, *straight, notes=Notes("alone"))
     run.wait()
     run.held.close()
-    many = torchrun(SCRIPT, tmp_path, size)
+    many = torchrun(WORKERS / "resharded.py", tmp_path, size)
 
     run, back = Run(c, DIGESTS, ranks), start(ranks, base)
     third, fourth = run.out / "checkpoints/step-000003", run.out / "checkpoints/step-000004"

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
+from helpers import WORKERS, torchrun
 from kernels import fused_logprob
 from zephyr import attention, optim, packing
 from zephyr.architecture import MistralConfig
@@ -107,7 +107,7 @@ class Live(TorchDispatchMode):
 def model(c: MistralConfig, recompute: str = "none", dtype=torch.float32) -> Mistral:
     made = Mistral(c).to(dtype)
     for block in made.model.layers:
-        block.forward = fsdp.wrapped(block, c, recompute, compiled=False)
+        block.forward = fsdp.wrapped(block, recompute, compiled=False)
     return made
 
 
@@ -223,8 +223,8 @@ def test_activations_are_what_autograd_saves(as_on_a_gpu, shape, batch):
         b.predict_N,
         b.targets_N,
         b.layout.kv_rows_G,
-        b.layout.cu_q,
-        b.layout.cu_k,
+        b.layout.cu_seqlens_q,
+        b.layout.cu_seqlens_k,
     )
     known = weights | {x.untyped_storage().data_ptr() for x in tensors if x is not None}
 
@@ -301,34 +301,9 @@ def test_state_of_mistral_7b():
         assert found == pytest.approx(size, abs=0.05)
 
 
-GATHERED = """
-import sys, torch
-sys.path.insert(0, {tests!r})
-from test_costs import *
-ranks, result = parallel.start(), {{}}
-draw = np.random.default_rng(0)
-b = packing.pack_pairs([Pair(*(draw.integers(0, 400, n) for n in (3, 4, 4)))], [0])
-for reshard in ("always", "never"):
-    made = parallel.build(WIDE, ranks, "bf16", reshard=reshard)
-    for p in made.parameters():
-        torch.nn.init.normal_(p.to_local(), std=0.02)
-    made(b).sum().backward()  # the second micro-batch finds gradients there
-    own = [p.to_local() for p in made.parameters()] + [p.grad.to_local() for p in made.parameters()]
-    with Live(own) as live:
-        logprob_N = made(b)
-        forward, live.peak = live.peak, 0
-        logprob_N.sum().backward()
-    result[reshard] = forward, live.peak
-torch.save(result, f"{{sys.argv[1]}}/{{ranks.rank}}.pt")
-parallel.finish()
-"""
-
-
 def test_what_fsdp_holds(tmp_path):
     """On two ranks, of so few tokens that activations hardly count."""
-    from test_parallel import torchrun  # which the worker, importing this file, need not wait for
-
-    found = torchrun(GATHERED.format(tests=str(Path(__file__).parent)), tmp_path)
+    found = torchrun(WORKERS / "gathered.py", tmp_path)
     for reshard in ("always", "never"):
         forward, backward = map(max, zip(*(each[reshard] for each in found), strict=True))
         ours = costs.sharding(WIDE, 2, 2, reshard == "always")

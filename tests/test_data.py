@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers import GOOD, Limits, both_at_once, chat, save, shared, trained_tokenizer
+from helpers import GOOD, WORKERS, Limits, both_at_once, chat, save, shared, trained_tokenizer
 from zephyr import feedback
 from zephyr.data import arrays, cache, readers
 from zephyr.tokenizer import Tokenizer
@@ -791,25 +791,6 @@ def test_every_real_pair_loads(mistral, tmp_path, capsys):
     assert at == len(tokens) and cut >= counts["cut: responses"]
 
 
-MEMORY = """
-from zephyr.data import arrays
-import sys
-from zephyr import config
-from zephyr.tokenizer import Tokenizer
-
-model, rows = sys.argv[1:]
-c = config.DPOConfig(model=model, data=(rows,), out="")
-tokenizer = Tokenizer(model)
-tokenizer.turns([(True, "user", "a")] * 100)
-def peak():  # not ru_maxrss, which starts at the size of the process that started this one
-    lines = dict(line.split(":") for line in open("/proc/self/status"))
-    return int(lines["VmHWM"].split()[0]) << 10
-before = peak()
-assert len(arrays.preferences(c.data, tokenizer, c)) > 5000
-print(peak() - before)
-"""
-
-
 def test_memory_does_not_grow_with_the_file(small, tmp_path):
     """As in ultrafeedback_binarized, columns that are not read make most of a row."""
     side = " ".join(WORDS * 3)
@@ -822,7 +803,7 @@ def test_memory_does_not_grow_with_the_file(small, tmp_path):
     size = path.stat().st_size
     assert size > 55e6
     done = subprocess.run(
-        [sys.executable, "-c", MEMORY, small.path, path],
+        [sys.executable, WORKERS / "memory.py", small.path, path],
         text=True,
         capture_output=True,
         cwd=Path(arrays.__file__).parent.parent,

@@ -125,7 +125,7 @@ def test_responses_apart():
     row = dpo_7b.apart([pair], [17])
     assert row.tokens_T.tolist() == [1, 2, 3, 4, 1, 2, 3, 6, 7]
     assert row.layout.position_T.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 4]
-    assert row.layout.cu_q.tolist() == row.layout.cu_k.tolist() == [0, 4, 9]
+    assert row.layout.cu_seqlens_q.tolist() == row.layout.cu_seqlens_k.tolist() == [0, 4, 9]
     assert row.predict_N.tolist() == [2, 3, 6, 7, 8] and row.pairs.tolist() == [17]
     shared = pack_pairs([pair], [17])
     for name in ("targets_N", "response_N"):

@@ -158,8 +158,8 @@ def test_what_losses_py_says_is_what_runs(monkeypatch):
     for name, smoothing in (("dpo", 0.1), ("ipo", 0.0)):
         both = []
         for function in (
-            lambda x: losses.preference(name, x, response, reference, 0.3, smoothing)["loss"],  # noqa: B023
-            lambda x: kernels.dpo_loss(x, response, reference, 0.3, smoothing, name).loss_P,  # noqa: B023
+            lambda x: losses.preference(name, x, response, reference, 0.3, smoothing)["loss"],
+            lambda x: kernels.dpo_loss(x, response, reference, 0.3, smoothing, name).loss_P,
         ):
             leaf = logprob.clone().requires_grad_()
             loss = function(leaf)

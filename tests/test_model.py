@@ -8,7 +8,8 @@ from torch import Tensor
 from helpers import SMALL, batch, model, packed, tokens
 from zephyr.architecture import MistralConfig
 from zephyr.attention import Layout
-from zephyr.model import Mistral, initialise
+from zephyr.model import Mistral
+from zephyr.weights.hub import initialise
 
 
 def gradients(m: Mistral, loss: Tensor) -> dict[str, Tensor]:

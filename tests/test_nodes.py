@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import two_nodes
-from helpers import close, folder_of, gradients, model, pairs, token_arrays, torchrun
+from helpers import WORKERS, close, folder_of, gradients, model, pairs, token_arrays, torchrun
 from zephyr import losses, optim
 from zephyr.data.batching import DocumentSteps, PairSteps
 from zephyr.distributed import lost
@@ -22,70 +22,6 @@ from zephyr.distributed.group import finish, set_timeout, start
 from zephyr.metrics.means import Means
 
 ROOT = Path(__file__).parent.parent
-
-SCRIPT = """
-from zephyr.data.batching import PairSteps
-from zephyr.distributed import fsdp
-from zephyr.distributed import group
-from zephyr.metrics.means import Means
-from zephyr.weights import config_json, hub
-import os
-import sys
-from pathlib import Path
-
-import torch
-from zephyr import losses, optim
-
-where, rank = Path(sys.argv[1]), int(os.environ["RANK"])
-inputs = torch.load(where / "inputs.pt", weights_only=False)
-batches, data = inputs["batches"], inputs["data"]
-count = sum(len(batch.targets_N) for batch in batches)
-os.environ["LOCAL_RANK"] = str(rank % 2)  # two nodes, so far as the code can tell
-results = {}
-
-
-def whole(tensors):
-    return {name: x.full_tensor().clone() for name, x in tensors.items()}
-
-
-for replicas in (1, 2, 4):
-    ranks = group.start(replicas)
-    m = fsdp.build(config_json.read(where / "base"), ranks, "fp32")
-    group.together(lambda: hub.load(where / "base", m))
-    optimizer = optim.adamw(m, 0.1)
-    shards = {name: p.to_local().numel() for name, p in m.named_parameters()}
-    means = Means(losses.METRICS)
-    plan = PairSteps(data, 8, 64, 0, rank, 4, shuffle=False)
-    for batch in plan.epoch():
-        means.add(len(batch.pairs), losses.preference(
-            "dpo", m(batch), batch.response_N, torch.zeros(2 * len(batch.pairs)), 0.1))
-    logprob_N = m(batches[rank])
-    (losses.sft(logprob_N) * ranks.size / count).backward()
-    gradient = whole({name: p.grad for name, p in m.named_parameters()})
-    norm = optim.step(optimizer, 1e-3, 1e-2)
-    results[replicas] = {
-        "logprob": logprob_N.detach(), "gradients": gradient, "norm": norm, "shards": shards,
-        "stepped": whole(dict(m.named_parameters())), "means": means.mean(),
-    }
-    if replicas == 4:
-        results["agree"] = [group.agree(flag) for flag in (False, rank == 3, True)]
-        node = where / f"node {rank // 2}"
-
-        def built():
-            node.mkdir(exist_ok=True)
-            (node / str(rank)).touch()
-            return sorted(p.name for p in node.iterdir())
-
-        results["once_per_node"] = group.once_per_node(ranks, built)
-        group.shared_folder(where / "made" / "run")
-        try:
-            group.shared_folder(node)
-        except ValueError as error:
-            results["not shared"] = error.code, str(error)
-        results["left over"] = [p.name for p in where.rglob(".seen*")]
-    group.finish()
-torch.save(results, where / f"{rank}.pt")
-"""
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +36,7 @@ def four(tmp_path_factory, inputs) -> list[dict]:
     where = tmp_path_factory.mktemp("four")
     folder_of(model(), where / "base")
     torch.save(inputs, where / "inputs.pt")
-    return torchrun(SCRIPT, where, ranks=4)
+    return torchrun(WORKERS / "four_ranks.py", where, ranks=4)
 
 
 @pytest.mark.parametrize("replicas", [1, 2, 4])
@@ -173,7 +109,7 @@ def test_replicas_that_do_not_divide_the_ranks(monkeypatch, replicas, use):
         start(replicas)
 
 
-def scripts(source: str, *arguments: str, ranks: int = 1) -> list[subprocess.Popen]:
+def scripts(source: Path, *arguments: str, ranks: int = 1) -> list[subprocess.Popen]:
     """The script as that many ranks, without torchrun."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -189,45 +125,13 @@ def scripts(source: str, *arguments: str, ranks: int = 1) -> list[subprocess.Pop
     }
     return [
         subprocess.Popen(
-            [sys.executable, "-c", source, *arguments],
+            [sys.executable, source, *arguments],
             text=True,
             env=env | {"RANK": str(rank)},
             stderr=subprocess.PIPE,
         )
         for rank in range(ranks)
     ]
-
-
-FAULT = """
-from zephyr.distributed import group
-from zephyr.run import exits
-import os
-import signal
-import sys
-
-import torch
-from torch.distributed.fsdp import fully_shard
-
-
-def main():
-    ranks = group.start(int(os.environ["WORLD_SIZE"]))  # groups of the mesh's own
-    layer = fully_shard(torch.nn.Linear(64, 64), mesh=ranks.mesh)
-    group.agree(False)
-    group.set_timeout(3)
-    loss = layer(torch.ones(1, 64)).sum()
-    if ranks.rank == 1:
-        print("ready", file=sys.stderr, flush=True)
-        if sys.argv[1] == "bug":
-            raise TypeError("a bug of ours")
-        os.kill(os.getpid(), getattr(signal, sys.argv[1]))
-    if sys.argv[2] == "together":
-        group.together(lambda: None)
-    loss.backward()
-
-
-sys.argv[0] = "train_dpo.py"
-exits.call(main)
-"""
 
 
 @pytest.mark.parametrize(
@@ -254,7 +158,7 @@ exits.call(main)
     ],
 )
 def test_a_rank_that_is_lost_ends_the_others_with_one_line(fault, waiting, message):
-    processes = scripts(FAULT, fault, waiting, ranks=2)
+    processes = scripts(WORKERS / "lost_rank.py", fault, waiting, ranks=2)
     try:
         assert processes[1].stderr.readline() == "ready\n"
         _, said = processes[0].communicate(timeout=20)
@@ -305,42 +209,8 @@ def test_errors_that_do_not(error):
     assert not lost.a_rank_is_lost(error)
 
 
-SIGNALS = """
-from zephyr.distributed import group
-from zephyr.distributed import signals
-import os
-import signal
-import time
-
-import torch.distributed as dist
-
-group.start()
-me, seen = os.getpid(), []
-
-
-def send(number):
-    os.kill(me, number)
-    time.sleep(0.1)
-    seen.append(signals.stop_wanted())
-
-
-assert not signals.stop_wanted()
-send(signal.SIGUSR1)
-send(signal.SIGTERM)
-send(signal.SIGTERM)
-assert seen == [True] * 3, seen
-time.sleep(1)
-try:
-    os.kill(me, signal.SIGINT)
-    time.sleep(5)
-except KeyboardInterrupt:
-    os.write(2, b"Ctrl-C is Python's, now it hangs\\n")
-dist.distributed_c10d._get_default_store().get("what never comes")
-"""
-
-
 def test_the_first_signal_asks_and_one_a_second_later_ends_even_a_hung_run():
-    (process,) = scripts(SIGNALS)
+    (process,) = scripts(WORKERS / "signals.py")
     try:
         assert process.stderr.readline() == "Ctrl-C is Python's, now it hangs\n"
         time.sleep(0.2)

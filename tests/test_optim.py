@@ -12,7 +12,7 @@ from torch import nn
 from helpers import model
 from zephyr import optim
 from zephyr.config import DPOConfig
-from zephyr.model import initialise
+from zephyr.weights.hub import initialise
 
 SCHEDULES = {
     "linear": transformers.get_linear_schedule_with_warmup,

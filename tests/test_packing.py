@@ -24,8 +24,8 @@ def test_the_worked_example_of_shared_prompts():
     batch = packing.pack_pairs([Pair(*map(np.array, ([a, b, c], [p, q], [x, y, z])))], [7])
     assert batch.tokens_T.tolist() == [a, b, c, p, x, y]
     assert batch.layout.position_T.tolist() == [0, 1, 2, 3, 3, 4]
-    assert batch.layout.cu_q.tolist() == [0, 4, 6]
-    assert batch.layout.cu_k.tolist() == [0, 4, 9]
+    assert batch.layout.cu_seqlens_q.tolist() == [0, 4, 6]
+    assert batch.layout.cu_seqlens_k.tolist() == [0, 4, 9]
     assert batch.layout.kv_rows_G.tolist() == [0, 1, 2, 3, 0, 1, 2, 4, 5]
     assert (batch.layout.max_q, batch.layout.max_k) == (4, 5)
     assert batch.predict_N.tolist() == [2, 3, 2, 4, 5]
@@ -44,7 +44,7 @@ def test_the_worked_example_of_documents():
     assert batch.targets_N.tolist() == [b, c, e]
     assert batch.predict_N.tolist() == [0, 1, 2]
     assert batch.layout.position_T.tolist() == [0, 1, 0]
-    assert batch.layout.cu_q.tolist() == batch.layout.cu_k.tolist() == [0, 2, 3]
+    assert batch.layout.cu_seqlens_q.tolist() == batch.layout.cu_seqlens_k.tolist() == [0, 2, 3]
 
 
 @pytest.mark.parametrize("c, r", [(1, 1), (1, 3), (3, 1)])
@@ -52,9 +52,9 @@ def test_responses_of_one_token_are_predicted_by_the_prompt_alone(c, r):
     batch = packing.pack_pairs([pairs([(2, c, r)]).pair(0)] * 2, [0, 1])
     assert len(batch.tokens_T) == 2 * (2 + c + r - 2)
     assert batch.response_N.tolist() == [0] * c + [1] * r + [2] * c + [3] * r
-    assert int(np.diff(batch.layout.cu_q).min()) > 0, "an empty segment"
-    assert batch.layout.cu_q[-1] == len(batch.tokens_T)
-    assert batch.layout.cu_k[-1] == len(batch.layout.kv_rows_G)
+    assert int(np.diff(batch.layout.cu_seqlens_q).min()) > 0, "an empty segment"
+    assert batch.layout.cu_seqlens_q[-1] == len(batch.tokens_T)
+    assert batch.layout.cu_seqlens_k[-1] == len(batch.layout.kv_rows_G)
 
 
 sizes = st.lists(st.integers(1, 50), min_size=1, max_size=60)
@@ -134,7 +134,7 @@ def test_every_trained_token_is_predicted_exactly_once_in_its_own_context(world,
             previous = batch.tokens_T[batch.predict_N]
             assert (batch.targets_N == previous + 1).all(), "a row predicts another's next token"
             seen += batch.targets_N.tolist()
-            for a, b in zip(batch.layout.cu_q, batch.layout.cu_q[1:], strict=False):
+            for a, b in zip(batch.layout.cu_seqlens_q, batch.layout.cu_seqlens_q[1:], strict=False):
                 piece = batch.tokens_T[a:b]
                 assert (piece.diff() == 1).all() or len(piece) == 1
                 assert batch.layout.position_T[a:b].tolist() == list(range(b - a))

@@ -1,6 +1,6 @@
 """The one mask (causal × window × document × shared prompt) and its two back ends.
 
-T rows  G gathered keys  S segments  H query heads  K key/value heads  E head width
+T tokens of the pack  G gathered keys  S segments  H query heads  K key/value heads  E head width
 """
 
 import inspect
@@ -16,34 +16,49 @@ GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn)
 
 
 def visible(i: Tensor, j: Tensor, window: int | None) -> Tensor:
-    """May the query at position i see the key at position j?  i - window < j <= i.
+    """True where the query at position i may see the key at position j:  i - window < j <= i.
 
-    `window` keys, the query's own included; None is no limit. Positions count from the start of
-    a sequence, so a packed row and a lone sequence agree. Broadcasts.
+    That is `window` keys, the query's own included; None is no limit. Positions count from the
+    start of a sequence, so in a pack a sequence sees what it would see alone. Broadcasts.
     """
     return (j <= i) if window is None else (j <= i) & (j > i - window)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Who sees whom in a packed row: segment s holds queries cu_q[s]:cu_q[s+1], in row order, and
-    keys cu_k[s]:cu_k[s+1] of the rows listed in `kv_rows` (None: the rows themselves).
+    """Who sees whom in a pack of T tokens, by segments.
 
-    A segment's last query and last key are the same row, so masks align at the bottom right.
-    Prompt `a b c` shared by chosen `p` and rejected `x y` (rows a b c p x y):
-        cu_q 0 4 6    cu_k 0 4 9    kv_rows 0 1 2 3 | 0 1 2 4 5    position 0 1 2 3 3 4
+    Segment s has the queries cu_seqlens_q[s] : cu_seqlens_q[s + 1], which lie side by side, and the
+    keys cu_seqlens_k[s] : cu_seqlens_k[s + 1] of the places listed in `kv_rows_G`; None means that
+    its keys are its queries. (cu: cumulative sequence lengths, as FlashAttention names them.)
+
+    Prompt `a b c`, shared by chosen `p q` and rejected `x y z`. A response's last token predicts
+    nothing, so the pack is a b c p x y:
+
+        cu_seqlens_q 0 4 6    cu_seqlens_k 0 4 9    kv_rows 0 1 2 3 | 0 1 2 4 5
+
+                      keys   a b c p | a b c x y        position of the query
+        segment 0  query a   #                          0
+                   query b   # #                        1
+                   query c   # # #                      2
+                   query p   # # # #                    3
+        segment 1  query x             # # # #          3
+                   query y             # # # # #        4
+
+    Segment 1 has two queries and five keys. Its last query and its last key are the same token, so
+    the triangle of its mask stands in the bottom right corner.
     """
 
     position_T: Tensor
-    cu_q: Tensor  # [S+1] int32
-    cu_k: Tensor  # [S+1] int32
+    cu_seqlens_q: Tensor  # [S+1] int32
+    cu_seqlens_k: Tensor  # [S+1] int32
     kv_rows_G: Tensor | None
-    max_q: int
-    max_k: int
+    max_q: int  # queries of the longest segment
+    max_k: int  # its keys
 
     def attended(self, window: int | None) -> int:
-        """Visible (query, key) pairs: a segment holds its sequence from position 0 on."""
-        keys_T = self.position_T + 1
+        """The number of visible (query, key) pairs in the pack."""
+        keys_T = self.position_T + 1  # a segment holds its sequence from position 0 on
         return int((keys_T if window is None else keys_T.clamp(max=window)).sum())
 
     def attend(self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, layer: int, window: int | None):
@@ -55,33 +70,45 @@ class Layout:
         # fp32 at least: on a CPU attention in bf16 is slower and takes more memory
         wide = torch.promote_types(q_THE.dtype, torch.float32)
         position_G = self.position_T if self.kv_rows_G is None else self.position_T[self.kv_rows_G]
-        place = [self.position_T, position_G, self.cu_q, self.cu_k]
-        run = opaque if torch.compiler.is_compiling() else segments
-        return run(q_THE.to(wide), k_TKE.to(wide), v_TKE.to(wide), place, window).to(q_THE.dtype)
+        ends = [self.cu_seqlens_q, self.cu_seqlens_k]
+        q_THE, k_TKE, v_TKE, dtype = q_THE.to(wide), k_TKE.to(wide), v_TKE.to(wide), q_THE.dtype
+        return segment_by_segment(
+            q_THE, k_TKE, v_TKE, self.position_T, position_G, *ends, window
+        ).to(dtype)
 
     def _flash(self, q_THE: Tensor, k_GKE: Tensor, v_GKE: Tensor, window: int | None) -> Tensor:
         """One variable-length call; its left window counts the keys before the query's own."""
         left = -1 if window is None else window - 1
-        return varlen_attn(
-            q_THE,
-            k_GKE,
-            v_GKE,
-            self.cu_q,
-            self.cu_k,
-            self.max_q,
-            self.max_k,
-            window_size=(left, 0),
-            **GROUPED,
-        )
+        lengths = self.cu_seqlens_q, self.cu_seqlens_k, self.max_q, self.max_k
+        return varlen_attn(q_THE, k_GKE, v_GKE, *lengths, window_size=(left, 0), **GROUPED)
 
 
-def segments(
-    q_THE: Tensor, k_GKE: Tensor, v_GKE: Tensor, place: list[Tensor], window: int | None
+def segment_by_segment(
+    q_THE: Tensor,
+    k_GKE: Tensor,
+    v_GKE: Tensor,
+    position_T: Tensor,
+    position_G: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    window: int | None,
 ) -> Tensor:
-    """The same, segment by segment, for CPUs and fp32; `place` has the positions of queries and of
-    gathered keys, and where segments end among both: position_T, position_G, cu_q, cu_k."""
+    """Attention of gathered keys and values, one segment after the other, for CPUs and fp32.
+
+    `position_T` and `position_G` are the positions of the queries and of the gathered keys.
+    """
+    sizes_q, sizes_k = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
+    # split, not slices: the gradient of a split is one concatenation
+    segments = zip(
+        q_THE.transpose(0, 1).split(sizes_q, 1),
+        k_GKE.transpose(0, 1).split(sizes_k, 1),
+        v_GKE.transpose(0, 1).split(sizes_k, 1),
+        position_T.split(sizes_q),
+        position_G.split(sizes_k),
+        strict=True,
+    )
     outputs = []
-    for q_HQE, k_KGE, v_KGE, i_Q, j_G in zip(*split(place, q_THE, k_GKE, v_GKE), strict=True):
+    for q_HQE, k_KGE, v_KGE, i_Q, j_G in segments:
         whole = len(i_Q) == len(j_G) and (window is None or len(j_G) <= window)
         mask_QG = None if whole else visible(i_Q[:, None], j_G, window)
         outputs.append(
@@ -90,78 +117,3 @@ def segments(
             )[0]
         )
     return torch.cat(outputs, 1).transpose(0, 1)
-
-
-def split(place: list[Tensor], q_THE: Tensor, *of_keys: Tensor) -> list:
-    """Queries [H, Q, E], keys and values [K, G, E] and both positions of each segment."""
-    position_T, position_G, cu_q, cu_k = place
-    sizes_q, sizes_k = cu_q.diff().tolist(), cu_k.diff().tolist()
-    # split, not slices: the gradient of a split is one concatenation
-    return [
-        q_THE.transpose(0, 1).split(sizes_q, 1),
-        *(x_GKE.transpose(0, 1).split(sizes_k, 1) for x_GKE in of_keys),
-        position_T.split(sizes_q),
-        position_G.split(sizes_k),
-    ]
-
-
-@torch.library.custom_op("zephyr::segments", mutates_args=())
-def opaque(
-    q_THE: Tensor, k_GKE: Tensor, v_GKE: Tensor, place: list[Tensor], window: int | None
-) -> Tensor:
-    """`segments` as one op to torch.compile, which cannot trace sizes that are data."""
-    return segments(q_THE, k_GKE, v_GKE, place, window).contiguous()
-
-
-@torch.library.custom_op("zephyr::segments_backward", mutates_args=())
-def opaque_backward(
-    g_THE: Tensor,
-    q_THE: Tensor,
-    k_GKE: Tensor,
-    v_GKE: Tensor,
-    place: list[Tensor],
-    window: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Its gradients, of a g that arrives at the output. With p = softmax(s), s = q kᵀ / √E:
-
-    dv = pᵀ g     ds = p ∘ (g vᵀ - Σ p ∘ g vᵀ)     dq = ds k / √E     dk = dsᵀ q / √E
-    """
-    (_, H, E), K = q_THE.shape, k_GKE.shape[1]
-    found = []
-    parts = zip(*split(place, q_THE, k_GKE, v_GKE), split(place, g_THE)[0], strict=True)
-    for q_HQE, k_KGE, v_KGE, i_Q, j_G, g_HQE in parts:
-        k_HGE, v_HGE = (x.repeat_interleave(H // K, 0) for x in (k_KGE, v_KGE))
-        s_HQG = q_HQE @ k_HGE.mT / E**0.5
-        p_HQG = s_HQG.masked_fill(~visible(i_Q[:, None], j_G, window), -torch.inf).softmax(-1)
-        dp_HQG = g_HQE @ v_HGE.mT
-        ds_HQG = p_HQG * (dp_HQG - (p_HQG * dp_HQG).sum(-1, keepdim=True)) / E**0.5
-        dk_HGE, dv_HGE = ds_HQG.mT @ q_HQE, p_HQG.mT @ g_HQE
-        # a key head's gradient is the sum over the query heads that share it
-        dk_KGE, dv_KGE = (x.unflatten(0, (K, H // K)).sum(1) for x in (dk_HGE, dv_HGE))
-        found.append((ds_HQG @ k_HGE, dk_KGE, dv_KGE))
-    joined = (torch.cat(x, 1).transpose(0, 1) for x in zip(*found, strict=True))
-    return tuple(x.contiguous() for x in joined)
-
-
-@opaque.register_fake
-def _(q_THE, k_GKE, v_GKE, place, window):
-    return q_THE.new_empty(q_THE.shape)
-
-
-@opaque_backward.register_fake
-def _(g_THE, q_THE, k_GKE, v_GKE, place, window):
-    return tuple(x.new_empty(x.shape) for x in (q_THE, k_GKE, v_GKE))
-
-
-def _save(ctx, inputs, output) -> None:
-    q_THE, k_GKE, v_GKE, place, ctx.window = inputs
-    ctx.save_for_backward(q_THE, k_GKE, v_GKE, *place)
-
-
-def _gradients(ctx, g_THE):
-    q_THE, k_GKE, v_GKE, *place = ctx.saved_tensors
-    gradients = opaque_backward(g_THE, q_THE, k_GKE, v_GKE, place, ctx.window)
-    return *gradients, [None] * len(place), None
-
-
-opaque.register_autograd(_gradients, setup_context=_save)

@@ -8,6 +8,7 @@ from torch.distributed.tensor import DTensor
 
 import kernels
 from zephyr.config import Training
+from zephyr.weights.masters import lower_half
 
 BETAS, EPS = (0.9, 0.999), 1e-8  # Zephyr's (model card of zephyr-7b-beta)
 
@@ -27,7 +28,7 @@ def adamw(model: nn.Module, weight_decay: float, state: str = "fp32") -> torch.o
         {"params": matrices, "weight_decay": weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    if state == "fp32" and not any(hasattr(p, "low") for p in matrices):
+    if state == "fp32" and not any(lower_half(p) is not None for p in matrices):
         return torch.optim.AdamW(groups, lr=0.0, betas=BETAS, eps=EPS, fused=True)
     return AdamW(groups, torch.bfloat16 if state == "bf16" else torch.float32)
 
@@ -54,7 +55,7 @@ class AdamW(torch.optim.Optimizer):
                 weight, m, v, grad = shards
                 kernels.adamw_(
                     weight,
-                    getattr(p, "low", None),
+                    lower_half(p),
                     m,
                     v,
                     grad,

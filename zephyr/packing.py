@@ -1,19 +1,23 @@
-"""Sequences to one packed micro-batch: Batch, pack_pairs, pack_documents.
+"""Sequences to one packed micro-batch (sequence packing): Batch, pack_pairs, pack_documents.
 
-Everything is packed and nothing is padded (sequence packing): a micro-batch is one pack of tokens,
-without a batch axis.
+Everything is packed and nothing is padded: a micro-batch is one pack of T tokens, without a batch
+axis. Its pairs store and compute each prompt once (prefix sharing).
 
-T tokens of the pack  N predicting tokens  G gathered keys"""
+T tokens of the pack  N predicting places  G gathered keys
+"""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, is_dataclass, replace
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from zephyr.attention import Layout
+
+Record = TypeVar("Record")
+NOWHERE = np.arange(0)
 
 
 class Pair(NamedTuple):
@@ -26,120 +30,141 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """One packed row and the rows of it that predict.
+    """One pack of tokens, and what is predicted at which of its places.
 
     For pairs, `response_N` counts over the micro-batch's responses: its pair k's chosen is 2k, its
     rejected 2k + 1, and `pairs[k]` is that pair's number in the data. For documents it is all 0,
-    and `documents` has the number of each piece's.
+    and `documents` has the number of each piece's document.
     """
 
     tokens_T: Tensor
     layout: Layout
-    predict_N: Tensor
-    targets_N: Tensor
+    predict_N: Tensor  # the places whose hidden states predict
+    targets_N: Tensor  # the tokens to be predicted there
     response_N: Tensor
     pairs: Tensor
     documents: tuple[int, ...] = ()
 
     def to(self, device: torch.device) -> "Batch":
-        return self._each(lambda x: x.to(device, non_blocking=True))
+        """The batch on `device`; a copy to a GPU is queued, and the host goes on."""
+        return map_tensors(self, lambda x: x.to(device, non_blocking=True))
 
     def pinned(self) -> "Batch":
-        """In memory from which a GPU copies while the host goes on."""
-        return self._each(Tensor.pin_memory)
+        """The batch in pinned memory, from which a GPU copies while the host goes on."""
+        return map_tensors(self, Tensor.pin_memory)
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        def move(x: Tensor | None) -> Tensor | None:
-            return None if x is None else change(x)
 
-        keep = self.layout
+def map_tensors(record: Record, f: Callable[[Tensor], Tensor]) -> Record:
+    """The same frozen dataclass with `f` applied to every tensor in it, at any depth."""
+    changed = {}
+    for name, value in vars(record).items():
+        if isinstance(value, Tensor):
+            changed[name] = f(value)
+        elif is_dataclass(value):
+            changed[name] = map_tensors(value, f)
+    return replace(record, **changed)
+
+
+class PackBuilder:
+    """A pack under construction, segment by segment. A segment is a run of tokens with the keys
+    that they may see: `attention.Layout` shows one."""
+
+    def __init__(self, shares_prompts: bool):
+        self.shares_prompts = shares_prompts
+        self.tokens, self.position, self.kv_rows = [], [], []  # arrays, to be joined
+        self.cu_seqlens_q, self.cu_seqlens_k = [0], [0]
+        self.predicting, self.targets, self.response = [], [], []
+
+    def segment(
+        self, tokens: Sequence[int], first_position: int = 0, prefix: np.ndarray = NOWHERE
+    ) -> np.ndarray:
+        """Append tokens that see the places `prefix`, laid down before, and then each other,
+        causally. Returns their places; no tokens make no segment."""
+        start, count = self.cu_seqlens_q[-1], len(tokens)
+        own = np.arange(start, start + count)
+        if count:
+            self.tokens.append(tokens)
+            self.position.append(np.arange(first_position, first_position + count))
+            self.kv_rows += [prefix, own]
+            self.cu_seqlens_q.append(start + count)
+            self.cu_seqlens_k.append(self.cu_seqlens_k[-1] + len(prefix) + count)
+        return own
+
+    def predict(self, places: np.ndarray, targets: Sequence[int], response: int = 0) -> None:
+        """Let the hidden state at each of `places` predict the target beside it."""
+        self.predicting.append(places)
+        self.targets.append(targets)
+        self.response.append(np.full(len(targets), response))
+
+    def batch(self, pairs: Sequence[int] = (), documents: Sequence[int] = ()) -> Batch:
         layout = Layout(
-            move(keep.position_T),
-            move(keep.cu_q),
-            move(keep.cu_k),
-            move(keep.kv_rows_G),
-            keep.max_q,
-            keep.max_k,
+            position_T=_joined(self.position),
+            cu_seqlens_q=torch.tensor(self.cu_seqlens_q, dtype=torch.int32),
+            cu_seqlens_k=torch.tensor(self.cu_seqlens_k, dtype=torch.int32),
+            kv_rows_G=_joined(self.kv_rows) if self.shares_prompts else None,
+            max_q=int(np.diff(self.cu_seqlens_q).max()),
+            max_k=int(np.diff(self.cu_seqlens_k).max()),
         )
-        names = ("tokens_T", "predict_N", "targets_N", "response_N", "pairs")
-        return replace(self, layout=layout, **{n: move(getattr(self, n)) for n in names})
+        return Batch(
+            tokens_T=_joined(self.tokens),
+            layout=layout,
+            predict_N=_joined(self.predicting),
+            targets_N=_joined(self.targets),
+            response_N=_joined(self.response),
+            pairs=torch.tensor(pairs, dtype=torch.int64),
+            documents=tuple(documents),
+        )
+
+
+def _joined(parts: list) -> Tensor:
+    arrays = [np.asarray(part, np.int64) for part in parts]
+    return torch.from_numpy(np.concatenate(arrays or [NOWHERE]))
 
 
 def pack_pairs(pairs: list[Pair], numbers: list[int]) -> Batch:
-    """Pairs as one row in which each prompt is stored, and computed, once.
+    """One pack of the pairs, whose numbers in the data are `numbers`; each prompt is in it once.
 
-    Prompt `a b c`, chosen `p q`, rejected `x y z`; a response's last token predicts nothing:
-        row        0 1 2 3 4 5
-        tokens     a b c p x y
-        position   0 1 2 3 3 4
-        cu_q       0 4 6             queries 0..3, a causal document; 4..5, the rejected branch
-        cu_k       0 4 9
-        kv_rows    0 1 2 3 | 0 1 2 4 5
-        predict    2 3 | 2 4 5
-        targets    p q | x y z
-        response   0 0 | 1 1 1
+    Prompt `a b c`, chosen `p q`, rejected `x y z`:
+
+        place          0 1 2 3 4 5
+        tokens         a b c p x y
+        position       0 1 2 3 3 4
+        cu_seqlens_q   0 4 6             queries 0..3, a causal document; 4..5, the rejected branch
+        cu_seqlens_k   0 4 9
+        kv_rows        0 1 2 3 | 0 1 2 4 5
+        predict        2 3 | 2 4 5
+        targets        p q | x y z
+        response       0 0 | 1 1 1
     """
-    tokens, position, queries, keys, rows = [], [], [0], [0], []
-    predict, targets, response = [], [], []
-    at = 0  # the row where the next pair starts
+    pack = PackBuilder(shares_prompts=True)
     for k, (prompt, chosen, rejected) in enumerate(pairs):
-        p, c, r = len(prompt), len(chosen), len(rejected)
-        branch = at + p + c - 1  # the row where the rejected branch starts
-        end = branch + r - 1
-        tokens += [prompt, chosen[:-1], rejected[:-1]]
-        position += [np.arange(p + c - 1), np.arange(p, p + r - 1)]
-        rows.append(np.arange(at, branch))
-        queries.append(branch)
-        keys.append(keys[-1] + p + c - 1)
-        if r > 1:
-            rows += [np.arange(at, at + p), np.arange(branch, end)]
-            queries.append(end)
-            keys.append(keys[-1] + p + r - 1)
-        last = [at + p - 1]  # the prompt's last row predicts both responses' first tokens
-        predict += [last, np.arange(at + p, branch), last, np.arange(branch, end)]
-        targets += [chosen, rejected]
-        response += [np.full(c, 2 * k), np.full(r, 2 * k + 1)]
-        at = end
-    return _batch(tokens, position, queries, keys, rows, predict, targets, response, numbers)
+        # a response's last token predicts nothing, so it is no input
+        document = pack.segment(np.concatenate([prompt, chosen[:-1]]))
+        shared, continued = document[: len(prompt)], document[len(prompt) :]
+        branch = pack.segment(rejected[:-1], first_position=len(prompt), prefix=shared)
+        # the prompt's last token predicts the first token of both responses
+        pack.predict(np.append(shared[-1], continued), chosen, response=2 * k)
+        pack.predict(np.append(shared[-1], branch), rejected, response=2 * k + 1)
+    return pack.batch(pairs=numbers)
 
 
 def pack_documents(pieces: list[tuple[np.ndarray, np.ndarray, int]]) -> Batch:
-    """Pieces of documents (ids, trained, the document's number) as one row; each is causal and sees
-    only itself.
+    """One pack of pieces of documents, each (ids, trained, the document's number). A piece is
+    causal and sees only itself.
 
-    A piece of n + 1 ids has n input rows: row i predicts id i + 1, and is trained on if
+    A piece of n + 1 ids has n inputs: input i predicts id i + 1, and is trained on if
     trained[i + 1]. Pieces `a b c` and `d e`: tokens a b d, targets b c e, positions 0 1 0.
     """
-    tokens, position, queries, predict, targets = [], [], [0], [], []
+    pack = PackBuilder(shares_prompts=False)
     for ids, trained, _ in pieces:
-        tokens.append(ids[:-1])
-        position.append(np.arange(len(ids) - 1))
-        rows = np.flatnonzero(trained[1:])
-        predict.append(queries[-1] + rows)
-        targets.append(ids[1:][rows])
-        queries.append(queries[-1] + len(ids) - 1)
-    response = [np.zeros(sum(map(len, targets)), np.int64)]
-    batch = _batch(tokens, position, queries, queries, None, predict, targets, response, [])
-    return replace(batch, documents=tuple(number for _, _, number in pieces))
+        own = pack.segment(ids[:-1])
+        pack.predict(own[trained[1:]], ids[1:][trained[1:]])
+    return pack.batch(documents=[number for _, _, number in pieces])
 
 
 def nothing() -> Batch:
     """The micro-batch of a rank that has none left: one token that predicts nothing, so that
     every rank takes part in the same collectives. Its gradient is exactly zero."""
-    return _batch([[0]], [[0]], [0, 1], [0, 1], None, [], [], [], [])
-
-
-def _batch(tokens, position, queries, keys, rows, predict, targets, response, pairs) -> Batch:
-    def flat(parts: list, dtype: torch.dtype = torch.int64) -> Tensor:
-        whole = np.concatenate([np.asarray(p, np.int64) for p in parts] or [np.zeros(0, np.int64)])
-        return torch.from_numpy(whole).to(dtype)
-
-    layout = Layout(
-        position_T=flat(position),
-        cu_q=flat([queries], torch.int32),
-        cu_k=flat([keys], torch.int32),
-        kv_rows_G=None if rows is None else flat(rows),
-        max_q=int(np.diff(queries).max()),
-        max_k=int(np.diff(keys).max()),
-    )
-    return Batch(flat(tokens), layout, flat(predict), flat(targets), flat(response), flat([pairs]))
+    pack = PackBuilder(shares_prompts=False)
+    pack.segment([0])
+    return pack.batch()

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zephyr.attention import Layout
-from zephyr.model import Mistral, initialise
+from zephyr.model import Mistral
 from zephyr.run import exits
 from zephyr.tokenizer import Tokenizer
 from zephyr.toy import birds
 from zephyr.weights import config_json
+from zephyr.weights.hub import initialise
 
 Pair = tuple[list[int], list[int], list[int]]  # token ids of prompt, chosen, rejected
 REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")

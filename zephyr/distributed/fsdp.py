@@ -6,6 +6,7 @@ import itertools
 import logging
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -20,11 +21,16 @@ from torch.utils.checkpoint import (
 )
 
 from zephyr.architecture import MistralConfig
+from zephyr.distributed import compiled_attention
 from zephyr.distributed.group import Ranks
 from zephyr.model import Mistral
+from zephyr.weights.masters import attach_halves
 
-# what attention is, by the names of its ops: on a GPU, on a CPU, compiled on a CPU
-ATTENTION = ("torch_attn::_varlen_attn", "aten::_scaled_dot_product", "zephyr::segments")
+# attention's ops, by name: on a GPU, on a CPU, compiled on a CPU
+ATTENTION = ("torch_attn::_varlen_attn", "aten::_scaled_dot_product", compiled_attention.NAME)
+# a block's matmuls in the order of its forward; nothing in the backward needs the last one's output
+MATMULS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+KEPT = MATMULS[:-1]
 
 
 def build(
@@ -36,33 +42,31 @@ def build(
     compiled: str = "auto",
     reshard: str = "always",
 ) -> Mistral:
-    """The model with empty weights, sharded over the ranks; only `weights.load` fills them.
+    """The model with empty weights, sharded over the ranks; `hub.load` fills them.
 
-    One FSDP2 unit per block, one for embedding, norm and head; parameter names do not change.
-    fp32 masters are cast to `precision` when gathered, gradients are reduced in fp32 after every
-    micro-batch: a full unsharded gradient would not fit beside a large model. Where `reshard` is
-    never, a block stays gathered from its forward to its backward. `compiled` is on, off, or auto,
-    which is on for a GPU.
+    Each block is one FSDP2 unit; embedding, final norm and head are another. Names of parameters do
+    not change. The fp32 masters are cast to `precision` when they are gathered. Gradients are
+    reduced in fp32 after every micro-batch, as a full unsharded gradient would not fit beside a
+    large model. With `reshard` never (ZeRO-2), a block stays gathered from its forward to its
+    backward; else (ZeRO-3) it is freed between them. `compiled` is on, off, or auto, which means on
+    for a GPU.
 
-    A single process in fp32 has nothing to shard and nothing to cast, so it stays a plain module.
-    So does one with `masters` split: each weight is bf16, what its fp32 master has beyond that lies
-    in an attribute `low` of the parameter (see kernels.split), and gradients add up in fp32.
+    A single process in fp32 has nothing to shard and nothing to cast, so its model stays a plain
+    module. So does a model with `masters` split; see masters.attach_halves.
     """
     plain = ranks.size == 1 and (precision == "fp32" or masters == "split")
     with torch.device("meta"):
         model = Mistral(config)
     compiling = compiled == "on" or (compiled == "auto" and ranks.device.type == "cuda")
     for block in model.model.layers:
-        block.forward = wrapped(block, config, recompute, compiling)
+        block.forward = wrapped(block, recompute, compiling)
     if not plain:
         shard(model, ranks.mesh, precision, reshard != "never")
     elif masters == "split":
         model.bfloat16()
     model.to_empty(device=ranks.device)
     if masters == "split":
-        for p in model.parameters():
-            p.grad_dtype = torch.float32
-            p.low = torch.empty_like(p, dtype=torch.int16)
+        attach_halves(model)
     return model
 
 
@@ -79,46 +83,47 @@ def shard(model: Mistral, mesh: DeviceMesh, precision: str, reshard: bool) -> No
         following.set_modules_to_backward_prefetch([block])
 
 
-def wrapped(
-    block: torch.nn.Module, config: MistralConfig, recompute: str, compiled: bool
-) -> Callable:
-    """A block's forward that keeps less for its backward, and is compiled.
+def wrapped(block: torch.nn.Module, recompute: str, compiled: bool) -> Callable:
+    """A block's forward that keeps less for its backward (activation checkpointing), and is
+    compiled. By `recompute`, a block keeps for its backward:
 
-    What a block keeps for its backward:
-
-        none         all inputs of its matmuls, of attention, and what `Normed` and `Gated` name
-        elementwise  the outputs of its matmuls and of attention, and its input: norms, rotations
-                     and SwiGLU's product are computed again, no matmul is
-        full         its input; its forward runs again but for the last matmul
+    none         all inputs of its matmuls and of attention, and what kernels.elementwise names
+    elementwise  the outputs of attention and of its matmuls but the last, and its input: norms,
+                 rotations and SwiGLU's product are computed again, no matmul is
+    full         its input; its forward runs again but for the last matmul
     """
     forward = block.forward
-
-    def keep(context, op: OpOverload, *args, **kwargs) -> CheckpointPolicy:
-        if op is torch.ops.aten.mm.default:
-            # whatever is computed again, the block's last matmul is not its input
-            kept = args[0].shape[1] != config.intermediate_size
-        else:
-            kept = op.name().startswith(ATTENTION)
-        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
-
     if recompute != "none":
-        context = {}
-        if recompute == "elementwise":
-            contexts = functools.partial(create_selective_checkpoint_contexts, keep)
-            context = {"context_fn": contexts}
+        context = {"context_fn": matmuls_and_attention} if recompute == "elementwise" else {}
         forward = functools.partial(checkpoint, forward, use_reentrant=False, **context)
     return one_graph(forward, block) if compiled else forward
 
 
-def one_graph(forward: Callable, block: torch.nn.Module) -> Callable:
-    """A block's forward, compiled once for all layers, numbers of rows, and passes with and without
-    a gradient (the last block, of fewer rows, a second time).
+def matmuls_and_attention() -> tuple[AbstractContextManager, AbstractContextManager]:
+    """The contexts of a block's forward and of its recomputation, in which the outputs of MATMULS
+    and of ATTENTION are saved. A block's matmuls are told apart by their order."""
+    forward, again = iter(MATMULS), iter(MATMULS)
 
-    A compiler fuses a pass without a gradient in another way, which rounds in another way: in bf16
-    the log-probs of a response then differ by tenths of a nat, and so would the reference from the
-    policy that it is. So here such a pass goes through the graph that training has, and keeps
-    nothing of it. A rank without pairs has one row; 0 and 1 are numbers that compilers make graphs
-    of their own for, so fewer than two rows run as they are written.
+    def policy(context, op: OpOverload, *args, **kwargs) -> CheckpointPolicy:
+        if op is torch.ops.aten.mm.default:
+            kept = next(again if context.is_recompute else forward) in KEPT
+        else:
+            kept = op.name().startswith(ATTENTION)
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
+
+
+def one_graph(forward: Callable, block: torch.nn.Module) -> Callable:
+    """A block's forward, compiled once for all layers, all numbers of tokens, and passes with and
+    without a gradient.
+
+    A compiler fuses a pass without a gradient in another way, which rounds in another way. In bf16
+    the log-probs of a response would then differ by tenths of a nat between the reference pass and
+    the policy, although both are the same model. So a pass without a gradient goes through the
+    graph that training has, and keeps nothing of it. The pack of a rank without pairs has one
+    token; compilers make graphs of their own for the numbers 0 and 1, so such a pack runs as the
+    block is written.
     """
     # what torch advises in vain: no op here works in place, and fp32 was asked for
     logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
@@ -129,8 +134,7 @@ def one_graph(forward: Callable, block: torch.nn.Module) -> Callable:
     compiled = torch.compile(forward, fullgraph=True, dynamic=True)
 
     def run(x: Tensor, *rest, **named) -> Tensor:
-        picked = [rows for rows in rest[3:] if rows is not None]  # see model.Block
-        if min(map(len, (x.flatten(0, -2), *picked))) < 2:
+        if x.shape[-2] < 2:
             return forward(x, *rest, **named)
         if torch.is_grad_enabled():
             return traced(x, *rest, **named)

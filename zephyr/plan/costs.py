@@ -89,14 +89,12 @@ def units(c: MistralConfig) -> tuple[int, int]:
 
 
 def forward(c: MistralConfig, load: Load) -> dict[str, float]:
-    """FLOPs of one forward, by part. The last block's o_proj and MLP and the head see only the rows
-    that predict."""
+    """FLOPs of one forward, by part. The head sees only the places that predict."""
     D, L, E = c.hidden_size, c.num_hidden_layers, c.head_dim
     H, K = c.num_attention_heads, c.num_key_value_heads
-    completed = (L - 1) * load.tokens + load.predicted
     return {
-        "projections": 2.0 * D * E * ((H + 2 * K) * L * load.tokens + H * completed),
-        "mlp": 6.0 * D * c.intermediate_size * completed,
+        "projections": 4.0 * D * E * (H + K) * L * load.tokens,
+        "mlp": 6.0 * D * c.intermediate_size * L * load.tokens,
         "attention": 4.0 * L * H * E * load.attended,
         "head": 2.0 * c.vocab_size * D * load.predicted,
     }
@@ -120,27 +118,24 @@ def recomputed(c: MistralConfig, load: Load, recompute: str) -> float:
 
 
 class Kept(NamedTuple):
-    """Numbers that a block keeps for its backward, per row; of fp32, those always so."""
+    """The elements that a block saves for its backward."""
 
-    before: int  # of every row, up to attention
-    keys: int  # of every gathered key
-    after: int  # of every row that goes on: in the last block only those that predict
-    picked: int  # of these in the last block, besides
-    before_fp32: int
-    after_fp32: int
+    token: int  # for each token, in the precision of the run
+    key: int  # for each gathered key, likewise
+    token_fp32: int  # for each token, fp32 whatever the precision
 
 
 def kept(c: MistralConfig, recompute: str) -> Kept:
-    """What a block keeps; compiled it keeps no more. (Rows: x is a block's input, h a norm's
-    output, y the hidden states between attention and MLP.)"""
+    """What a block saves; a compiled one saves no more. (x is a block's input, h a norm's output,
+    y the hidden states between attention and MLP.)"""
     D, F, H = c.hidden_size, c.intermediate_size, c.num_attention_heads
     q, kv = H * c.head_dim, c.num_key_value_heads * c.head_dim
     return {
         # x h q o, k v; y h, gate up product; norms' scales and attention's lse
-        "none": Kept(2 * D + 2 * q, 2 * kv, 2 * D + 3 * F, q, H + 1, 1),
+        "none": Kept(4 * D + 2 * q + 3 * F, 2 * kv, H + 2),
         # x q k v o as they leave the matmuls and attention; o_proj's output, gate up
-        "elementwise": Kept(D + 2 * q + 2 * kv, 0, D + 2 * F, 0, H, 0),
-        "full": Kept(D, 0, 0, 0, 0, 0),
+        "elementwise": Kept(2 * D + 2 * q + 2 * kv + 2 * F, 0, H),
+        "full": Kept(D, 0, 0),
     }[recompute]
 
 
@@ -148,22 +143,22 @@ def activations(c: MistralConfig, load: Load, recompute: str, itemsize: int) -> 
     """Bytes that a micro-batch's forward leaves for its backward, the head's G not counted, nor the
     batch itself. itemsize is 2 for bf16, 4 for fp32."""
     k, L, (T, G, N, _) = kept(c, recompute), c.num_hidden_layers, load
-    completed = (L - 1) * T + N
-    numbers = L * (k.before * T + k.keys * G) + k.after * completed + k.picked * N
-    fp32 = L * k.before_fp32 * T + k.after_fp32 * completed
+    numbers = L * (k.token * T + k.key * G)
+    fp32 = L * k.token_fp32 * T
     # cos and sin; the final norm's input and output, its scales and the head's lse
     numbers += c.head_dim * T + 2 * c.hidden_size * N
     return itemsize * numbers + 4 * (fp32 + 2 * N)
 
 
 def block_backward(c: MistralConfig, load: Load, recompute: str, itemsize: int) -> float:
-    """Bytes for the moment of one block's backward: what it computes anew; four gradients, two of
-    the MLP's width and two of the model's; a weight's, once more in fp32 on its way to the rest."""
-    anew = Kept(*(x - y for x, y in zip(kept(c, "none"), kept(c, recompute), strict=True)))
-    numbers = (anew.before + anew.after) * load.tokens + anew.keys * load.gathered
-    numbers += 2 * (c.intermediate_size + c.hidden_size) * load.tokens
+    """Bytes for the moment of one block's backward: what it computes again; five gradients of
+    activations, two of the MLP's width and three of the model's; and one weight's gradient, held
+    twice: in the run's precision, and in fp32 while it is added to the others."""
+    again = Kept(*(x - y for x, y in zip(kept(c, "none"), kept(c, recompute), strict=True)))
+    numbers = again.token * load.tokens + again.key * load.gathered
+    numbers += (2 * c.intermediate_size + 3 * c.hidden_size) * load.tokens
     weight = c.intermediate_size * c.hidden_size
-    fp32 = (anew.before_fp32 + anew.after_fp32) * load.tokens + weight
+    fp32 = again.token_fp32 * load.tokens + weight
     return itemsize * (numbers + weight) + 4 * fp32
 
 

@@ -25,7 +25,6 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-import kernels
 from zephyr import files
 from zephyr.errors import BadCheckpoint, shared
 from zephyr.model import Mistral
@@ -192,11 +191,9 @@ def export(folder: Path | str, target: Path | str, base: Path | str | None = Non
 
     def whole() -> Iterator[Tensor]:
         for name, size in shapes.items():
-            halves = {name: torch.bfloat16, f"{name}.low": torch.int16}
-            parts = halves if settings.get("masters") == "split" else {name: torch.float32}
-            found = {part: torch.empty(size, dtype=dtype) for part, dtype in parts.items()}
-            read(folder, found, alone=True)
-            yield kernels.join(*found.values()) if parts is halves else found[name]
+            parts = masters.empty_parts(name, size, settings.get("masters") == "split")
+            read(folder, parts, alone=True)
+            yield masters.joined(name, parts)
 
     hub.write(target, shape, shapes, whole(), base, empty_system=empty_system)
 
@@ -236,8 +233,7 @@ def _sum(path: Path) -> str:
 
 
 def tensors_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Weights, split masters' lower halves and moments by name; moments that no step has made yet
-    are zeros."""
+    """Masters and moments by name; moments that no step has made yet are zeros."""
     tensors: dict[str, Tensor] = {}
     for name, p in masters.resharded_parameters(model).items():
         kept = optimizer.state[p]
@@ -245,10 +241,7 @@ def tensors_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict
             kept["step"] = torch.zeros((), device=p.device)
             dtype = getattr(optimizer, "moments", p.dtype)  # torch's are as wide as the weights
             kept["exp_avg"], kept["exp_avg_sq"] = (torch.zeros_like(p, dtype=dtype) for _ in "mv")
-        if hasattr(p, "low"):
-            tensors[f"{name}.low"] = p.low
-        tensors |= {
-            name: p.detach(),
+        tensors |= masters.parts(name, p) | {
             f"{name}.exp_avg": kept["exp_avg"],
             f"{name}.exp_avg_sq": kept["exp_avg_sq"],
         }

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from zephyr import files
 from zephyr.architecture import MistralConfig
-from zephyr.model import Mistral, initialise
+from zephyr.model import Mistral
 from zephyr.tokenizer import Tokenizer
 from zephyr.weights import config_json, locate, safetensor_files
 from zephyr.weights.masters import fill, full_master, resharded_parameters
@@ -197,6 +197,16 @@ def write(
         safetensor_files.write_shards(
             temp, groups, shapes, dtype, (x.to("cpu", dtype) for x in tensors)
         )
+
+
+def initialise(model: Mistral, seed: int, std: float = 0.02) -> None:
+    """Fill with fresh weights: N(0, std²) for matrices, ones for norms (Hugging Face's default)."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=std, generator=generator)
+        else:
+            torch.nn.init.ones_(parameter)
 
 
 def fresh(folder: Path | str, seed: int) -> None:

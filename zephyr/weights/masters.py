@@ -1,4 +1,10 @@
-"""fp32 master weights, kept whole or split in two halves of 16 bits."""
+"""fp32 master weights: whole, or split in two halves of 16 bits.
+
+At a learning rate of 5e-7 an update is smaller than half a unit in a bf16 weight's last place, so a
+model trained in bf16 alone stands still: its masters have to be fp32. Where one process computes in
+bf16, the masters can be split: the parameter is the upper half, which is a bf16 number, and the
+lower half lies beside it (`kernels.split`). This file alone knows where.
+"""
 
 import torch
 from torch import Tensor
@@ -9,17 +15,50 @@ import kernels
 from zephyr.model import Mistral
 
 
+def attach_halves(model: Mistral) -> None:
+    """Give each parameter, a bf16 one, an empty lower half, and gradients that add up in fp32."""
+    for parameter in model.parameters():
+        parameter.grad_dtype = torch.float32
+        parameter.low = torch.empty_like(parameter, dtype=torch.int16)
+
+
+def lower_half(parameter: Tensor) -> Tensor | None:
+    """The lower half of a split master, int16; None of a whole one."""
+    return getattr(parameter, "low", None)
+
+
+def parts(name: str, parameter: Tensor) -> dict[str, Tensor]:
+    """What a checkpoint holds of a master: `NAME`, and of a split one `NAME.low` too."""
+    low = lower_half(parameter)
+    return ({} if low is None else {f"{name}.low": low}) | {name: parameter.detach()}
+
+
+def empty_parts(name: str, shape: tuple[int, ...], split: bool) -> dict[str, Tensor]:
+    """Tensors of the names, shape and dtypes that `parts` gave, to be read into."""
+    if not split:
+        return {name: torch.empty(shape)}
+    low = torch.empty(shape, dtype=torch.int16)
+    return {f"{name}.low": low, name: torch.empty(shape, dtype=torch.bfloat16)}
+
+
+def joined(name: str, parts: dict[str, Tensor]) -> Tensor:
+    """The fp32 master that `parts` are of."""
+    low = parts.get(f"{name}.low")
+    return parts[name] if low is None else kernels.join(parts[name], low)
+
+
 def fill(parameter: Tensor, local: Tensor, values: Tensor) -> None:
-    """Put values into `local`, this rank's part of a parameter; a split master in both halves."""
-    if hasattr(parameter, "low"):
+    """Copy values into `local`, this rank's part of a parameter, or into both its halves."""
+    if lower_half(parameter) is not None:
         values, low = kernels.split(values.to(local.device, torch.float32))
         parameter.low.copy_(low)
     local.copy_(values)
 
 
 def full_master(parameter: Tensor) -> Tensor:
-    """The fp32 master that a parameter is, or is the upper half of; of a shard, all of it."""
-    if hasattr(parameter, "low"):
+    """The full fp32 master of a parameter: joined from its halves if it is split, gathered from all
+    ranks if it is sharded."""
+    if lower_half(parameter) is not None:
         return kernels.join(parameter.detach(), parameter.low)
     parameter = parameter.detach()
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
@@ -28,9 +67,9 @@ def full_master(parameter: Tensor) -> Tensor:
 def resharded_parameters(model: Mistral) -> dict[str, Tensor]:
     """The model's parameters by name, sharded ones as shards.
 
-    A forward without a backward leaves FSDP's root gathered and cast, and the blocks too with
-    `--reshard never`; what is then there under their names is not what the optimizer works on, so
-    all are put back first.
+    A forward without a backward (reference pass, evaluation) leaves FSDP's root gathered and cast,
+    and with `--reshard never` the blocks too. Those tensors are not the ones that the optimizer
+    works on, so all units are resharded first.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
