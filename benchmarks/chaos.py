@@ -542,7 +542,7 @@ class Saves:
         self.run.wait()
 
     def load(self) -> int:
-        step, _ = self.run.load(self.model, self.optimizer)
+        step = self.run.load(self.model, self.optimizer)
         pure = all(bool((x == value).all()) for x, value in self.tensors(step))
         assert pure or not step, "a mixture"
         return step

@@ -24,13 +24,14 @@ import numpy as np
 import torch
 
 from zephyr import losses, optim, packing
+from zephyr.architecture import MistralConfig
 from zephyr.config import DPOConfig
 from zephyr.distributed import fsdp, group
 from zephyr.files import read_json
-from zephyr.model import MistralConfig, initialise
 from zephyr.packing import Pair
 from zephyr.run import checkpoint
 from zephyr.run.folder import Run
+from zephyr.weights.hub import initialise
 
 GIB = 1 << 30
 FULL, RANKS = 7_241_732_096, 8  # Mistral-7B's parameters, on eight GPUs

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels.bench import timing
-from zephyr.attention import Layout, segments
+from zephyr.attention import Layout, segment_by_segment
 from zephyr.packing import Pair, pack_pairs
 
 HEADS, KV_HEADS, HEAD = 32, 8, 128
@@ -61,7 +61,7 @@ def plain(packed: Layout, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, window: i
     k_GKE, v_GKE = (x.index_select(0, rows_G) for x in (k_TKE, v_TKE))
     place = [packed.position_T, packed.position_T[rows_G], packed.cu_seqlens_q, packed.cu_seqlens_k]
     with sdpa_kernel(SDPBackend.MATH):  # not the library that is being checked, nor another
-        return segments(q_THE, k_GKE, v_GKE, place, window)
+        return segment_by_segment(q_THE, k_GKE, v_GKE, *place, window)
 
 
 def attention(packed: Layout, heads: int, kv_heads: int, head: int) -> list[Tensor]:

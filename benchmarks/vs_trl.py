@@ -103,7 +103,7 @@ def prepare(o: argparse.Namespace, place: Path) -> list[int]:
 
 def architecture(name: str):
     """The MistralConfig of one of SIZES."""
-    from zephyr.model import MistralConfig
+    from zephyr.architecture import MistralConfig
 
     width, mlp, layers, heads, kv_heads = SIZES[name]
     return MistralConfig(
@@ -180,7 +180,7 @@ def script(o: argparse.Namespace, place: Path, argv: list[str]) -> dict:
     import train_dpo
 
     spent: list[float] = []
-    train_dpo.anchor.cached = timed(train_dpo.anchor.cached, spent)
+    train_dpo.reference.cached = timed(train_dpo.reference.cached, spent)
     sys.argv = ["train_dpo.py", *argv]
     train_dpo.main()
     rows = read(place / "run")

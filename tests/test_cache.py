@@ -49,7 +49,7 @@ def test_a_damaged_entry_is_made_anew(small, tmp_path, capsys, name, harm):
         shutil.rmtree(cache_folder(), ignore_errors=True)
         save(tmp_path / "a.jsonl", GOOD | {"messages": chat("a", "b")})
         first = read(path, small, Limits())
-        ids, about = first.ids.tolist(), first.report("x")
+        ids, about = first.ids.tolist(), first.report()
         (entry,) = cache_folder().iterdir()
         before = {file.name: file.read_bytes() for file in entry.iterdir()}
         harm(entry / name)
@@ -60,7 +60,7 @@ def test_a_damaged_entry_is_made_anew(small, tmp_path, capsys, name, harm):
         said = capsys.readouterr().err
         assert said.startswith(f"{entry} is damaged: ") and said.endswith("; it is made anew\n")
         assert said.count("\n") == 1
-        assert (again.ids.tolist(), again.report("x")) == (ids, about)
+        assert (again.ids.tolist(), again.report()) == (ids, about)
         assert {file.name: file.read_bytes() for file in entry.iterdir()} == before
         assert list(cache_folder().iterdir()) == [entry]
         assert read(path, small, Limits()).digest == again.digest

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import threading
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -19,7 +20,6 @@ from zephyr.config import DPOConfig, SFTConfig
 from zephyr.distributed import fsdp, signals
 from zephyr.errors import BadCheckpoint, Preempted
 from zephyr.files import read_json, write_json
-from zephyr.metrics.log import Log
 from zephyr.run import checkpoint
 from zephyr.run.folder import FREE, Run
 from zephyr.weights import __main__ as weights_command
@@ -68,13 +68,19 @@ def equal(a: dict, b: dict) -> None:
 
 
 class Notes:
-    """A part of a run with something to keep."""
+    """A journal of one value."""
 
-    def __init__(self, value):
+    def __init__(self, value: float | str = 0.0):
         self.value = value
 
     def state(self) -> dict:
-        return {"value": self.value}
+        return {"notes": {"value": self.value}}
+
+    def paused(self):
+        return nullcontext()
+
+    def phase(self, name: str):
+        return nullcontext()
 
 
 @pytest.mark.parametrize("save_async", [False, True], ids=["", "async"])
@@ -84,16 +90,15 @@ def test_a_resumed_run_equals_one_straight_through(ranks, base, c, precision, sa
     straight = start(ranks, base, precision)
     train(*straight, 0, 6)
     first, run = start(ranks, base, precision), Run(c, DIGESTS, ranks)
-    assert run.load(*first) == (0, {})
+    assert (run.load(*first), run.kept) == (0, {})
     train(*first, 0, 3)
-    run.save(3, *first, notes=Notes(0.1))
+    run.save(3, *first, Notes(0.1))
     train(*first, 3, 6)  # while an asynchronous save may still be writing
     run.wait()
     equal(state(*first), state(*straight))  # saving leaves no trace
     run.held.close()
     second, again = start(ranks, base, precision), Run(c, DIGESTS, ranks)
-    step, kept = again.load(*second)
-    assert (step, kept["notes"]) == (3, [{"value": 0.1}])
+    assert (again.load(*second), again.kept["notes"]) == (3, [{"value": 0.1}])
     assert all(float(s["step"]) == 3 for s in second[1].state.values())
     train(*second, 3, 6)
     equal(state(*second), state(*straight))
@@ -118,7 +123,7 @@ def test_a_save_in_the_background_has_the_state_it_was_called_with(ranks, base, 
     run.wait()
     run.held.close()
     fresh = start(ranks, base)
-    assert Run(c, DIGESTS, ranks).load(*fresh)[0] == 2
+    assert Run(c, DIGESTS, ranks).load(*fresh) == 2
     equal(state(*fresh), expected)
     assert any((x != expected[name]).any() for name, x in state(m, optimizer).items())
 
@@ -179,7 +184,7 @@ def test_one_rank_then_many_then_one(ranks, base, c, tmp_path, size, replicas):
     torch.save(vars(c) | {"replicas": replicas}, tmp_path / "settings.pt")
     straight, run = start(ranks, base), Run(c, DIGESTS, ranks)
     train(*straight, 0, 2)
-    run.save(2, *straight, notes=Notes("alone"))
+    run.save(2, *straight, Notes("alone"))
     run.wait()
     run.held.close()
     many = torchrun(WORKERS / "resharded.py", tmp_path, size)
@@ -188,7 +193,7 @@ def test_one_rank_then_many_then_one(ranks, base, c, tmp_path, size, replicas):
     third, fourth = run.out / "checkpoints/step-000003", run.out / "checkpoints/step-000004"
     assert checkpoint.complete(run.out)[1:] == [third, fourth]
     run.folder = third
-    assert run.load(*back)[0] == 3
+    assert run.load(*back) == 3
     equal(state(*back), state(*straight))
     second, again = (
         sum(p.stat().st_size for p in folder.glob("shard-*"))
@@ -196,8 +201,7 @@ def test_one_rank_then_many_then_one(ranks, base, c, tmp_path, size, replicas):
     )
     assert again < 1.1 * second, "replicas write each shard once"
     run.folder = fourth
-    step, kept = run.load(*back)
-    assert (step, kept["notes"]) == (4, [{"rank": k} for k in range(size)])
+    assert (run.load(*back), run.kept["notes"]) == (4, [{"rank": k} for k in range(size)])
     train(*straight, 2, 5)
     train(*back, 4, 5)
     expected = state(*straight)
@@ -332,7 +336,7 @@ def test_what_no_sum_names_is_no_damage(ranks, base, c, tmp_path, name):
     (saved / "a link").symlink_to("nothing")
     run.held.close()
     again = Run(c, DIGESTS, ranks)
-    assert again.load(*start(ranks, base))[0] == 2
+    assert again.load(*start(ranks, base)) == 2
     checkpoint.export(saved, tmp_path / "exported", base)
     (saved / "shard-00007-model-00001-of-00001.safetensors").touch()
     with pytest.raises(BadCheckpoint, match="SHA256SUMS does not name shard-00007-model-00001"):
@@ -358,11 +362,10 @@ def test_sums_that_are_not_whole_are_damage(ranks, base, c, keep):
 def test_what_is_due_is_saved_and_the_last_step_too(ranks, base, c, tmp_path):
     first, run = start(ranks, base), Run(replace(c, save_every=2), DIGESTS, ranks)
     never = Run(replace(c, out=str(tmp_path / "never")), DIGESTS, ranks)
-    with Log(run.out, 5, ["loss"]) as log:
-        for step in range(1, 6):
-            run.after(step, step == 5, *first, log=log)
-        run.wait()
-        never.after(5, True, *first, log=log)
+    for step in range(1, 6):
+        run.after(step, 5, *first, Notes())
+    run.wait()
+    never.after(5, 5, *first, Notes())
     steps = [2, 4, 5]
     assert [p.name for p in checkpoint.complete(run.out)] == [f"step-{s:06d}" for s in steps]
     assert checkpoint.complete(never.out) == [] and never.under_way is None
@@ -372,8 +375,8 @@ def test_asked_to_stop_a_run_saves_and_says_so(ranks, base, c, monkeypatch):
     first, run = start(ranks, base), Run(c, DIGESTS, ranks)
     monkeypatch.setattr(signals, "stop_wanted", lambda: True)
     message = f"saved after step 3 in {c.out}; the same command"
-    with Log(run.out, 5, ["loss"]) as log, pytest.raises(Preempted, match=message):
-        run.after(3, False, *first, log=log)
+    with pytest.raises(Preempted, match=message):
+        run.after(3, 5, *first, Notes())
     assert [p.name for p in checkpoint.complete(run.out)] == ["step-000003"]
 
 

@@ -272,7 +272,7 @@ def test_an_empty_file_among_full_ones_is_a_line(name, content, tokenizer, tmp_p
         empty.write_bytes(content)
     for paths in ((full, str(empty)), (str(empty), full)):
         tokens = arrays.preferences(paths, tokenizer, Limits())
-        assert tokens.report("x").splitlines()[1:] == [f"{empty} is empty: no row comes from it"]
+        assert tokens.report().splitlines()[1:] == [f"{empty} is empty: no row comes from it"]
         assert tokens.where(0) == f"{full}:1"
     with pytest.raises(ValueError, match=f"^{empty}: no row is left to train on$"):
         arrays.preferences((str(empty),), tokenizer, Limits())

@@ -145,7 +145,7 @@ def test_every_form_is_the_right_text(request, which, empty_system, form, tmp_pa
     odd = ODD.strip() if "transcripts" in form else ODD
     assert response(tokenizer, pair.chosen) == odd
     assert response(tokenizer, pair.rejected) == "No."
-    assert len(tokens) == 1 and tokens.report("x").startswith("x: 1 of 1 rows, ")
+    assert len(tokens) == 1 and tokens.report().startswith("x: 1 of 1 rows, ")
 
 
 def test_a_pair_is_what_generation_starts_from_and_what_sft_saw(small, tmp_path):
@@ -344,7 +344,7 @@ def test_a_bad_row_costs_one_line_that_names_it(read, good, row, message, small,
     path = save(tmp_path / "b.jsonl", *[good] * 60, row, *[good] * 60)
     tokens = read(path, small, Limits(on_bad_row="skip"))
     assert len(tokens) == tokens.counts["kept"] == 120
-    first, *listed = tokens.report("x").splitlines()
+    first, *listed = tokens.report().splitlines()
     assert first == f"x: 120 of 121 rows, {len(tokens.ids)} tokens; skipped: bad row 1"
     assert listed[0] == "skipped 1 bad rows of 121; the first 1:"
     assert listed[1].startswith(f"  {path[0]}:61: {message}") and len(listed) == 2
@@ -397,7 +397,7 @@ def test_empty_and_equal_responses_are_dropped_and_counted(small, tmp_path):
         "dropped: chosen and rejected are the same": 1,
         "skipped: bad row": 0,
     }
-    assert tokens.report("pairs") == (
+    assert tokens.report() == (
         f"pairs: 1 of 5 rows, {len(tokens.ids)} tokens; dropped: a response is empty 3; "
         "dropped: chosen and rejected are the same 1"
     )
@@ -576,7 +576,7 @@ def test_cut_pairs_from_a_file(small, tmp_path):
     assert [len(part) for part in tokens.pair(0)][0] == 80
     assert response(small, tokens.pair(0).rejected) == "cat"
     assert len(tokens.pair(1).rejected) == 80 and small.eos not in tokens.pair(1).rejected
-    assert tokens.report("x").endswith(
+    assert tokens.report().endswith(
         "; cut: prompt 1; cut: responses 2; dropped: chosen and rejected are the same 1"
     )
     with pytest.raises(ValueError, match="^--max-prompt-length 20 leaves no room"):
@@ -602,7 +602,7 @@ def test_the_second_call_opens_the_same_arrays(small, tmp_path, monkeypatch):
             assert one.ids.tolist() == two.ids.tolist()
             assert one.mask.tolist() == two.mask.tolist()
             assert one.ends.tolist() == two.ends.tolist()
-            assert one.report("x") == two.report("x") and one.digest == two.digest
+            assert one.report() == two.report() and one.digest == two.digest
     assert len(list(cache.cache_folder().iterdir())) == 2
     with pytest.raises(ValueError, match="read-only"):
         first[0].ids[0] = 7

@@ -357,7 +357,7 @@ def test_what_cannot_be_used_is_refused_by_name(read, change, message, tokenizer
     path = save(tmp_path / "b.jsonl", *[good] * 100, good | change)
     tokens = read(path, tokenizer, Limits(on_bad_row="skip"))
     assert tokens.counts["skipped: bad row"] == 1 and len(tokens) == 100
-    assert f"\n  {path[0]}:101: {message}" in tokens.report("x")
+    assert f"\n  {path[0]}:101: {message}" in tokens.report()
 
 
 @pytest.mark.parametrize(
@@ -423,7 +423,7 @@ def test_scores_that_contradict_are_trained_and_counted(tokenizer, tmp_path):
         assert tokenizer.decode(tokens.pair(k).chosen.tolist()) == "A"
     line = "trained as they stand: score_chosen below score_rejected"
     assert tokens.counts[line] == 3
-    assert tokens.report("x").endswith(f"; {line} 3")
+    assert tokens.report().endswith(f"; {line} 3")
     del tokens
     dropped = save(tmp_path / "b.jsonl", rows[0] | {"chosen": ""}, rows[1])
     assert line not in arrays.preferences(dropped, tokenizer, Limits()).counts

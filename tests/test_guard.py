@@ -32,7 +32,7 @@ def guard(ranks, policy: str = "stop", kept=()) -> Guard:
 def step(g: Guard, number: int, losses: list[float], norm: float) -> bool:
     g.saw(torch.arange(len(losses)), torch.tensor(losses))
     g.saw([], torch.zeros(0))  # a rank that has nothing left
-    return g.allows(number, torch.tensor(norm), g.broken())
+    return g.report(number, torch.tensor(norm), g.broken())
 
 
 def test_a_finite_step_is_taken_in_silence(ranks, capsys):

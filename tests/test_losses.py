@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import kernels
 from zephyr import losses
+from zephyr.config import DPOConfig
 
 MARGINS = [-1e4, -300.0, -50.0, -1.0, -1e-3, 0.0, 1e-3, 0.7, 1.0, 50.0, 300.0, 1e4]
 
@@ -252,12 +253,18 @@ def test_sft_is_the_sum():
     assert float(losses.sft(torch.tensor([-1.0, -2.5]))) == 3.5
 
 
+def settings(loss: str) -> DPOConfig:
+    return DPOConfig(
+        model="", data=("",), out="", loss=loss, beta=0.1, precision="fp32", label_smoothing=0.0
+    )
+
+
 @pytest.mark.parametrize("loss, margin", [(0.70, 0.0), (math.log(2), 1e-3), (math.inf, 0.0)])
 def test_a_start_from_unequal_policies_stops(loss, margin):
     with pytest.raises(ValueError, match="before the first update policy and reference must agree"):
-        losses.check_start("dpo", 0.1, 0.0, {"loss": loss, "rewards/margins": margin}, "fp32")
+        losses.check_start(settings("dpo"), {"loss": loss, "rewards/margins": margin})
 
 
 @pytest.mark.parametrize("name, loss", [("dpo", math.log(2)), ("ipo", 25.0), ("hinge", 1.0)])
 def test_a_start_from_equal_policies_goes_on(name, loss):
-    losses.check_start(name, 0.1, 0.0, {"loss": loss, "rewards/margins": 0.0}, "fp32")
+    losses.check_start(settings(name), {"loss": loss, "rewards/margins": 0.0})

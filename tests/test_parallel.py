@@ -45,7 +45,8 @@ def test_storage_that_refuses_stays_that_on_every_rank(ranks):
         raise OSError(28, "No space left on device", "cache")
 
     with pytest.raises(errors.Storage, match="No space left on device: 'cache'") as refused:
-        group.together(full)
+        with group.together():
+            full()
     assert refused.value.code == 5 and refused.value.shared
 
 

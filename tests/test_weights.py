@@ -15,7 +15,7 @@ from helpers import WORKERS, folder_of, model, packed, pieces, tokens
 from zephyr import files
 from zephyr.architecture import MistralConfig
 from zephyr.model import Mistral
-from zephyr.weights import config_json, hub, locate
+from zephyr.weights import config_json, hub, locate, safetensor_files
 
 
 def empty(config: MistralConfig) -> Mistral:

@@ -56,6 +56,12 @@ class Layout:
     max_q: int  # queries of the longest segment
     max_k: int  # its keys
 
+    @classmethod
+    def alone(cls, length: int) -> "Layout":
+        """The layout of one causal sequence."""
+        ends = torch.tensor([0, length], dtype=torch.int32)
+        return cls(torch.arange(length), ends, ends, None, length, length)
+
     def attended(self, window: int | None) -> int:
         """The number of visible (query, key) pairs in the pack."""
         keys_T = self.position_T + 1  # a segment holds its sequence from position 0 on

@@ -98,9 +98,9 @@ class SFTConfig(Training):
     """dSFT. Defaults are those of the alignment handbook's re-run (recipe B)."""
 
     table: ClassVar[str] = "sft"
-    batch: int = 128  # packed rows of --max-length tokens per optimizer step
+    batch: int = 128  # chunks of --max-length tokens per optimizer step, over all ranks
     lr: float = 2e-5  # peak learning rate
-    max_length: int = 2048  # tokens in a packed row
+    max_length: int = 2048  # tokens in a chunk, into which the conversations are cut
     train_on: Literal["all", "assistant"] = "all"  # tokens whose log-probs make the loss
 
     def __post_init__(self) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import kernels
+from zephyr.config import DPOConfig
 from zephyr.errors import shared
 
 METRICS = (
@@ -112,14 +113,7 @@ def preference(
     }
 
 
-def check_start(
-    name: str,
-    beta: float,
-    smoothing: float,
-    means: dict[str, float],
-    precision: str,
-    exact: bool = False,
-) -> None:
+def check_start(c: DPOConfig, means: dict[str, float], exact: bool = False) -> None:
     """Raise ValueError unless a step taken before any update starts from equal policies.
 
     Then every margin is 0 and the loss is the objective's at h = 0 (`dpo`: ln 2), to 1e-5 in fp32
@@ -127,8 +121,8 @@ def check_start(
     micro-batches: then the margins must be 0 in every bit. `means` are a step's `loss`,
     `rewards/margins` and `rewards/accuracies`. NaN passes: guard.py handles it.
     """
-    tolerance = 1e-5 if precision == "fp32" else 1e-2
-    expected = float(OBJECTIVES[name](torch.zeros(1), beta, smoothing))
+    tolerance = 1e-5 if c.precision == "fp32" else 1e-2
+    expected = float(OBJECTIVES[c.loss](torch.zeros(1), c.beta, c.label_smoothing))
     loss, margin = means["loss"], means["rewards/margins"]
     problem = None
     # relative where the loss is large (ipo)

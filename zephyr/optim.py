@@ -8,6 +8,7 @@ from torch.distributed.tensor import DTensor
 
 import kernels
 from zephyr.config import Training
+from zephyr.distributed.group import Ranks
 from zephyr.weights.masters import lower_half
 
 BETAS, EPS = (0.9, 0.999), 1e-8  # Zephyr's (model card of zephyr-7b-beta)
@@ -72,9 +73,9 @@ def _local(x: Tensor) -> Tensor:
     return x.to_local() if isinstance(x, DTensor) else x
 
 
-def steps(c: Training, per_epoch: int, size: int, what: str, world: int) -> tuple[int, list[str]]:
-    """How many optimizer steps a run has over `size` pairs or rows (`what`, one of them), and a
-    line for its user if half of them or more are warm-up.
+def steps(c: Training, per_epoch: int, size: int, what: str, ranks: Ranks) -> int:
+    """The number of optimizer steps of a run over `size` pairs or chunks (`what` is one of them).
+    Says so if half of them or more are warm-up.
 
     Raises ValueError if no step would have a learning rate above 0, as where there is one step and
     a warm-up: such a run would end with the weights it began with.
@@ -85,19 +86,21 @@ def steps(c: Training, per_epoch: int, size: int, what: str, world: int) -> tupl
         if not c.steps:
             what += "s" * (size > 1)
             made = f"{size} {what} with --batch {c.batch}, --epochs {c.epochs} and no --steps"
-            batch = max(world, size // 10)
+            batch = max(ranks.size, size // 10)
             smaller = f"--batch {batch}, which makes {-(-size // batch)} steps"
             fixes = [smaller, "--epochs 10"] if batch < size else ["--epochs 10"]
         raise ValueError(
-            f"{made}: that is {total} step, whose learning rate --warmup {c.warmup} "
-            "makes 0, and nothing would be learned; use "
-            f"{', '.join(fixes)} or --warmup 0"
+            f"{made}: that is {total} step, whose learning rate --warmup {c.warmup} makes 0, and "
+            f"nothing would be learned; use {', '.join(fixes)} or --warmup 0"
         )
     rise = math.ceil(c.warmup * total)
-    return total, [] if 2 * rise < total else [
-        f"warm-up takes {rise} of the {total} steps (--warmup {c.warmup}): a smaller --batch or "
-        "--warmup, or more --epochs or --steps, leaves more of them near the full learning rate"
-    ]
+    if 2 * rise >= total:
+        ranks.say(
+            f"warm-up takes {rise} of the {total} steps (--warmup {c.warmup}): a smaller --batch "
+            "or --warmup, or more --epochs or --steps, leaves more of them near the full learning "
+            "rate"
+        )
+    return total
 
 
 def schedule(kind: str, step: int, total: int, warmup: float) -> float:
@@ -116,17 +119,17 @@ def schedule(kind: str, step: int, total: int, warmup: float) -> float:
 
 
 def step(
-    optimizer: torch.optim.Optimizer, lr: float, clip: float, broken: Tensor | float = 0.0
+    optimizer: torch.optim.Optimizer, lr: float, clip: float, skip_if: Tensor | float = 0.0
 ) -> Tensor:
     """Clip the global gradient norm to `clip`, update, clear; returns the norm before clipping.
 
-    Weights and moments stay as they are if the norm is not finite or `broken`, a flag on the
-    device, is not 0. That is decided there too: the host waits for nothing.
+    Weights and moments stay as they are if the norm is not finite or `skip_if`, a flag on the
+    device, is not 0. That is decided on the device too: the host waits for nothing.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = nn.utils.clip_grad_norm_(parameters, clip)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    optimizer.found_inf = (~norm.isfinite() | (broken != 0)).float()  # torch's name: fused AdamW's
+    optimizer.found_inf = (~norm.isfinite() | (skip_if != 0)).float()  # torch's name: fused AdamW's
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()

@@ -2,10 +2,9 @@
 
     python -m zephyr.textbook        twenty steps on the invented village
 
-There are two models: the policy, which is trained, and the reference, a frozen copy of the policy
-as it was at the start. Each pair takes four forward passes, one sequence at a time. train_dpo.py
-gives the same numbers, which tests/test_train.py asks of it: what it has besides makes this fast,
-exact on many GPUs, and hard to lose.
+There are two models: the policy, which is trained, and the reference, a frozen copy of what it was
+at the start. Each pair takes four forward passes, one sequence at a time. train_dpo.py gives the
+same numbers (tests/test_train.py), but fast, exact on many GPUs, and in a run that is hard to lose.
 
 T tokens of a sequence  V vocabulary
 """
@@ -22,10 +21,8 @@ from zephyr.model import Mistral
 from zephyr.run import exits
 from zephyr.tokenizer import Tokenizer
 from zephyr.toy import birds
-from zephyr.weights import config_json
-from zephyr.weights.hub import initialise
+from zephyr.weights import config_json, hub
 
-Pair = tuple[list[int], list[int], list[int]]  # token ids of prompt, chosen, rejected
 REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
 NAMES = (*REWARDS, "logps/chosen", "logps/rejected")
 
@@ -48,13 +45,13 @@ def dpo(chosen: Tensor, rejected: Tensor, beta: float, lengths: tuple[int, int])
 
 def train(
     policy: nn.Module,
-    batches: Iterable[list[Pair]],
+    batches: Iterable[list[tuple]],
     rates: Iterable[float],
     beta: float = 0.1,
     objective: Callable[[Tensor, Tensor, float, tuple[int, int]], Tensor] = dpo,
 ) -> Iterator[dict[str, float]]:
-    """Train the policy, a module from ids [T] to logits [T, V], with a step for each batch and
-    learning rate; yields what each step saw before its update."""
+    """Train the policy, a module from ids [T] to logits [T, V], a step for each batch of pairs (the
+    token ids of prompt, chosen, rejected) and learning rate; yields what each step saw."""
     reference = copy.deepcopy(policy).requires_grad_(False)
     optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.999), weight_decay=0.0)
     for batch, rate in zip(batches, rates, strict=True):
@@ -80,26 +77,23 @@ class Alone(Mistral):
     """This project's Mistral, called with the ids of one sequence; gives its logits."""
 
     def forward(self, ids_T: Tensor) -> Tensor:
-        T = len(ids_T)
-        ends = torch.tensor([0, T], dtype=torch.int32)
-        return self.logits(ids_T, Layout(torch.arange(T), ends, ends, None, T, T))
+        return self.logits(ids_T, Layout.alone(len(ids_T)))
 
 
 def main() -> None:
     base = birds.ensure() / "base"
     birds.ensure_pairs()
     model, tokenizer = Alone(config_json.read(base)), Tokenizer(base)
-    initialise(model, seed=0)
+    hub.initialise(model, seed=0)
     pairs = []
     for row in birds.rows(birds.FOLDER / "pairs.train.jsonl.gz")[:160]:
         prompt = tokenizer.prompt(row["chosen"][:-1])
-        whole = [tokenizer.render(row[side]).ids for side in ("chosen", "rejected")]
-        pairs.append((prompt, *(ids[len(prompt) :] for ids in whole)))
+        sides = (tokenizer.render(row[side]).ids for side in ("chosen", "rejected"))
+        pairs.append((prompt, *(ids[len(prompt) :] for ids in sides)))
     batches = [pairs[k : k + 8] for k in range(0, len(pairs), 8)]
     for step, row in enumerate(train(model, batches, [1e-3] * len(batches)), 1):
-        chosen, rejected, margin = (row[name] for name in REWARDS[:3])
-        print(f"step {step:2}  loss {row['loss']:.4f}", end="  ")
-        print(f"rewards {chosen:+.4f} {rejected:+.4f}  margin {margin:+.4f}")
+        line = "step {:2}  loss {:.4f}  rewards {:+.4f} {:+.4f}  margin {:+.4f}"
+        print(line.format(step, row["loss"], *(row[name] for name in REWARDS[:3])))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,8 @@ def whole(tensors):
 for replicas in (1, 2, 4):
     ranks = group.start(replicas)
     m = fsdp.build(config_json.read(where / "base"), ranks, "fp32")
-    group.together(lambda: hub.load(where / "base", m))
+    with group.together():
+        hub.load(where / "base", m)
     optimizer = optim.adamw(m, 0.1)
     shards = {name: p.to_local().numel() for name, p in m.named_parameters()}
     means = Means(losses.METRICS)

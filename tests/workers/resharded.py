@@ -22,7 +22,7 @@ optimizer = optim.adamw(m, 0.1)
 
 class Notes:
     def state(self):
-        return {"rank": ranks.rank}
+        return {"notes": {"rank": ranks.rank}}
 
 
 def opened(**changes):
@@ -34,16 +34,18 @@ def opened(**changes):
 
 
 run = opened()
-step, kept = run.load(m, optimizer)
-run.save(3, m, optimizer, notes=Notes())
+step = run.load(m, optimizer)
+run.save(3, m, optimizer, Notes())
 for batch in batches:
     weight = ranks.size * (ranks.rank == 1)  # all of the gradient is the second rank's
     (losses.sft(m(batch)) * weight).backward()
     optim.step(optimizer, 1e-3 / (1 + step), 1.0)
     step += 1
-run.save(step, m, optimizer, notes=Notes())
+run.save(step, m, optimizer, Notes())
 run.wait()
 (where / "file").touch()
 refused = opened(out=str(where / "file" / "run"))
-torch.save({"step": step, "refused": refused, "kept": kept["notes"]}, where / f"{ranks.rank}.pt")
+torch.save(
+    {"step": step, "refused": refused, "kept": run.kept["notes"]}, where / f"{ranks.rank}.pt"
+)
 group.finish()

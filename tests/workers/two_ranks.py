@@ -34,9 +34,16 @@ def refuse(kind, *guilty):
     return f"{ranks.rank} agrees"
 
 
+def in_step(act):
+    with group.together():
+        result = act()
+    return result
+
+
 def built(folder, recompute="none", precision="fp32"):
     m = fsdp.build(config_json.read(where / folder), ranks, precision, recompute)
-    group.together(lambda: hub.load(where / folder, m))
+    with group.together():
+        hub.load(where / folder, m)
     return m
 
 
@@ -55,7 +62,7 @@ mine, nothing = batches[ranks.rank], packing.nothing()
 uneven = list(batches) if ranks.rank == 0 else [nothing, nothing]
 results = {
     "together": [
-        attempt(lambda: group.together(partial(refuse, kind, *guilty)))
+        attempt(partial(in_step, partial(refuse, kind, *guilty)))
         for kind, *guilty in ((ValueError,), (ValueError, 0, 1), (ValueError, 1), (OSError, 1))
     ],
     "on_first": [

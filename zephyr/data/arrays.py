@@ -25,6 +25,8 @@ from zephyr.data import forms, readers
 from zephyr.data.cache import cache_folder, scratch, sha256_of
 from zephyr.data.forms import Spoken
 from zephyr.data.readers import BadRow, BadRows
+from zephyr.distributed import group
+from zephyr.distributed.group import Ranks
 from zephyr.packing import Pair
 from zephyr.tokenizer import Tokenizer, Turn
 
@@ -51,10 +53,11 @@ class Tokens:
     def __len__(self) -> int:
         return len(self.ends)
 
-    def report(self, name: str) -> str:
+    def report(self) -> str:
         """One line of what was kept, cut and dropped; a line for each bad row that was skipped."""
         counts = {k: v for k, v in self.counts.items() if v and k not in ("kept", "rows")}
         rest = "".join(f"; {what} {count}" for what, count in counts.items())
+        name = "pairs" if self.ends.shape[1] == 3 else "documents"
         head = f"{name}: {self.counts['kept']} of {self.counts['rows']} rows"
         return f"{head}, {len(self.ids)} tokens{rest}" + (f"\n{self.skipped}" * bool(self.skipped))
 
@@ -75,6 +78,20 @@ class Tokens:
         """Packed rows of each pair: a response's last token predicts nothing, so is no input."""
         starts = np.concatenate([[0], self.ends[:-1, -1]])
         return self.ends[:, -1] - starts - 2
+
+
+def read(
+    form: Callable, paths: tuple[str, ...], tokenizer: Tokenizer, c: Any, ranks: Ranks
+) -> Tokens | None:
+    """What `form`, which is `conversations` or `preferences`, makes of the files; None of no files.
+
+    Each node's first rank makes the arrays, the others open them. Says what was kept and dropped.
+    """
+    if not paths:
+        return None
+    tokens = group.once_per_node(ranks, lambda: form(paths, tokenizer, c))
+    ranks.say(tokens.report())
+    return tokens
 
 
 def conversations(paths: tuple[str, ...], tokenizer: Tokenizer, c: Any) -> Tokens:

@@ -3,30 +3,37 @@
 What a step holds depends on (seed, step) alone; the token budget and the number of ranks only cut
 it into micro-batches (gradient accumulation)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 import torch
 
+from zephyr.config import DPOConfig, SFTConfig
 from zephyr.data.arrays import Tokens
+from zephyr.distributed.group import Ranks
 from zephyr.packing import Batch, nothing, pack_documents, pack_pairs
 
 
+class Journal(Protocol):
+    """What `prefetch` tells: see zephyr/metrics/journal.py."""
+
+    def begin(self, step: int) -> None: ...
+    def phase(self, name: str) -> AbstractContextManager: ...
+
+
 def prefetch(
-    microbatches: Callable[[int], list[Batch]],
-    steps: range,
-    device: torch.device,
-    phase: Callable[[str], AbstractContextManager],
+    data: "PairSteps | DocumentSteps", steps: range, device: torch.device, journal: Journal
 ) -> Iterator[tuple[int, list[Batch]]]:
-    """(step, its micro-batches) for each of `steps`; while one is used, a thread packs the next.
-    What it takes to wait for the thread is the phase `data`."""
+    """(step, this rank's micro-batches of it) for each of `steps`; while one is used, a thread
+    packs the next. Time spent waiting for the thread is the phase `data`."""
 
     def make(step: int) -> list[Batch]:
-        made = microbatches(step)
+        made = data.microbatches(step)
         return [batch.pinned() for batch in made] if cuda else made
 
     cuda = device.type == "cuda"
@@ -35,10 +42,11 @@ def prefetch(
     with ThreadPoolExecutor(1, **start) as pool:
         coming = pool.submit(make, steps.start) if steps else None
         for step in steps:
-            with phase("data"):
+            with journal.phase("data"):
                 batches = coming.result()
             if step + 1 in steps:
                 coming = pool.submit(make, step + 1)
+            journal.begin(step + 1)
             yield step, batches
 
 
@@ -88,6 +96,11 @@ class PairSteps:
     world: int
     shuffle: bool = True
 
+    @classmethod
+    def of(cls, data: Tokens, c: DPOConfig, ranks: Ranks, shuffle: bool = True) -> "PairSteps":
+        """The steps of this rank by the settings."""
+        return cls(data, c.batch, c.microbatch_tokens, c.seed, ranks.rank, ranks.size, shuffle)
+
     def __post_init__(self) -> None:
         _enough(self.batch, self.world)
         longest = int(self.data.pair_lengths().max())
@@ -109,7 +122,8 @@ class PairSteps:
         return numbers[k * self.batch : (k + 1) * self.batch]
 
     def microbatches(self, step: int) -> list[Batch]:
-        """This rank's share of a step; every rank gets as many, some perhaps of nothing."""
+        """This rank's share of a step. Every rank gets the same number of micro-batches; some may
+        be empty."""
         numbers = self.step(step)
         groups = bins(self.data.pair_lengths()[numbers], self.budget, self.world)
         mine = [numbers[group].tolist() for group in groups[self.rank :: self.world]]
@@ -122,13 +136,12 @@ class PairSteps:
 
 @dataclass(frozen=True)
 class DocumentSteps:
-    """Which rows of tokens run in which step, micro-batch and rank.
+    """Which chunks of tokens run in which step, micro-batch and rank.
 
     Epoch e lays the documents end to end in the order of permutation(seed, e) and cuts them into
-    rows of `length` inputs, as Zephyr did, but a row's pieces never see each other. Each token but
-    a document's first is predicted exactly once: a piece cut off at a row's end still predicts the
-    id that opens the next row. Step s takes the next `batch` rows.
-    """
+    chunks of `length` inputs, as Zephyr did, but a chunk's pieces never see each other. Each token
+    but a document's first is predicted exactly once: a piece cut off at a chunk's end still
+    predicts the id that opens the next chunk. Step s takes the next `batch` chunks."""
 
     data: Tokens
     batch: int
@@ -140,22 +153,28 @@ class DocumentSteps:
     train_on: str = "all"
     shuffle: bool = True
 
+    @classmethod
+    def of(cls, data: Tokens, c: SFTConfig, ranks: Ranks, shuffle: bool = True) -> "DocumentSteps":
+        """The steps of this rank by the settings."""
+        cut = c.max_length, c.microbatch_tokens
+        return cls(data, c.batch, *cut, c.seed, ranks.rank, ranks.size, c.train_on, shuffle)
+
     def __post_init__(self) -> None:
         _enough(self.batch, self.world)
 
     @property
-    def rows_per_epoch(self) -> int:
+    def chunks_per_epoch(self) -> int:
         inputs = len(self.data.ids) - len(self.data)
         return -(-inputs // self.length)
 
     @property
     def steps_per_epoch(self) -> int:
-        return -(-self.rows_per_epoch // self.batch)
+        return -(-self.chunks_per_epoch // self.batch)
 
-    def row(self, epoch: int, row: int) -> list[tuple[np.ndarray, np.ndarray, int]]:
-        """The pieces (ids, trained, document) of one row."""
+    def chunk(self, epoch: int, number: int) -> list[tuple[np.ndarray, np.ndarray, int]]:
+        """The pieces (ids, trained, document) of one chunk."""
         order, ends = _stream(self.data, self.seed, epoch, self.shuffle)
-        start, stop = row * self.length, min((row + 1) * self.length, int(ends[-1]))
+        start, stop = number * self.length, min((number + 1) * self.length, int(ends[-1]))
         pieces = []
         k = int(np.searchsorted(ends, start, side="right"))
         while start < stop:
@@ -172,12 +191,13 @@ class DocumentSteps:
         return pieces
 
     def microbatches(self, step: int) -> list[Batch]:
-        """This rank's share of a step; every rank gets as many, some perhaps of nothing."""
+        """This rank's share of a step. Every rank gets the same number of micro-batches; some may
+        be empty."""
         epoch, k = divmod(step, self.steps_per_epoch)
-        rows = np.arange(k * self.batch, min((k + 1) * self.batch, self.rows_per_epoch))
-        groups = bins(np.full(len(rows), self.length), self.budget, self.world)
+        numbers = np.arange(k * self.batch, min((k + 1) * self.batch, self.chunks_per_epoch))
+        groups = bins(np.full(len(numbers), self.length), self.budget, self.world)
         return [
-            pack_documents([p for row in rows[group] for p in self.row(epoch, int(row))])
+            pack_documents([p for number in numbers[group] for p in self.chunk(epoch, int(number))])
             if group
             else nothing()
             for group in groups[self.rank :: self.world]

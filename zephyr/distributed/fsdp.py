@@ -21,9 +21,11 @@ from torch.utils.checkpoint import (
 )
 
 from zephyr.architecture import MistralConfig
+from zephyr.config import Training
 from zephyr.distributed import compiled_attention
-from zephyr.distributed.group import Ranks
+from zephyr.distributed.group import Ranks, together
 from zephyr.model import Mistral
+from zephyr.weights import hub
 from zephyr.weights.masters import attach_halves
 
 # attention's ops, by name: on a GPU, on a CPU, compiled on a CPU
@@ -31,6 +33,14 @@ ATTENTION = ("torch_attn::_varlen_attn", "aten::_scaled_dot_product", compiled_a
 # a block's matmuls in the order of its forward; nothing in the backward needs the last one's output
 MATMULS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 KEPT = MATMULS[:-1]
+
+
+def load(c: Training, shape: MistralConfig, ranks: Ranks) -> Mistral:
+    """The model in the folder that the run starts from, over the ranks, by the settings."""
+    model = build(shape, ranks, c.precision, c.recompute, c.masters, c.compile, c.reshard)
+    with together():
+        hub.load(c.model, model)
+    return model
 
 
 def build(

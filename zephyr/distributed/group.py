@@ -6,7 +6,7 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -141,12 +141,14 @@ def finish() -> None:
     dist.destroy_process_group()
 
 
-def together(build: Callable[[], T]) -> T:
-    """`build()` of this rank; if it fails on any rank with a user's mistake, every rank raises the
-    first failing rank's error, so that none waits for the others."""
-    result, error = None, None
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """A block of which every rank runs its own copy, without a collective inside. If it fails on
+    any rank with a user's mistake, every rank raises the first failing rank's error, so that none
+    waits for the others."""
+    error = None
     try:
-        result = build()
+        yield
     except (ValueError, OSError) as mistake:
         error = kind(mistake), str(mistake)
     errors: list[tuple[type[Exception], str] | None] = [None] * dist.get_world_size()
@@ -155,18 +157,25 @@ def together(build: Callable[[], T]) -> T:
         if error is not None:
             same, text = error
             raise shared(same(text))
-    return result  # type: ignore[return-value]
 
 
 def once_per_node(ranks: Ranks, build: Callable[[], T]) -> T:
-    """`build()` on each node's first rank, then, when its result lies on disk, on all others."""
-    first = together(build if ranks.local_rank == 0 else lambda: None)
-    return together((lambda: first) if ranks.local_rank == 0 else build)  # type: ignore
+    """The result of `build()`, which each node's first rank calls before its others do: they find
+    on the disk what it has made."""
+    result = None
+    for first in (True, False):
+        with together():
+            if (ranks.local_rank == 0) == first:
+                result = build()
+    return result  # type: ignore[return-value]
 
 
 def on_first(build: Callable[[], T]) -> T:
-    """`build()` of rank 0, for every rank."""
-    results = [together(build if dist.get_rank() == 0 else lambda: None)]
+    """The result of `build()` on rank 0, for every rank."""
+    results = [None]
+    with together():
+        if dist.get_rank() == 0:
+            results = [build()]
     dist.broadcast_object_list(results)
     return results[0]  # type: ignore[return-value]
 
@@ -197,7 +206,8 @@ def shared_folder(path: Path | str) -> None:
 
     token = on_first(leave)
     try:
-        together(look)
+        with together():
+            look()
     finally:
         if dist.get_rank() == 0:
             (path / token).unlink(missing_ok=True)

@@ -1,9 +1,12 @@
 """Where a step's time and memory go: phases, and a trace of one step.
 
-    data           the host waits for the next micro-batches
-    forward, backward, optimizer
-    communication  collectives of their own; FSDP2's run inside forward and backward, mostly hidden
-    checkpoint     training stands while its state is copied
+    data        the host waits for the next micro-batches
+    forward     the reference's forward too, if it is live
+    backward
+    optimizer   and one flag that the ranks agree on: is a loss not finite?
+    checkpoint  training stands while its state is copied
+
+The collectives of FSDP2 run inside forward and backward, mostly hidden behind computing.
 
 On CUDA all but data and checkpoint are timed by events in the device's stream, which are read when
 a line is due: nothing waits for them. Elsewhere a clock does.
@@ -20,7 +23,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity
 
-NAMES = ("data", "forward", "backward", "communication", "optimizer", "checkpoint")
+NAMES = ("data", "forward", "backward", "optimizer", "checkpoint")
 HOST = ("data", "checkpoint")
 DEAREST = 10
 

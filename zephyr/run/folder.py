@@ -33,11 +33,21 @@ from kernels.provenance import commit, installed
 from zephyr import config, files
 from zephyr.config import Training
 from zephyr.distributed import machine, signals
-from zephyr.distributed.group import Ranks, agree, on_first, shared_folder, together
+from zephyr.distributed.group import (
+    PATIENCE,
+    Ranks,
+    agree,
+    on_first,
+    set_timeout,
+    shared_folder,
+    together,
+)
 from zephyr.errors import BadCheckpoint, Preempted, Storage, shared
+from zephyr.model import Mistral
 from zephyr.run import checkpoint
 from zephyr.run.checkpoint import STATE
 from zephyr.run.settings import restarted
+from zephyr.weights import hub
 
 # settings that may change between a run and its continuation: they leave the trajectory as it is
 FREE = {
@@ -63,10 +73,15 @@ FREE = {
 LEFTOVERS = [f".{name}.????????" for name in ("config.toml", "run.json", "metrics.jsonl", "model")]
 
 
-class Part(Protocol):
-    """What a rank keeps besides tensors, as JSON: the sums of a log, the history of a guard."""
+class Journal(Protocol):
+    """What a rank keeps besides tensors: see zephyr/metrics/journal.py."""
 
-    def state(self) -> dict: ...
+    def state(self) -> dict[str, dict]: ...
+
+
+def due(step: int, every: int, last: int) -> bool:
+    """True at step `last` and at each multiple of `every`, which may be 0."""
+    return step == last or bool(every and step % every == 0)
 
 
 class Run:
@@ -162,20 +177,28 @@ class Run:
                 "it was, or --resume fresh starts anew and keeps it"
             )
 
-    def load(
+    def load(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
+        """Fill model and optimizer from the checkpoint, if there is one, and return its step, else
+        0.
+
+        `start` is then that step, and `kept` has, by name, the states that the ranks' journals had.
+        Each rank reads its own slices, whatever number of ranks wrote them. Raises BadCheckpoint if
+        a byte of it differs from what was written. From here on a rank that does not answer within
+        --timeout ends the run.
+        """
+        self.start, self.kept = self._loaded(model, optimizer)
+        set_timeout(self.c.timeout)
+        return self.start
+
+    def _loaded(
         self, model: torch.nn.Module, optimizer: torch.optim.Optimizer
     ) -> tuple[int, dict[str, list[dict]]]:
-        """Fill model and optimizer from the checkpoint; its step, and of each part the states that
-        the ranks had, one after the other. Without a checkpoint: (0, {}).
-
-        Each rank reads its own slices, whatever number of ranks wrote them. Raises BadCheckpoint if
-        a byte of it differs from what was written.
-        """
         if self.folder is None:
             return 0, {}
         # of a run without replicas on as many ranks, each checks what it will read itself
         mine = slice(self.ranks.rank, None, self.ranks.size)
-        state = together(lambda: checkpoint.verified(self.folder, mine))
+        with together():
+            state = checkpoint.verified(self.folder, mine)
         tensors = checkpoint.tensors_of(model, optimizer)
         checkpoint.read(self.folder, tensors)
         steps = tensors["optimizer.step"]
@@ -198,13 +221,13 @@ class Run:
             ) from None
         return state["step"], kept
 
-    def after(self, step: int, last: bool, model, optimizer, log, **parts: Part) -> None:
-        """Save if it is time to, or if a signal asks; then raises Preempted once that is done."""
+    def after(self, step: int, last: int, model, optimizer, journal: Journal) -> None:
+        """Save after step `step` of `last` if it is time to, or if a signal asks for it; in that
+        case raise Preempted once the state is saved."""
         stop = agree(signals.stop_wanted())
-        due = self.c.save_every and (last or step % self.c.save_every == 0)
-        if due or stop:
-            with log.paused(), log.phase("checkpoint"):
-                self.save(step, model, optimizer, log=log, **parts)
+        if stop or (self.c.save_every and due(step, self.c.save_every, last)):
+            with journal.paused(), journal.phase("checkpoint"):
+                self.save(step, model, optimizer, journal)
         if stop:
             self.wait()
             raise shared(
@@ -214,14 +237,14 @@ class Run:
                 )
             )
 
-    def save(self, step: int, model, optimizer, **parts: Part) -> None:
+    def save(self, step: int, model, optimizer, journal: Journal | None = None) -> None:
         """Start writing checkpoints/step-XXXXXX on all ranks; `wait` ends it.
 
         With --save-async the state is copied to host memory and written behind training's back.
         """
         self.wait()
         self.part = part = self.out / "checkpoints" / f"step-{step:06d}.part"
-        mine = {name: one.state() for name, one in parts.items()}
+        mine = journal.state() if journal else {}
         mine["rng"] = torch.get_rng_state().numpy().tobytes().hex()
         every: list[dict | None] = [None] * self.ranks.size
         dist.all_gather_object(every, mine, group=self.group)
@@ -260,6 +283,14 @@ class Run:
         if future is not None:
             with self._written():
                 future.result()
+
+    def export(self, model: Mistral) -> None:
+        """Write the finished model as a Hugging Face folder, RUN/model; every rank calls it."""
+        self.wait()
+        set_timeout(PATIENCE)  # while the first rank writes, the others wait
+        with together():
+            empty = self.c.empty_system is not False
+            hub.save(model, self.out / "model", base=self.c.model, empty_system=empty)
 
     @contextmanager
     def _written(self) -> Iterator[None]:

@@ -48,13 +48,14 @@ class Guard:
         dist.all_reduce(broken, dist.ReduceOp.MAX)
         return broken
 
-    def allows(self, step: int, norm: Tensor, broken: Tensor) -> bool:
-        """Whether step `step` was taken, given its gradient norm over all ranks and `broken()`.
+    def report(self, step: int, norm: Tensor, broken: Tensor) -> bool:
+        """Return True if step `step` was taken, given its gradient norm over all ranks and
+        `broken()`: the optimizer took it if the norm and every loss of every rank are finite.
 
-        True if the norm and every loss of every rank are finite. If not, NonFinite names the rows,
-        or, under the policy "skip", False after a line that does; the third time in a row raises.
-        A spike is reported and taken. Every rank calls it, and every rank gets the same answer.
-        Here the host waits for the device: the only place in a step, when all of it is queued.
+        If it was not, the policy "stop" raises NonFinite, which names the lines of the data; the
+        policy "skip" prints such a line and returns False, and raises at the third step in a row. A
+        spike is reported. Every rank calls this, and every rank gets the same answer. Here the host
+        waits for the device: the only place in a step, when all of the step is queued.
         """
         seen, self.seen = self.seen, []
         norm, broken = torch.stack((norm, broken)).tolist()

@@ -14,23 +14,41 @@ from zephyr.config import Training
 from zephyr.distributed import group, machine
 from zephyr.distributed.group import Ranks
 from zephyr.plan import fit
+from zephyr.tokenizer import Tokenizer
+from zephyr.weights import base, hub
 
 
-def fitted(c: Training, shape: MistralConfig, ranks: Ranks, lengths: np.ndarray) -> Training:
-    """The settings with values for what they leave to auto, by the least memory that a rank has
-    and the packed lengths of the pairs or rows; see zephyr/plan/fit.py."""
+def look(c: Training, ranks: Ranks) -> tuple[Training, MistralConfig, Tokenizer]:
+    """The settings with precision and system message decided, and the architecture and the
+    tokenizer of the folder that the run starts from. Says what the user should know of that
+    folder."""
+    with group.together():
+        c, shape, tokenizer, notes = base.look(c)
+    ranks.say(*notes)
+    return precise(c, ranks), shape, tokenizer
+
+
+def origin(c: Training) -> str:
+    """The SHA-256 of the model that the run starts from, which rank 0 computes for all."""
+    return group.on_first(lambda: hub.digest(c.model))
+
+
+def fitted(c: Training, shape: MistralConfig, ranks: Ranks, *lengths: np.ndarray) -> Training:
+    """The settings with values for what they leave to auto: what fits the least memory that a rank
+    has, given the packed lengths of the pairs or chunks; see zephyr/plan/fit.py."""
     memory = torch.tensor(machine.memory(ranks.device))
     dist.all_reduce(memory, dist.ReduceOp.MIN)
-    step = float(lengths.mean()) * c.batch
-    tokens, recompute = fit.choose(shape, c, int(memory), ranks.size, int(lengths.max()), step)
-    anew = fit.reshard(shape, c, int(memory), ranks.size, tokens, recompute)
+    packed = np.concatenate(lengths)
+    step = float(packed.mean()) * c.batch
+    tokens, recompute = fit.choose(shape, c, int(memory), ranks.size, int(packed.max()), step)
+    free = fit.reshard(shape, c, int(memory), ranks.size, tokens, recompute)
     if "auto" in (c.microbatch_tokens, c.recompute):
         ranks.say(
             f"--microbatch-tokens {tokens} --recompute {recompute}, by "
             f"{int(memory) / 2**30:.1f} GiB a rank"
         )
     return replace(
-        c, microbatch_tokens=tokens, recompute=recompute, reshard="always" if anew else "never"
+        c, microbatch_tokens=tokens, recompute=recompute, reshard="always" if free else "never"
     )
 
 
@@ -45,7 +63,8 @@ def precise(c: Training, ranks: Ranks) -> Training:
     if c.precision == "auto":
         before = group.on_first(lambda: _begun(c))
         chosen = before or ("bf16" if able or c.masters == "split" else "fp32")
-        c = group.together(lambda: replace(c, precision=chosen))
+        with group.together():
+            c = replace(c, precision=chosen)
         why = (
             "as the run began"
             if before

@@ -39,6 +39,7 @@ from zephyr.toy.village import (
     question,
     questions,
 )
+from zephyr.weights import hub, locate
 
 FOLDER = Path("runs/tiny/world")  # where recipes/tiny.toml looks for it
 VOCAB = 640
@@ -260,8 +261,17 @@ def ensure() -> Path:
     return FOLDER
 
 
-def ensure_pairs() -> None:
-    """The preference pairs in FOLDER, made by zephyr.feedback as a user would if absent."""
+def ensure_base() -> None:
+    """The folder of a model with random weights in FOLDER, if it is absent."""
+    if not (ensure() / "base" / locate.SINGLE).exists():
+        hub.fresh(FOLDER / "base", seed=0)
+
+
+def ensure_pairs(model: str | None = None) -> None:
+    """The preference pairs in FOLDER, made by zephyr.feedback as a user would, if they are absent.
+    Raises ValueError if the folder `model`, which they are to train, is not there yet."""
+    if model and not Path(model).exists():
+        raise ValueError(f"{model} is not there yet; run train_sft.py first, it makes it")
     for part in ("train", "test"):
         if not (out := ensure() / f"pairs.{part}.jsonl.gz").exists():
             feedback.main([str(FOLDER / f"ultrafeedback.{part}.jsonl.gz"), "--out", str(out)])
