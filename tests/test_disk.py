@@ -2,7 +2,6 @@
 
 import errno
 import json
-import math
 import os
 import re
 import struct
@@ -58,47 +57,27 @@ def test_headers_say_what_is_where(tmp_path):
 @pytest.mark.parametrize(
     ("write", "message"),
     [
-        (lambda p: p.write_bytes(b""), "0 bytes, its first 8 announce a header of 0: tru"),
+        (lambda p: p.write_bytes(b""), "not a valid safetensors file: .*; fetch it again"),
         (
             lambda p: p.write_bytes(b"version https://git-lfs.github.com/spec/v1\n"),
             "is a Git LFS pointer, not the data; run git lfs pull",
         ),
-        (lambda p: raw(p, {}, length=1 << 63), "announce a header of 9223372036854775808"),
-        (lambda p: raw(p, {"a": entry(0, 8)}, b"1234567"), r"\d+ bytes where its header says \d+;"),
-        (lambda p: raw(p, {"a": entry(0, 8)}, b"123456789"), "where its header says"),
-        (lambda p: raw(p, b"{"), "malformed JSON"),
-        (lambda p: raw(p, b"[1]"), "holds a JSON list, not an object"),
-        (lambda p: raw(p, b'{"a":' * 100_000), "malformed JSON"),
-        (lambda p: raw(p, b'{"a": 1, "a": 2}'), "key 'a' appears twice"),
-        (lambda p: raw(p, b'{"a": {"dtype": "F32", "dtype": "F16"}}'), "key 'dtype' appears twice"),
-        (lambda p: raw(p, {"a": 3}), "malformed header"),
-        (lambda p: raw(p, {"a": {"shape": []}}), "malformed header"),
-        (lambda p: raw(p, {"a\n\x1b[2J": 3}), r"malformed header of 'a\\n\\x1b\[2J'$"),
-        (lambda p: raw(p, {"a": entry(0, 10**4000)}), "malformed header of a$"),
-        (lambda p: raw(p, b'{"a": 1' + b"0" * 5000 + b"}"), "malformed JSON: Exceeds the limit"),
-        (lambda p: raw(p, {"a": entry(0, -1)}), "malformed header of a$"),
-        (lambda p: raw(p, {"a": entry(0, 8.0)}, bytes(8)), "malformed header of a$"),
-        (
-            lambda p: raw(
-                p, b'{"a": {"dtype": "F32", "shape": [NaN], "data_offsets": [0, 1e400]}}'
-            ),
-            "malformed header of a$",
-        ),
-        (lambda p: raw(p, {"a": entry(0, 0, shape=[0, 1 << 63])}), "malformed header of a$"),
-        (lambda p: raw(p, {"a": entry(0, 8, shape=[2.0])}, bytes(8)), "malformed header of a$"),
-        (lambda p: raw(p, {"a": entry(0, 8, shape=[1] * 9 + [2])}, bytes(8)), "malformed header"),
-        (lambda p: raw(p, {"a": entry(0, 6, shape=[8], dtype="F6_E2M3")}, bytes(6)), "malformed"),
-        (lambda p: raw(p, {"x" * 10**6: entry(0, 8, dtype="F7")}, bytes(8)), "not a valid"),
+        (lambda p: p.write_bytes(b"GGUF" + bytes(90)), "is a GGUF file, for llama.cpp"),
+        (lambda p: p.write_bytes(b"PK\x03\x04" + bytes(90)), "is a pickle of torch.save"),
+        (lambda p: raw(p, {}, length=1 << 63), "not a valid"),
+        (lambda p: raw(p, {"a": entry(0, 8)}, b"1234567"), "not a valid"),
+        (lambda p: raw(p, {"a": entry(0, 8)}, b"123456789"), "not a valid"),
+        (lambda p: raw(p, b"{"), "not a valid"),
+        (lambda p: raw(p, b'{"a":' * 100_000), "not a valid"),
+        (lambda p: raw(p, {"a\n\x1b[2J": 3}), "not a valid"),
+        (lambda p: raw(p, {"a": entry(0, -1)}), "not a valid"),
+        (lambda p: raw(p, {"a": entry(0, 0, shape=[0, 1 << 64])}), "not a valid"),
         (lambda p: os.mkfifo(p), "cannot read: it is not a file"),
-        (
-            lambda p: raw(p, {f"t{i}": entry(0, 0, shape=[0]) for i in range(10_001)}),
-            "over 10,000 tensors; that is the limit",
-        ),
-        (lambda p: raw(p, {"a": entry(0, 8, dtype="F7")}, bytes(8)), "not a valid safetensors"),
-        (lambda p: raw(p, {"a": entry(0, 8, shape=[-2])}, bytes(8)), "not a valid safetensors"),
+        (lambda p: raw(p, {"a": entry(0, 8, dtype="F7")}, bytes(8)), "not a valid"),
+        (lambda p: raw(p, {"a": entry(0, 8, shape=[-2])}, bytes(8)), "not a valid"),
         (lambda p: raw(p, {"a": entry(0, 8, shape=[1 << 62, 4])}, bytes(8)), "not a valid"),
         (lambda p: raw(p, {"a": entry(0, 8), "b": entry(4, 12)}, bytes(12)), "not a valid"),
-        (lambda p: raw(p, {"a": entry(8, 16)}, bytes(16)), "not a valid safetensors file"),
+        (lambda p: raw(p, {"a": entry(8, 16)}, bytes(16)), "not a valid"),
     ],
 )
 def test_a_bad_file_is_refused(tmp_path, write, message):
@@ -107,15 +86,6 @@ def test_a_bad_file_is_refused(tmp_path, write, message):
     with pytest.raises(ValueError, match=f"^{where}:? .*{message}") as raised:
         read(tmp_path)
     assert str(raised.value).isprintable() and len(str(raised.value)) < 600
-
-
-def test_a_header_over_the_limit_is_not_read(tmp_path):
-    path = tmp_path / locate.SINGLE
-    with open(path, "wb") as file:
-        file.write(struct.pack("<Q", 200 << 20))
-        file.truncate(300 << 20)
-    with pytest.raises(ValueError, match="announce a header of 209715200"):
-        read(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -194,18 +164,14 @@ def test_no_weights_or_two_kinds(tmp_path):
         read(tmp_path)
 
 
-def test_json_is_read_with_suspicion(tmp_path):
+def test_json_that_is_none(tmp_path):
     path = tmp_path / "config.json"
     with pytest.raises(ValueError, match=r"config\.json: cannot read: No such file"):
         files.read_json(path)
     for text, message in {
         '{"a": 1,': "malformed JSON",
-        '{"a": 1, "a": 2}': "key 'a' appears twice",
         "3": "holds a JSON int, not an object",
         "[" * 100_000: "malformed JSON: nested too deeply$",
-        '{"a": ' + "[" * 50 + "]" * 50 + "}": "malformed JSON: nested too deeply$",
-        " " * files.JSON_BYTES + "{}": "16,777,218 bytes; 16,777,216 is the limit",
-        f'{{"{"a" * 10**6}": 1, "{"a" * 10**6}": 2}}': "the key 'aaa",
     }.items():
         path.write_text(text)
         with pytest.raises(ValueError, match=f"config.json.*{message}"):
@@ -213,13 +179,6 @@ def test_json_is_read_with_suspicion(tmp_path):
     path.write_bytes(b'{"\xff": 1}')
     with pytest.raises(ValueError, match="malformed JSON"):
         files.read_json(path)
-    path.write_text('{"a": ' + "[" * 48 + "]" * 48 + "}")
-    files.write_json(path, files.read_json(path))
-    for number in ("NaN", "-Infinity", "1e400"):
-        path.write_text(f'{{"a": [1.5, {number}]}}')
-        assert not math.isfinite(files.read_json(path)["a"][1])
-        with pytest.raises(ValueError, match=f"malformed JSON: '{number}' is not a finite number"):
-            files.read_json(path, finite=True)
     path.unlink()
     os.mkfifo(path)
     with pytest.raises(ValueError, match="config.json: cannot read: it is not a file"):
@@ -235,7 +194,7 @@ def test_split():
 def two_shards(folder):
     shapes = {"a": (2,), "b": (3, 1), "c": (1,)}
     ones = (torch.ones(shape).half() for shape in shapes.values())
-    safetensor_files.write_shards(folder, [["a"], ["b", "c"]], shapes, torch.float16, ones)
+    safetensor_files.write_shards(folder, [["a"], ["b", "c"]], torch.float16, ones)
 
 
 def test_a_new_folder_is_complete_and_readable_by_all(tmp_path):
@@ -260,22 +219,19 @@ def test_a_new_folder_is_complete_and_readable_by_all(tmp_path):
     assert [p.name for p in target.parent.iterdir()] == ["model"]
 
 
-def test_a_folder_is_written_with_two_tensors_in_memory_at_most(tmp_path):
+def test_a_folder_is_written_with_one_file_in_memory_at_most(tmp_path):
     made = []
 
     def tensors():
         for _ in names:
             x = torch.ones(5)
             made.append(weakref.ref(x))
-            assert sum(ref() is not None for ref in made) <= 2
+            assert sum(ref() is not None for ref in made) <= 7  # 5 of a file, 2 on their way
             yield x
             del x
 
     names = [f"x{k}" for k in range(9)]
-    groups = [names[:6], names[6:]]
-    safetensor_files.write_shards(
-        tmp_path, groups, dict.fromkeys(names, (5,)), torch.float32, tensors()
-    )
+    safetensor_files.write_shards(tmp_path, [names[:5], names[5:]], torch.float32, tensors())
     assert len(made) == 9 and len(safetensor_files.stored(*locate.weight_files(tmp_path))) == 9
 
 
@@ -298,9 +254,7 @@ def test_a_failure_leaves_nothing(tmp_path, failure, message):
 def test_what_cannot_be_written(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="NaN or infinity in b; the weights are not saved"):
         values = iter([torch.ones(1), torch.tensor([torch.inf])])
-        safetensor_files.write_shards(
-            tmp_path, [["a", "b"]], {"a": (1,), "b": (1,)}, torch.float32, values
-        )
+        safetensor_files.write_shards(tmp_path, [["a", "b"]], torch.float32, values)
     with pytest.raises(ValueError, match=r"exists already; choose another name or move it away"):
         with files.new_folder(tmp_path, 0):
             pass

@@ -130,7 +130,7 @@ def test_flags(fails):
             "which makes 8 steps, --epochs 10 or --warmup 0",
             ("--batch", "1"),
         ),
-        (train_sft, (), "1 packed row with --batch 128", ("--epochs", "10")),
+        (train_sft, (), "1 chunk with --batch 128", ("--epochs", "10")),
         (train_sft, ("--steps", "1"), "--steps 1: that is 1 step, whose", ("--steps", "10")),
         (train_dpo, ("--steps", "1"), "use --steps 10 or --warmup 0", ("--warmup", "0")),
     ],

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from helpers import WORKERS, folder_of, model, packed, pieces, tokens
 from zephyr import files
@@ -103,13 +104,13 @@ def test_what_a_saved_folder_holds(tmp_path):
 def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
     base, opened = folder_of(model(), tmp_path / "base"), []
 
-    def full_disk(path, mode):
+    def full_disk(tensors, path, metadata):
         opened.append(path)
         if len(opened) == 3:
-            raise OSError(28, "No space left on device")
-        return open(path, mode)
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+        return save_file(tensors, path, metadata)
 
-    monkeypatch.setattr(safetensor_files, "open", full_disk, raising=False)
+    monkeypatch.setattr(safetensor_files, "save_file", full_disk)
     with pytest.raises(ValueError, match="out: cannot write: .*No space left on device"):
         hub.save(model(), tmp_path / "out", base, shard_bytes=20_000)
     (base / "tokenizer.model").unlink()

@@ -20,7 +20,6 @@ from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 from zephyr.files import home, plain, shown
 
 RECIPES = Path(__file__).parent / "recipes"
-RECIPE_CHARACTERS = 1 << 14  # tomllib's time grows with the square of a dotted key's length
 PATHS = {"model", "data", "eval_data", "out"}
 KNOBS = (
     "epochs",
@@ -160,7 +159,25 @@ def parse(cls: type, argv: list[str] | None = None, doc: str = "") -> tuple[Any,
     Raises ValueError for an unknown recipe or key, a value of the wrong type or out of range, and
     a missing --model, --data or --out.
     """
-    fields = {f.name: f for f in dataclasses.fields(cls)}
+    fields, helps = {f.name: f for f in dataclasses.fields(cls)}, comments(cls)
+    parser = _parser(cls, doc)
+    names = ", ".join(sorted(p.stem for p in RECIPES.glob("*.toml")))
+    parser.add_argument("recipe", nargs="?", help=f"{names}, or the path of a .toml [tiny]")
+    flags = _parsed(parser, argv)
+    recipe = flags.pop("recipe", None) or ("" if "model" in flags else "tiny")
+    values = (read_recipe(recipe, cls) if recipe else {}) | flags
+    for name, field in fields.items():
+        if field.default is dataclasses.MISSING and not values.get(name):
+            raise ValueError(f"{flag(name)} is required: {helps[name]}")
+    for name in PATHS & values.keys():
+        value = values[name]
+        values[name] = [home(v) for v in value] if isinstance(value, list) else home(value)
+    config = cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    return config, recipe
+
+
+def _parser(cls: type, doc: str = "") -> argparse.ArgumentParser:
+    """A flag for each field of a config, by its type."""
     hints, helps = get_type_hints(cls), comments(cls)
     parser = argparse.ArgumentParser(
         description=doc,
@@ -169,13 +186,11 @@ def parse(cls: type, argv: list[str] | None = None, doc: str = "") -> tuple[Any,
         argument_default=argparse.SUPPRESS,
         exit_on_error=False,
     )
-    names = ", ".join(sorted(p.stem for p in RECIPES.glob("*.toml")))
-    parser.add_argument("recipe", nargs="?", help=f"{names}, or the path of a .toml [tiny]")
-    for name, field in fields.items():
+    for field in dataclasses.fields(cls):
         bare = field.default in (dataclasses.MISSING, None, ())
-        shown = "" if bare else f" [{field.default}]"
-        options: dict[str, Any] = {"help": (helps[name] + shown).replace("%", "%%")}
-        kind = hints[name]
+        default = "" if bare else f" [{field.default}]"
+        options: dict[str, Any] = {"help": (helps[field.name] + default).replace("%", "%%")}
+        kind = hints[field.name]
         if get_origin(kind) is Literal:
             options["choices"] = get_args(kind)
         elif words(kind):
@@ -185,24 +200,58 @@ def parse(cls: type, argv: list[str] | None = None, doc: str = "") -> tuple[Any,
         else:
             options |= {"nargs": "+"} if get_origin(kind) is tuple else {}
             options |= {"type": scalar(kind), "metavar": scalar(kind).__name__.upper()}
-        parser.add_argument(flag(name), **options)
+        parser.add_argument(flag(field.name), **options)
+    return parser
+
+
+def _parsed(parser: argparse.ArgumentParser, argv: list[str] | None) -> dict[str, Any]:
     try:
         given, unknown = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
-        raise ValueError(str(error)) from None
+        raise ValueError(plain(str(error), 300)) from None
     if unknown:
-        raise ValueError(f"unknown argument {unknown[0]}; --help lists what there is")
-    flags = vars(given)
-    recipe = flags.pop("recipe", None) or ("" if "model" in flags else "tiny")
-    values = (read_recipe(recipe, cls.table, hints) if recipe else {}) | flags
-    for name, field in fields.items():
-        if field.default is dataclasses.MISSING and not values.get(name):
-            raise ValueError(f"{flag(name)} is required: {helps[name]}")
-    for name in PATHS & values.keys():
-        value = values[name]
-        values[name] = [home(v) for v in value] if isinstance(value, list) else home(value)
-    config = cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-    return config, recipe
+        raise ValueError(f"unknown argument {plain(unknown[0])}; --help lists what there is")
+    return vars(given)
+
+
+def read_recipe(recipe: str, cls: type) -> dict[str, Any]:
+    """The values in a recipe's table for a config, which is a command line kept in a file."""
+    path = Path(home(recipe)) if recipe.endswith(".toml") else RECIPES / f"{recipe}.toml"
+    if not path.is_file():
+        names = ", ".join(sorted(p.stem for p in RECIPES.glob("*.toml")))
+        raise ValueError(f"no recipe {recipe}; there are {names}, or give the path of a .toml")
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot read: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, nested too deeply
+        raise ValueError(f"{path}: {plain(str(error), 200)}") from None
+    table = tables.get(cls.table)
+    if not isinstance(table, dict):
+        raise ValueError(f"{path}: has no [{cls.table}] table; this script wants one")
+    for name in table.keys() - {field.name for field in dataclasses.fields(cls)}:
+        raise ValueError(f"{path}: [{cls.table}] has an unknown key {shown(name)}")
+    try:
+        return _parsed(_parser(cls), flags_of(table))
+    except ValueError as error:
+        raise ValueError(f"{path}: [{cls.table}] {error}") from None
+
+
+def flags_of(table: dict[str, Any]) -> list[str]:
+    """A recipe's table as flags.
+
+    {"lr": 5e-7, "empty_system": False, "data": ["a", "b"]} becomes
+    ["--lr=5e-07", "--no-empty-system", "--data", "a", "b"].
+    """
+    flags = []
+    for name, value in table.items():
+        if isinstance(value, bool):
+            flags.append(flag(name) if value else flag(f"no_{name}"))
+        elif isinstance(value, list):
+            flags += [flag(name), *map(str, value)] if value else []
+        else:
+            flags.append(f"{flag(name)}={value}")
+    return flags
 
 
 def words(kind: Any) -> tuple[str, ...]:
@@ -224,48 +273,6 @@ def scalar(kind: Any) -> type:
     """str, int or float of a field's type: `tuple[str, ...]` -> str, `int | None` -> int."""
     inner = [a for a in get_args(kind) if a not in (NoneType, ...)]
     return inner[0] if inner else kind
-
-
-def read_recipe(recipe: str, table: str, hints: dict[str, Any]) -> dict[str, Any]:
-    """The recipe's [sft] or [dpo] table, each value of its field's type."""
-    path = Path(home(recipe)) if recipe.endswith(".toml") else RECIPES / f"{recipe}.toml"
-    if not path.is_file():
-        names = ", ".join(sorted(p.stem for p in RECIPES.glob("*.toml")))
-        raise ValueError(f"no recipe {recipe}; there are {names}, or give the path of a .toml")
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            text = file.read(RECIPE_CHARACTERS + 1)
-        if len(text) > RECIPE_CHARACTERS:
-            raise ValueError(f"longer than {RECIPE_CHARACTERS} characters, so not a recipe")
-        tables = tomllib.loads(text)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot read: {error.strerror or error}") from None
-    except RecursionError:
-        raise ValueError(f"{path}: nested too deeply") from None
-    except ValueError as error:  # not TOML, not UTF-8, a number of more than 4300 digits
-        raise ValueError(f"{path}: {plain(str(error), 200)}") from None
-    if not isinstance(tables.get(table), dict):
-        raise ValueError(f"{path}: has no [{table}] table; this script wants one")
-    for name, value in tables[table].items():
-        if name not in hints or name == "table":
-            raise ValueError(f"{path}: [{table}] has an unknown key {shown(name)}")
-        kind = hints[name]
-        choices = get_args(kind) if get_origin(kind) is Literal else None
-        wanted = str if choices else scalar(kind)
-        items = value if get_origin(kind) is tuple else [value]
-        fits = isinstance(items, list) and all(_fits(v, wanted) or v in words(kind) for v in items)
-        if not fits or (choices and value not in choices):
-            rule = f"one of {', '.join(choices)}" if choices else wanted.__name__
-            rule = " or ".join((rule, *words(kind)))
-            rule = f"a list of {rule}" if get_origin(kind) is tuple else rule
-            raise ValueError(f"{path}: [{table}] {name} = {shown(value)} is not {rule}")
-    return tables[table]
-
-
-def _fits(value: object, wanted: type) -> bool:
-    if type(value) is int and wanted in (int, float):
-        return abs(value) < 1 << 63  # as TOML has it; Python's own have no limit
-    return type(value) is wanted
 
 
 def to_toml(config: Training) -> str:

@@ -5,13 +5,11 @@ from __future__ import annotations  # so that reading a config.json need not imp
 
 import codecs
 import json
-import math
 import os
 import reprlib
 import shutil
 import stat
 import tempfile
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,9 +25,6 @@ SIGNATURES = {
     b"<": "an HTML or XML page, not data; download the raw file",
     b"PAR1": "a parquet file; rename it to .parquet",
     b"\x1f\x8b": "gzip-compressed; add .gz to its name",
-    b"PK\x03\x04": "a zip archive; unzip it",
-    b"\x28\xb5\x2f\xfd": "zstd-compressed; run unzstd",
-    codecs.BOM_UTF16_LE: "UTF-16 text; convert it to UTF-8",
 }
 
 
@@ -107,62 +102,33 @@ def recognise(path: Path, head: bytes) -> bytes:
     return head
 
 
-def unique(pairs: list[tuple[str, object]]) -> dict:
-    """json's object_pairs_hook that refuses a key which comes twice, where json keeps the last."""
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"the key {twice[:60]!r} appears twice")
-    return row
-
-
-JSON_BYTES = 16 << 20  # a header of 10,000 tensors is 2 MB; Python's objects take 20 times that
-DEPTH = 50  # of JSON: what nests deeper might be read and then not be written again
-
-
-def size_of(path: Path, limit: float = math.inf) -> int:
+def size_of(path: Path) -> int:
     """Bytes of a file. Raises ValueError unless it is a plain one, which can be read without
-    waiting for anybody, of at most `limit` bytes."""
+    waiting for anybody."""
     try:
         about = path.stat()
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: cannot read: {getattr(error, 'strerror', error)}") from error
     if not stat.S_ISREG(about.st_mode):
         raise ValueError(f"{path}: cannot read: it is not a file")
-    if about.st_size > limit:
-        raise ValueError(f"{path}: {about.st_size:,} bytes; {limit:,} is the limit for such a file")
     return about.st_size
 
 
-def read_json(path: Path, text: bytes | None = None, finite: bool = False) -> dict:
-    """The JSON object in a file, or in `text`, a part of it; no key may come twice.
-
-    With `finite`, no number may be NaN, which is no JSON, or beyond a float's range.
-    """
+def read_json(path: Path) -> dict:
+    """The JSON object in a file. Raises ValueError if it cannot be read or holds something else."""
     try:
-        if text is None:
-            size_of(path, JSON_BYTES)
-            text = path.read_bytes()
+        size_of(path)
+        text = path.read_bytes()
     except OSError as error:
         raise ValueError(f"{path}: cannot read: {error.strerror or error}") from error
     try:
-        number = _finite if finite else None
-        value = json.loads(
-            text, object_pairs_hook=unique, parse_constant=number, parse_float=number
-        )
-        _check_depth(value)
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         recognise_weights(path, text)
         why = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise ValueError(f"{path}: malformed JSON: {plain(why, 200)}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a JSON {type(value).__name__}, not an object")
-    return value
-
-
-def _finite(text: str) -> float:
-    if not math.isfinite(value := float(text)):
-        raise ValueError(f"{shown(text)} is not a finite number")
     return value
 
 
@@ -176,15 +142,6 @@ def recognise_weights(path: Path, head: bytes) -> None:
     if head.startswith(b"GGUF"):
         raise ValueError(f"{path} is a GGUF file, for llama.cpp; take what it was made from")
     recognise(path, head)
-
-
-def _check_depth(value: object) -> None:
-    level, depth = [value], 0
-    while level:
-        if (depth := depth + 1) > DEPTH:
-            raise RecursionError
-        level = [x.values() if isinstance(x, dict) else x for x in level]
-        level = [v for x in level if not isinstance(x, str | int | float | None) for v in x]
 
 
 def write_json(path: Path, value: dict) -> None:

@@ -2,23 +2,17 @@
 
 import gzip
 import json
-import math
 import os
 import re
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from glob import escape, glob
-from itertools import count
 from pathlib import Path
-from typing import BinaryIO
 
-from zephyr.files import atomic, home, plain, recognise, unique
+from zephyr.files import atomic, home, plain, recognise
 
-LINE_BYTES = 16 << 20  # longest line, decompressed: bounds the memory a gzip bomb can take
-LIST_BYTES = 1 << 30  # longest .json list, which has to be read whole
 UNREAD = object()  # the value of a column that is there but is not read
-RATIO = 200  # beyond LIST_BYTES, bytes that one of gzip may become: text stays far below, bombs not
 
 
 def _bare(row: dict) -> dict:
@@ -148,11 +142,11 @@ def read_rows(
     path, told, bad = Path(path), bad is not None, bad or BadRows()
     before = bad.rows
     rows = _parquet(path, columns) if path.suffix.lower() == ".parquet" else _json(path)
-    for where, data, offset in rows:
+    for number, data in rows:
         bad.seen()
-        row = None
+        where, row = f"{path}:{number}", None
         with bad.guard():
-            row = data if isinstance(data, dict) else _row(where, data, offset, columns)
+            row = _row(where, data, columns)
         if row is not None:
             yield where, row
     if bad.rows == before:
@@ -181,130 +175,80 @@ def writing(path: Path | str) -> Iterator[Callable[[dict], object]]:
             yield lambda row: out.write(f"{dump(row)}\n".encode())
 
 
-def _json(path: Path) -> Iterator[tuple[str, bytes, int]]:
-    """(where, the row's bytes, their offset) for .jsonl and .json, plain or gzipped."""
+def _json(path: Path) -> Iterator[tuple[int, object]]:
+    """Line or row number, and the row as bytes or already parsed, of .jsonl and .json, plain or
+    gzipped."""
     name = path.name.lower()
     if not name.endswith((".jsonl", ".json", ".jsonl.gz", ".json.gz")):
         raise ValueError(f"{path} is none of .jsonl, .json, .jsonl.gz, .json.gz, .parquet")
-    line, limit = 0, math.inf
+    line = 0
     try:
         with open(path, "rb") as stream:
             if name.endswith(".gz") and stream.peek(1):
                 if not stream.peek(2).startswith(b"\x1f\x8b"):
                     recognise(path, stream.peek(512))
                     raise ValueError(f"{path} is not gzip-compressed; take .gz off its name")
-                limit = max(LIST_BYTES, RATIO * os.fstat(stream.fileno()).st_size)
                 stream = gzip.GzipFile(fileobj=stream)
             if not recognise(path, stream.peek(512)).startswith(b"["):
-                for line, data, offset in _lines(stream, limit):
-                    yield f"{path}:{line}", data, offset
+                for line, text in enumerate(stream, 1):
+                    if text.strip():
+                        yield line, text
             elif ".jsonl" in name:
                 raise ValueError(f"{path} is a JSON list, not an object per line; name it .json")
             else:
-                yield from _elements(path, stream)
+                yield from enumerate(_list(path, stream.read()), 1)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path}: gzip data damaged after line {line}: {error}") from error
     except OSError as error:
         raise ValueError(f"{path}: cannot read: {error.strerror or error}") from error
 
 
-def _lines(stream: BinaryIO, limit: float) -> Iterator[tuple[int, bytes, int]]:
-    """(line, text, byte offset); an overlong line comes cut, one byte over LINE_BYTES.
-
-    Raises BadGzipFile for a stream of more than `limit` bytes.
-    """
-    line = offset = 0
-    while text := stream.readline(LINE_BYTES + 1):
-        line += 1
-        if text.strip():
-            yield line, text, offset
-        offset += len(text)
-        while not text.endswith(b"\n") and (text := stream.readline(LINE_BYTES)):
-            offset += len(text)
-            _bounded(offset, limit)
-        _bounded(offset, limit)
-
-
-def _bounded(offset: int, limit: float) -> None:
-    if offset > limit:
-        raise gzip.BadGzipFile(f"it swells to over {RATIO} times its size, as a bomb does")
-
-
-def _elements(path: Path, stream: BinaryIO) -> Iterator[tuple[str, bytes, int]]:
-    """(where, the row's bytes, their offset) for the elements of one JSON list."""
-    data = stream.read(LIST_BYTES + 1)
-    if len(data) > LIST_BYTES:
+def _list(path: Path, data: bytes) -> list:
+    try:
+        return json.loads(data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
         raise ValueError(
-            f"{path}: a JSON list over {LIST_BYTES >> 20} MiB; write it as .jsonl, "
-            "which is read by the line"
-        )
-    # a byte that is not UTF-8 survives the round trip, for its row to be blamed
-    text = data.decode(errors="surrogateescape")
-    find_end = json.JSONDecoder(parse_int=_integer).raw_decode
-    separator = re.compile(r"\s*(,|\]\s*$)\s*", re.A)
-    at = re.match(r"\ufeff?\s*\[\s*", text).end()
-    if re.fullmatch(r"\]\s*", text[at:]):
-        return
-    offset = len(text[:at].encode())
-    for row in count(1):
-        where = f"{path}:{row}"
-        try:
-            end = find_end(text, at)[1]
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where}: {_malformed(error)}") from error
-        data = text[at:end].encode(errors="surrogateescape")
-        yield where, data, offset
-        mark = separator.match(text, end)
-        if not mark:
-            raise ValueError(f"{where}: malformed JSON: no comma and no end of the list follows")
-        if mark[1] != ",":
-            return
-        at = mark.end()
-        offset += len(data) + len(mark[0])
+            f"{path}: byte 0x{data[error.start]:02x} at offset {error.start} is not UTF-8"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: malformed JSON: {_why(error)}") from error
 
 
-def _row(where: str, data: bytes, offset: int, columns: Collection[str] | None) -> dict:
-    """The object that a row's bytes spell; BadRow for what JSON or UTF-8 does not allow.
+def _row(where: str, data: object, columns: Collection[str] | None) -> dict:
+    """The object that a row is or that its bytes spell, without what is not in `columns`; BadRow
+    for what JSON or UTF-8 does not allow.
 
     NaN and Infinity are numbers, as Python writes them and as they are in parquet: who needs a
     finite number, or text, asks for it.
     """
-    if len(data) > LINE_BYTES:
-        raise BadRow(f"{where}: longer than {LINE_BYTES >> 20} MiB, the limit for one row")
     try:
-        text = data.decode().removeprefix("\ufeff").rstrip("\r\n")
-        row = json.loads(text, parse_int=_integer, object_pairs_hook=unique)
-        if columns is not None and isinstance(row, dict):
-            row = _bare({name: x if name in columns else UNREAD for name, x in row.items()})
-        if re.search(r"\\u[dD][89a-fA-F]", text):
-            json.dumps(row, ensure_ascii=False, default=lambda unread: None).encode()
+        row = json.loads(data.decode("utf-8-sig")) if isinstance(data, bytes) else data
     except UnicodeDecodeError as error:
-        byte, at = data[error.start], offset + error.start
-        raise BadRow(f"{where}: byte 0x{byte:02x} at offset {at} is not UTF-8") from error
-    except UnicodeEncodeError as error:
-        lone = ord(error.object[error.start])
-        raise BadRow(f"{where}: the lone surrogate \\u{lone:04x} is not text") from error
+        byte, at = data[error.start], error.start
+        raise BadRow(f"{where}: byte 0x{byte:02x} at offset {at} of it is not UTF-8") from error
     except (ValueError, RecursionError) as error:
-        raise BadRow(f"{where}: {_malformed(error)}") from error
+        # a .jsonl row is always its own line 1, which would read as the file's
+        why = _why(error).replace(" line 1 ", " ")
+        raise BadRow(f"{where}: malformed JSON: {why}") from error
     if not isinstance(row, dict):
         raise BadRow(f"{where}: a row is a JSON object, this is a {type(row).__name__}")
+    if columns is not None:
+        row = _bare({name: x if name in columns else UNREAD for name, x in row.items()})
+    if not isinstance(data, bytes) or re.search(rb"\\u[dD][89a-fA-F]", data):
+        try:  # JSON spells half a character, which is no text
+            json.dumps(row, ensure_ascii=False, default=lambda unread: None).encode()
+        except UnicodeEncodeError as error:
+            lone = ord(error.object[error.start])
+            raise BadRow(f"{where}: the lone surrogate \\u{lone:04x} is not text") from error
     return row
 
 
-def _malformed(error: Exception) -> str:
-    if isinstance(error, RecursionError):
-        return "malformed JSON: nested too deeply"
-    # a .jsonl row is always its own line 1, which would read as the file's
-    return "malformed JSON: " + str(error).split(";")[0].replace(" line 1 ", " ")
+def _why(error: Exception) -> str:
+    return "nested too deeply" if isinstance(error, RecursionError) else str(error).split(";")[0]
 
 
-def _integer(digits: str) -> int | float:
-    """Python makes no integer of more than 4300 digits; that many are infinity, as 1e400 is."""
-    return int(digits) if len(digits) < 4300 else float(digits)
-
-
-def _parquet(path: Path, columns: Collection[str] | None) -> Iterator[tuple[str, dict, int]]:
-    """(where, row, 0) for parquet, 256 rows in memory at a time."""
+def _parquet(path: Path, columns: Collection[str] | None) -> Iterator[tuple[int, dict]]:
+    """The row's number, and the row, of parquet; 256 rows in memory at a time."""
     try:
         import pyarrow
         from pyarrow import parquet
@@ -326,11 +270,10 @@ def _parquet(path: Path, columns: Collection[str] | None) -> Iterator[tuple[str,
             names = file.schema_arrow.names
             used = [name for name in names if columns is None or name in columns]
             unread = dict.fromkeys(set(names).difference(used), UNREAD)
-            unique([(name, None) for name in used])
             for batch in file.iter_batches(batch_size=256, columns=used):
                 for row in batch.to_pylist() if used else [{}] * batch.num_rows:
                     number += 1
-                    yield f"{path}:{number}", row if columns is None else _bare(row | unread), 0
+                    yield number, row | unread
     # a date that Python cannot hold is a ValueError or an OverflowError
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         why = plain(" ".join(str(error).split()), 200)

@@ -195,7 +195,7 @@ def own_template(folder: Path) -> str | None:
     """A folder's chat template: that of chat_template.jinja, else of tokenizer_config.json."""
     path = folder / "chat_template.jinja"
     if path.exists():
-        files.size_of(path, files.JSON_BYTES)
+        files.size_of(path)
         return path.read_text(encoding="utf-8", errors="replace")
     path = folder / TOKENIZER_CONFIG
     own = files.read_json(path).get("chat_template") if path.exists() else None

@@ -28,7 +28,7 @@ from zephyr.weights import config_json, locate, safetensor_files
 from zephyr.weights.masters import fill, full_master, resharded_parameters
 
 FLOATS = ("F64", "F32", "F16", "BF16")
-SHARD_BYTES = 5_000_000_000
+SHARD_BYTES = 2_000_000_000  # a file, which is in memory while it is written
 HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
 QUANTIZED = (  # how the names end that GPTQ, AWQ, bitsandbytes, fp8 and compressed-tensors add
     ".qweight",
@@ -153,9 +153,8 @@ def save(
 ) -> None:
     """Write a (sharded) model as a Hugging Face folder; see `write`.
 
-    Every rank calls it, and one tensor at a time is gathered; rank 0 writes. Raises its errors on
-    rank 0 only; no other rank is left waiting.
-    """
+    Every rank calls it, and one tensor at a time is gathered; rank 0 writes, a file at a time.
+    Raises its errors on rank 0 only; no other rank is left waiting."""
     parameters = resharded_parameters(model)
     tensors = (full_master(p) for p in parameters.values())
     try:
@@ -194,9 +193,7 @@ def write(
             temp, config, str(dtype).removeprefix("torch."), raw, tokenizer.bos, tokenizer.eos
         )
         config_json.write_tokenizer(temp, tokenizer, config_json.chat_template(empty_system))
-        safetensor_files.write_shards(
-            temp, groups, shapes, dtype, (x.to("cpu", dtype) for x in tensors)
-        )
+        safetensor_files.write_shards(temp, groups, dtype, tensors)
 
 
 def initialise(model: Mistral, seed: int, std: float = 0.02) -> None:

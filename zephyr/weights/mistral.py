@@ -76,14 +76,13 @@ def convert(source: Path | str, target: Path | str) -> None:
     tokenizer = Tokenizer(_tokenizer(source))
     tokenizer_json.build(tokenizer)  # refused here, before gigabytes are written
 
-    shapes = {name: tuple(p.shape) for name, p in wanted.items()}
     sizes = {name: p.numel() * dtype.itemsize for name, p in wanted.items()}
     groups = safetensor_files.group_by_size(sizes, hub.SHARD_BYTES)
     tensors = (_tensor(found[name], config.head_dim).to(dtype) for name in wanted)
     with new_folder(Path(target), sum(sizes.values())) as temp:
         config_json.write_config(temp, config, name, {}, tokenizer.bos, tokenizer.eos)
         config_json.write_tokenizer(temp, tokenizer, template=None)
-        safetensor_files.write_shards(temp, groups, shapes, dtype, tensors)
+        safetensor_files.write_shards(temp, groups, dtype, tensors)
 
 
 def _original(name: str) -> str:
