@@ -430,7 +430,7 @@ def read_data(read: Callable) -> Callable[[Path], None]:
 
 
 def read_cache(path: Path) -> None:
-    """The bytes in place of each file of a cached tokenization, in turn: it is made anew, whatever
+    """The bytes in place of each file of a cached tokenization, in turn: it is made again, whatever
     they are. ValueError if that happened for each."""
     rows = path.with_name("rows.jsonl")
     rows.write_bytes(lines(ROWS[:2]))
@@ -443,10 +443,10 @@ def read_cache(path: Path) -> None:
         with contextlib.redirect_stderr(io.StringIO()) as said:
             use(rows)
         anew = path.read_bytes() != right[name]
-        ok(("is made anew" in said.getvalue()) == anew, f"{name}: said {said.getvalue()!r}")
+        ok(("is made again" in said.getvalue()) == anew, f"{name}: said {said.getvalue()!r}")
         ok({file.name: file.read_bytes() for file in entry.iterdir()} == right, f"{name} stays")
     if path.read_bytes() not in right.values():
-        raise ValueError(f"{path}: every file was made anew")
+        raise ValueError(f"{path}: every file was made again")
 
 
 def cache_seeds() -> list[bytes]:

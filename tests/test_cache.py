@@ -43,7 +43,7 @@ def flip(path: Path) -> None:
     ],
     ids=["cut", "zero", "flip", "purged", "empty", "twice", "a folder"],
 )
-def test_a_damaged_entry_is_made_anew(small, tmp_path, capsys, name, harm):
+def test_a_damaged_entry_is_made_again(small, tmp_path, capsys, name, harm):
     path = save(tmp_path / "a.jsonl", GOOD, GOOD | {"messages": chat("a", "b")})
     for read in (arrays.preferences, arrays.conversations):
         shutil.rmtree(cache_folder(), ignore_errors=True)
@@ -58,7 +58,7 @@ def test_a_damaged_entry_is_made_anew(small, tmp_path, capsys, name, harm):
         capsys.readouterr()
         again = read(path, small, Limits())
         said = capsys.readouterr().err
-        assert said.startswith(f"{entry} is damaged: ") and said.endswith("; it is made anew\n")
+        assert said.startswith(f"{entry} is damaged: ") and said.endswith("; it is made again\n")
         assert said.count("\n") == 1
         assert (again.ids.tolist(), again.report()) == (ids, about)
         assert {file.name: file.read_bytes() for file in entry.iterdir()} == before
@@ -68,7 +68,7 @@ def test_a_damaged_entry_is_made_anew(small, tmp_path, capsys, name, harm):
 
 
 @pytest.mark.parametrize("what", ["a file", "a link to nothing", "an empty folder"])
-def test_an_entry_that_is_no_entry_is_made_anew(small, tmp_path, capsys, what):
+def test_an_entry_that_is_no_entry_is_made_again(small, tmp_path, capsys, what):
     path = save(tmp_path / "a.jsonl", GOOD)
     arrays.preferences(path, small, Limits())
     (entry,) = cache_folder().iterdir()

@@ -439,7 +439,7 @@ def test_a_finished_run_is_left_alone(ranks, c, capsys):
     (Path(c.out) / "model").mkdir()
     before = tree(Path(c.out))
     assert Run(c, DIGESTS, ranks).finished
-    assert f"{c.out} is finished; --resume fresh starts anew" in capsys.readouterr().err
+    assert f"{c.out} is finished; --resume fresh starts over" in capsys.readouterr().err
     with pytest.raises(ValueError, match="holds another run: --beta was 0.01, is 0.2. Continue it"):
         Run(replace(c, beta=0.2), DIGESTS, ranks)
     assert tree(Path(c.out)) == before
@@ -478,7 +478,7 @@ def test_changed_settings_are_listed(ranks, c):
         rf"^{c.out} holds another run: --beta was 0.01, is 0.2; "
         r"--steps was 9, is None; the content of --data "
         "changed. Continue it as it was, "
-        "or --resume fresh starts anew and keeps it$"
+        "or --resume fresh starts over and keeps it$"
     )
     with pytest.raises(ValueError, match=message):
         Run(changed, DIGESTS | {"data": "new"}, ranks)

@@ -274,7 +274,7 @@ def test_ranges_of_both_stages(cls, flag, value, message):
         (
             "--max-prompt-length 1024",
             "--max-prompt-length 1024 must be above 0 and below --max-length "
-            "1024: what is between a long pair keeps of a response",
+            "1024: the difference is what each response may keep",
         ),
         ("--max-prompt-length 0", "--max-prompt-length 0 must be above 0 and below"),
         *(
@@ -296,7 +296,7 @@ def test_ranges_of_dpo(argv, message):
 def test_a_row_of_sft_must_fit_a_microbatch():
     with pytest.raises(
         ValueError,
-        match="^--microbatch-tokens 100 is less than one row of "
+        match="^--microbatch-tokens 100 is less than one chunk of "
         "--max-length 101; use a multiple of it",
     ):
         parse(SFTConfig, "--microbatch-tokens", "100", "--max-length", "101")

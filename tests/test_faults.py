@@ -522,7 +522,7 @@ def test_nothing_intact_is_told_and_kept(place, tmp_path, ranks):
     with Saves(place, tmp_path / "run", ranks, False) as saves:
         saves.save(2)
     longer(tmp_path / "run" / "checkpoints" / "step-000002" / SHARD)
-    with pytest.raises(BadCheckpoint, match="has no intact checkpoint; --resume fresh starts anew"):
+    with pytest.raises(BadCheckpoint, match="has no intact checkpoint; --resume fresh starts over"):
         Saves(place, tmp_path / "run", ranks, False, resume="previous")
     with Saves(place, tmp_path / "run", ranks, False, resume="fresh") as saves:
         assert saves.load() == 0
@@ -663,7 +663,7 @@ def test_what_changes_the_trajectory_is_listed_and_what_does_not_may_change(
         match=(
             "^.*run holds another run: --batch was 4, is 2; --beta was 0.1, is 0.2; "
             "--lr was 0.001, is 0.002; --seed was 42, is 7. Continue it as it was, or "
-            "--resume fresh starts anew"
+            "--resume fresh starts over"
         ),
     ):
         run(train_dpo, place, killed, *FLAGS, *changed)

@@ -53,7 +53,7 @@ def test_a_mean_is_one_sum_over_one_count():
     means.add(3, {"loss": torch.tensor(6.0, requires_grad=True), "nll": 1})
     means.add(1, {"loss": torch.tensor(4.0)})
     assert means.reduce(pairs=4) == {"loss": 2.5, "nll": 1 / 3, "pairs": 4}
-    assert all(math.isnan(value) for value in means.reduce().values()), "reduce starts anew"
+    assert all(math.isnan(value) for value in means.reduce().values()), "reduce starts over"
 
 
 def test_sums_are_kept_in_double_and_leave_the_callers_tensor_alone():

@@ -37,7 +37,7 @@ def test_seconds_are_a_mean_over_the_steps_of_a_line(monkeypatch):
     assert (row["seconds/forward"], row["seconds/data"]) == (4.0, 0.75)
     assert list(row) == ["seconds/data", "seconds/forward", "memory/peak"]
     assert 0.01 < row["memory/peak"] < 1000
-    assert phase.read(steps=1) == {}, "it starts anew"
+    assert phase.read(steps=1) == {}, "it starts over"
 
 
 def test_what_a_gpus_allocator_held_and_how_often_it_gave_back(monkeypatch):

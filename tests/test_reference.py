@@ -213,7 +213,7 @@ WHOLE = np.zeros((PAIRS, 2), np.float32)
     ],
     ids=range(15),
 )
-def test_a_damaged_file_is_computed_anew(ranks, content, capsys):
+def test_a_damaged_file_is_computed_again(ranks, content, capsys):
     """Fractions cut the file short; an array that would broadcast is no table either."""
     m, p = model(), plan(pairs())
     first = cached(m, p, ranks)
@@ -229,7 +229,7 @@ def test_a_damaged_file_is_computed_anew(ranks, content, capsys):
         path.write_bytes(raw.replace(b"{", b"(") if content == "header" else content)
     capsys.readouterr()
     again = cached(m, p, ranks)
-    said = f"{path} is damaged: it is not as it was written; it is made anew\n"
+    said = f"{path} is damaged: it is not as it was written; it is made again\n"
     assert path.read_bytes() == raw and capsys.readouterr().err == said
     for batch in p.epoch():
         assert torch.equal(first(batch), again(batch))

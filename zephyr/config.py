@@ -36,7 +36,7 @@ KNOBS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """What both stages share."""
+    """The settings that both stages share."""
 
     model: str  # Hugging Face folder to start from: config.json, safetensors, tokenizer.model
     data: tuple[str, ...]  # training files: .jsonl .json (.gz) .parquet; several, or a glob
@@ -44,35 +44,35 @@ class Training:
     eval_data: tuple[str, ...] = ()  # held-out files, read as --data is
     epochs: int = 1  # passes over the data
     steps: int | None = None  # optimizer steps, instead of --epochs
-    microbatch_tokens: int | Literal["auto"] = 16384  # most packed tokens per forward; auto: fits
+    microbatch_tokens: int | Literal["auto"] = 16384  # tokens of a micro-batch; auto: fits
     schedule: Literal["linear", "cosine", "constant"] = "cosine"  # lr after warm-up, down to 0
     warmup: float = 0.1  # share of the steps over which lr rises from 0
     weight_decay: float = 0.0  # AdamW's, on matrices only
     clip: float = 1.0  # largest global gradient norm
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # over fp32 masters; auto: bf16 if fast
-    recompute: Literal["none", "elementwise", "full", "auto"] = "none"  # what backward makes anew
-    masters: Literal["fp32", "split"] = "fp32"  # split: bf16 and the masters' other 16 bits
-    adam_state: Literal["fp32", "bf16"] = "fp32"  # of AdamW's moments; bf16 saves 4 bytes a weight
-    reshard: Literal["auto", "always", "never"] = "auto"  # gather weights anew for the backward
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # to compute in; auto: bf16 if fast
+    recompute: Literal["none", "elementwise", "full", "auto"] = "none"  # activation checkpointing
+    masters: Literal["fp32", "split"] = "fp32"  # split: bf16 weights, and the masters' lower halves
+    adam_state: Literal["fp32", "bf16"] = "fp32"  # AdamW's moments; bf16 saves 4 bytes a weight
+    reshard: Literal["auto", "always", "never"] = "auto"  # always is ZeRO-3, never ZeRO-2
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile each block; auto: on a GPU
-    deterministic: bool = False  # on a GPU: the same bits in every run; a CPU has them anyway
-    empty_system: bool | None = None  # insert one where there is none; left out: as --model does
+    deterministic: bool = False  # on a GPU: the same bits in every run, as on a CPU
+    empty_system: bool | None = None  # insert one where there is none; by default as --model does
     seed: int = 42  # order of the data
     log_every: int = 1  # steps between lines of metrics.jsonl
-    eval_every: int = 100  # steps between evaluations, besides the one at the end; 0: none
-    save_every: int = 0  # steps between checkpoints to resume from, and one at the end; 0: never
-    keep: int = 2  # newest checkpoints that stay; 0: all
-    save_async: bool = True  # write checkpoints while training goes on; takes host memory for one
+    eval_every: int = 100  # steps between evaluations; 0: only the one at the end
+    save_every: int = 0  # steps between checkpoints; there is one at the end too; 0: none
+    keep: int = 2  # how many of the newest checkpoints to keep; 0: all
+    save_async: bool = True  # write checkpoints in the background, from a copy in host memory
     timeout: int = 600  # seconds after which a rank that does not answer ends the run
     replicas: int = 1  # copies of the sharded model, one inside each group of ranks (HSDP)
-    profile: int | None = None  # step to trace, from 1: profile/ gets it and its dearest kernels
-    on_nonfinite: Literal["stop", "skip"] = "stop"  # skip: leave the step out, not three in a row
-    on_bad_row: Literal["stop", "skip"] = "stop"  # skip: drop and list them, up to 1 % of the rows
+    profile: int | None = None  # step to trace, counted from 1, into RUN/profile/
+    on_nonfinite: Literal["stop", "skip"] = "stop"  # skip: leave the step out, not 3 in a row
+    on_bad_row: Literal["stop", "skip"] = "stop"  # skip: drop and list them, up to 1 %
     resume: Literal["auto", "previous", "fresh"] = "auto"  # previous: back to the last intact one
 
     @property
     def bits(self) -> str:
-        """What a log-prob's last bits depend on, besides weights and data."""
+        """The settings that change the last bits of a log-prob, besides weights and data."""
         return f"{self.precision}, masters {self.masters}, compile {self.compile}"
 
     def check(self) -> None:
@@ -94,7 +94,7 @@ class Training:
 
 @dataclass(frozen=True, kw_only=True)
 class SFTConfig(Training):
-    """dSFT. Defaults are those of the alignment handbook's re-run (recipe B)."""
+    """The settings of dSFT. Defaults are those of the alignment handbook's re-run (recipe B)."""
 
     table: ClassVar[str] = "sft"
     batch: int = 128  # chunks of --max-length tokens per optimizer step, over all ranks
@@ -106,24 +106,24 @@ class SFTConfig(Training):
         self.check()
         if self.microbatch_tokens != "auto" and self.microbatch_tokens < self.max_length:
             raise ValueError(
-                f"--microbatch-tokens {self.microbatch_tokens} is less than one row of "
+                f"--microbatch-tokens {self.microbatch_tokens} is less than one chunk of "
                 f"--max-length {self.max_length}; use a multiple of it"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class DPOConfig(Training):
-    """dDPO. Defaults are those of the alignment handbook's re-run (recipe B)."""
+    """The settings of dDPO. Defaults are those of the alignment handbook's re-run (recipe B)."""
 
     table: ClassVar[str] = "dpo"
     loss: Literal["dpo", "robust", "ipo", "hinge"] = "dpo"  # the objective, see zephyr/losses.py
-    beta: float = 0.01  # strength of the tie to the reference, Eq. 7 of arXiv:2305.18290
-    label_smoothing: float = 0.0  # share of pairs thought to be labelled the wrong way round
+    beta: float = 0.01  # larger keeps the policy closer to the reference, Eq. 7 of arXiv:2305.18290
+    label_smoothing: float = 0.0  # share of pairs that are labelled the wrong way round
     batch: int = 128  # pairs per optimizer step, over all ranks
     lr: float = 5e-7  # peak learning rate
     max_length: int = 1024  # longest prompt + response, in tokens
-    max_prompt_length: int = 512  # tokens of its end that a prompt keeps when a pair is too long
-    reference: Literal["cached", "live"] = "cached"  # live: keep a second, frozen model instead
+    max_prompt_length: int = 512  # tokens that a prompt keeps, its last, when a pair is too long
+    reference: Literal["cached", "live"] = "cached"  # live: keep a second, frozen model in memory
 
     def __post_init__(self) -> None:
         self.check()
@@ -132,7 +132,7 @@ class DPOConfig(Training):
         if not 0 < self.max_prompt_length < self.max_length:
             raise ValueError(
                 f"--max-prompt-length {self.max_prompt_length} must be above 0 and below "
-                f"--max-length {self.max_length}: what is between a long pair keeps of a response"
+                f"--max-length {self.max_length}: the difference is what each response may keep"
             )
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"--label-smoothing {self.label_smoothing} must be in 0 <= s < 0.5")
@@ -145,19 +145,19 @@ def flag(name: str) -> str:
 
 
 def comments(cls: type) -> dict[str, str]:
-    """The comment behind each field, from the source of `cls` and its parent."""
+    """Return the comment behind each field, from the source of `cls` and its parent."""
     source = "".join(inspect.getsource(c) for c in reversed(cls.__mro__[:-1]))
     return dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE))
 
 
 def parse(cls: type, argv: list[str] | None = None, doc: str = "") -> tuple[Any, str]:
-    """The config from `[RECIPE] [--flag value]...`, and the recipe's name.
+    """Return the config from `[RECIPE] [--flag value]...`, and the recipe's name.
 
     RECIPE is a name or the path of a .toml. Without one it is `tiny`, but with a --model of the
-    user's own there is none: what `tiny` sets would do harm to a large model.
+    user's own there is none: what `tiny` sets would harm a large model.
 
-    Raises ValueError for an unknown recipe or key, a value of the wrong type or out of range, and
-    a missing --model, --data or --out.
+    Raises ValueError for an unknown recipe or key, a value of the wrong type or out of range, and a
+    missing --model, --data or --out.
     """
     fields, helps = {f.name: f for f in dataclasses.fields(cls)}, comments(cls)
     parser = _parser(cls, doc)
@@ -177,7 +177,7 @@ def parse(cls: type, argv: list[str] | None = None, doc: str = "") -> tuple[Any,
 
 
 def _parser(cls: type, doc: str = "") -> argparse.ArgumentParser:
-    """A flag for each field of a config, by its type."""
+    """Return a parser with a flag for each field of a config, by its type."""
     hints, helps = get_type_hints(cls), comments(cls)
     parser = argparse.ArgumentParser(
         description=doc,
@@ -215,7 +215,8 @@ def _parsed(parser: argparse.ArgumentParser, argv: list[str] | None) -> dict[str
 
 
 def read_recipe(recipe: str, cls: type) -> dict[str, Any]:
-    """The values in a recipe's table for a config, which is a command line kept in a file."""
+    """Return the values in a recipe's table for a config. A recipe is a command line kept in a
+    file."""
     path = Path(home(recipe)) if recipe.endswith(".toml") else RECIPES / f"{recipe}.toml"
     if not path.is_file():
         names = ", ".join(sorted(p.stem for p in RECIPES.glob("*.toml")))
@@ -255,7 +256,8 @@ def flags_of(table: dict[str, Any]) -> list[str]:
 
 
 def words(kind: Any) -> tuple[str, ...]:
-    """The words that may stand for a field's number: `int | Literal["auto"]` -> ("auto",)."""
+    """Return the words that may stand for a field's number: `int | Literal["auto"]` ->
+    ("auto",)."""
     return tuple(w for a in get_args(kind) if get_origin(a) is Literal for w in get_args(a))
 
 
@@ -270,13 +272,13 @@ def _number_or(words: tuple[str, ...], text: str) -> int | str:
 
 
 def scalar(kind: Any) -> type:
-    """str, int or float of a field's type: `tuple[str, ...]` -> str, `int | None` -> int."""
+    """Return str, int or float of a field's type: `tuple[str, ...]` -> str, `int | None` -> int."""
     inner = [a for a in get_args(kind) if a not in (NoneType, ...)]
     return inner[0] if inner else kind
 
 
 def to_toml(config: Training) -> str:
-    """The config as a recipe that reproduces it; None is left out, as TOML has none."""
+    """Return the config as a recipe that reproduces it; None is left out, as TOML has none."""
     values = {k: v for k, v in dataclasses.asdict(config).items() if v is not None}
     lines = [f"{k} = {json.dumps(v, ensure_ascii=False)}" for k, v in values.items()]
     return "\n".join([f"[{config.table}]", *lines, ""])

@@ -56,7 +56,7 @@ class Completion(NamedTuple):
 
 @dataclass
 class Counts:
-    """What became of the rows: the numbers of the table."""
+    """How many rows, completions and pairs there were: the numbers of the table."""
 
     dropped: Counter = field(default_factory=Counter)  # reason -> rows
     noted: Counter = field(default_factory=Counter)  # what was done -> completions
@@ -75,7 +75,8 @@ def binarize(
     counts: Counts | None = None,
     bad: BadRows | None = None,
 ) -> Iterator[dict]:
-    """The pairs of (where, row) rows, in their order; `counts` says what became of the others.
+    """Yield the pairs of (where, row) rows, in the order of the rows; `counts` says what became of
+    the other rows.
 
     Of rows with the same prompt the first is taken; only hashes of the prompts are kept. Raises
     BadRow, unless `bad` skips it, for a missing field, a wrong type, a score that is not a finite
@@ -149,7 +150,8 @@ def _choose(prompt: str, usable: list[Completion], rules: Rules) -> tuple | str:
 
 
 def _completions(where: str, row: dict, rules: Rules) -> tuple[list[Completion], list[str]]:
-    """The completions that may enter a pair, in the row's order, and what was done to any."""
+    """Return the completions that may enter a pair, in the order of the row, and what was
+    repaired."""
     raw, usable, notes = row.get("completions"), [], []
     fits = isinstance(raw, list) and len(raw) > 1
     _need(fits, f"{where}: completions must be a list of two or more", raw)
@@ -196,7 +198,8 @@ def _name(model: object) -> str:
 
 
 def _number(value: object) -> float | None:
-    """value as a finite number, so small that sums stay finite too; None for "N/A", null, true."""
+    """Return the value as a finite number, small enough that sums stay finite; None for "N/A", null
+    and true."""
     try:
         number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
@@ -214,9 +217,11 @@ def _hash(*parts: object) -> int:
 
 
 def hold_out(pairs: Iterable[dict], size: int, seed: int, test: list[dict]) -> Iterator[dict]:
-    """The training pairs; `test`, held in memory, gets the `size` whose prompts hash lowest.
+    """Yield the training pairs. The `size` pairs whose prompts have the lowest hashes go to the
+    list `test` instead.
 
-    Which those are, and their order in `test`, depends on the set of pairs and not on its order.
+    Which pairs these are, and their order in `test`, depends on the set of pairs and not on their
+    order.
     """
     heap: list[tuple[int, dict]] = []
     for pair in pairs:
@@ -229,7 +234,7 @@ def hold_out(pairs: Iterable[dict], size: int, seed: int, test: list[dict]) -> I
 
 
 def table(counts: Counts, test: int) -> str:
-    """What the command prints: rows, completions, the two sides of the pairs, models."""
+    """Return what the command prints: rows, completions, the two sides of the pairs, models."""
     pairs, lines = len(counts.pairs), []
     rows, read = pairs + counts.dropped.total(), counts.noted.total()
 
@@ -264,7 +269,7 @@ def table(counts: Counts, test: int) -> str:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The command line; ValueError for what is wrong with it."""
+    """Return the parsed command line. Raises ValueError for what is wrong with it."""
     parser = argparse.ArgumentParser(
         "zephyr.feedback",
         description=__doc__,
@@ -315,7 +320,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> str:
-    """Write the pairs and return the table; ValueError before any file is in place."""
+    """Write the pairs and return the table. Raises ValueError before any file is in place."""
     paths = expand(args.raw)
     outputs = [Path(path).resolve() for path in (args.out, args.test_out) if path]
     names = [*outputs, *(path.resolve() for path in paths)]

@@ -29,9 +29,10 @@ SIGNATURES = {
 
 
 def shown(value: object, limit: int = 80) -> str:
-    """repr of what a file holds, for a message: one printable line of at most `limit` characters.
+    """Return the repr of a value for a message: one printable line of at most `limit` characters.
 
-    No escape sequence in the data reaches the terminal, and no size or depth of it the message.
+    The value may come from any file: no escape sequence in it reaches the terminal, and neither its
+    size nor its depth makes the message long.
     """
     short = reprlib.Repr()
     short.maxlevel, short.maxstring, short.maxother = 3, limit, limit
@@ -43,17 +44,18 @@ def shown(value: object, limit: int = 80) -> str:
 
 
 def plain(text: str, limit: int = 80) -> str:
-    """A name or message from outside as it is, cut to `limit`; as `shown` if it is not one line."""
+    """Return a name or a message from outside as it is, cut to `limit` characters; if it is not one
+    printable line, as `shown` does."""
     if not text.isprintable():
         return shown(text, limit)
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def home(path: str | Path) -> str:
-    """A path as it is meant: `~` and `~user` at its start are home folders.
+    """Return a path with `~` and `~user` at its start replaced by the home folder.
 
-    Raises ValueError if nobody knows where that is, and for a path that is no text, which no recipe
-    and no log could name.
+    Raises ValueError if there is no such home folder, and for a path whose bytes are not text: no
+    recipe and no log could name it.
     """
     path = str(path)
     try:
@@ -75,7 +77,8 @@ def home(path: str | Path) -> str:
 
 @contextmanager
 def atomic(path: Path | str) -> Iterator[BinaryIO]:
-    """A file to write beside path, which replaces it when the block ends well and else vanishes."""
+    """Give a file to write beside `path`. It replaces `path` if the block ends well, else it is
+    removed."""
     path, temp = Path(path), None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,7 +97,8 @@ def atomic(path: Path | str) -> Iterator[BinaryIO]:
 
 
 def recognise(path: Path, head: bytes) -> bytes:
-    """The first bytes after BOM and white space; ValueError when they show another kind of file."""
+    """Return the first bytes of a file, `head`, without byte-order mark and white space. Raises
+    ValueError if they show another kind of file."""
     head = head.removeprefix(codecs.BOM_UTF8).lstrip()
     for signature, what in SIGNATURES.items():
         if head.startswith(signature):
@@ -103,8 +107,8 @@ def recognise(path: Path, head: bytes) -> bytes:
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a file. Raises ValueError unless it is a plain one, which can be read without
-    waiting for anybody."""
+    """Return the size of a file in bytes. Raises ValueError unless it is a plain file, which can be
+    read without waiting for another process."""
     try:
         about = path.stat()
     except (OSError, ValueError) as error:
@@ -115,7 +119,8 @@ def size_of(path: Path) -> int:
 
 
 def read_json(path: Path) -> dict:
-    """The JSON object in a file. Raises ValueError if it cannot be read or holds something else."""
+    """Return the JSON object in a file. Raises ValueError if the file cannot be read or holds
+    something else."""
     try:
         size_of(path)
         text = path.read_bytes()
@@ -133,7 +138,8 @@ def read_json(path: Path) -> dict:
 
 
 def recognise_weights(path: Path, head: bytes) -> None:
-    """Raises ValueError if the first bytes of a file that could not be read show what it is."""
+    """Raise ValueError if the first bytes of a file that could not be read show that it is a
+    pickle, a GGUF file, or another kind that `recognise` knows."""
     if head.startswith((b"PK\x03\x04", b"\x80\x02")):
         raise ValueError(
             f"{path} is a pickle of torch.save, which can run code as it is "
@@ -149,8 +155,9 @@ def write_json(path: Path, value: dict) -> None:
 
 
 def inside(path: Path) -> bool:
-    """Whether a file lies in its folder, as one that a link leads to elsewhere does not; a link to
-    the blobs of a model in Hugging Face's cache counts, as its snapshots are made of those."""
+    """Return True if a file lies in its folder, and is no link that leads out of it. A link into
+    the blobs of Hugging Face's cache counts as inside, as that cache's snapshots are made of such
+    links."""
     # of a loop of links, realpath makes no error as Path.resolve does
     real = Path(os.path.realpath(path))
     blob = real.parent.name == "blobs" and real.parent.parent.name.startswith("models--")
@@ -158,14 +165,14 @@ def inside(path: Path) -> bool:
 
 
 def some(names: Iterable[str]) -> str:
-    """Up to three of the names, and how many more there are."""
+    """Return up to three of the names, and how many more there are, as text."""
     names = sorted(names)
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(map(plain, names[:3])) + more
 
 
 def settle(path: Path, mode: int | None = None) -> None:
-    """Give a file or folder its mode, if any is given, and wait until it is on the disk."""
+    """Give a file or a folder its mode, if one is given, and wait until it is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         if mode is not None:
@@ -177,7 +184,8 @@ def settle(path: Path, mode: int | None = None) -> None:
 
 @contextmanager
 def new_folder(target: Path, size: int) -> Iterator[Path]:
-    """A temporary folder beside `target` that becomes it, safe on disk, if the block ends well."""
+    """Give a temporary folder beside `target`. It becomes `target`, safe on the disk, if the block
+    ends well."""
     if target.exists() or target.is_symlink():
         raise ValueError(f"{target} exists already; choose another name or move it away")
     temp = None
@@ -200,8 +208,10 @@ def new_folder(target: Path, size: int) -> Iterator[Path]:
 
 
 def blank(value: object) -> bool:
-    """Whether a value carries nothing: null, white space, "[]" as text, or a list or an object of
-    such. Arrow fills with nulls what one line has and another lacks, so null is as good as absent.
+    """Return True if a value carries nothing: null, white space, "[]" as text, or a list or an
+    object of such values.
+
+    Arrow fills with nulls what one row has and another lacks, so null means absent.
     """
     stack = [value]
     while stack:

@@ -41,7 +41,7 @@ class Cache:
         self.owner_T = torch.arange(sequences, device=like.device)
 
     def place(self, position_T: Tensor, owner_T: Tensor) -> None:
-        """Say where the next rows belong: their positions, and whose they are."""
+        """Note which positions the next tokens have, and to which sequences they belong."""
         self.position_T, self.owner_T = position_T, owner_T
         self.held_BS[owner_T, position_T % self.slots] = position_T
 
@@ -50,7 +50,8 @@ class Cache:
         self.k[where], self.v[where] = k_TKE, v_TKE
 
     def attend(self, q_BHE: Tensor, k_BKE: Tensor, v_BKE: Tensor, layer: int, window: int | None):
-        """One query of each sequence against what the cache holds of it, itself included."""
+        """Attention of one query of each sequence over what the cache holds of it, the query's own
+        key included."""
         self.store(k_BKE, v_BKE, layer)
         held = self.held_BS
         mask_BS = visible(self.position_T[:, None], held, window) & (held >= 0)
@@ -62,7 +63,8 @@ class Cache:
 
 @dataclass(frozen=True)
 class Prefill(Layout):
-    """The prompts as one packed row that also leaves its last keys and values in a cache."""
+    """The layout of the prompts as one pack, which also leaves their last keys and values in a
+    cache."""
 
     cache: Cache
     kept_T: Tensor  # rows that the cache keeps
@@ -73,7 +75,8 @@ class Prefill(Layout):
 
 
 def prefill(model: Mistral, prompts: list[list[int]], new: int) -> tuple[Cache, Tensor]:
-    """A cache that holds the prompts with room for `new` tokens, and logits [B, V] of the next."""
+    """Return a cache that holds the prompts and has room for `new` tokens, and the logits [B, V] of
+    each prompt's next token."""
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     longest = int(lengths.max())
     window = model.config.sliding_window
@@ -104,11 +107,11 @@ def stream(
     seed: int = 0,
     pieces: int | None = None,
 ) -> Iterator[Tensor]:
-    """Yields the next token of every prompt [B], up to `new` times.
+    """Yield the next token of every prompt [B], up to `new` times.
 
-    Greedy at temperature 0; else sampled from the smallest set of tokens whose probability reaches
-    `top_p`; only of the first `pieces`, as rows above a tokenizer's pieces are no text. The same
-    seed and prompts give the same tokens.
+    At temperature 0 it is the most likely token; else it is sampled from the smallest set of tokens
+    whose probability reaches `top_p`. Only the first `pieces` tokens are taken, as a model may have
+    more embeddings than its tokenizer has pieces. The same seed and prompts give the same tokens.
     """
     generator = torch.Generator(model.lm_head.weight.device).manual_seed(seed)
     cache, logits_BV = prefill(model, prompts, new)
@@ -123,7 +126,7 @@ def stream(
 
 
 def choose(logits_BV: Tensor, temperature: float, top_p: float, generator: torch.Generator):
-    """A token for each row [B]."""
+    """Return a token [B] for each row of logits."""
     if temperature == 0:
         return logits_BV.argmax(-1)
     # below the largest, in double: no temperature above 0, however small, makes infinity of 0
@@ -137,7 +140,8 @@ def choose(logits_BV: Tensor, temperature: float, top_p: float, generator: torch
 def generate(
     model: Mistral, prompts: list[list[int]], new: int, eos: int, **sampling: float
 ) -> list[list[int]]:
-    """The sampled continuation of every prompt, up to and without its EOS. See `stream`."""
+    """Return the sampled continuation of every prompt, up to its EOS and without it. See
+    `stream`."""
     answers: list[list[int]] = [[] for _ in prompts]
     going = set(range(len(prompts)))
     for token_B in stream(model, prompts, new, **sampling):
@@ -151,7 +155,8 @@ def generate(
 
 
 def load(folder: str) -> tuple[Mistral, Tokenizer]:
-    """A model to sample from: bf16 on a GPU, fp32 on a CPU. What is odd about it is said."""
+    """Return a model and its tokenizer to sample from: bf16 on a GPU, fp32 on a CPU. Prints what is
+    odd about the folder."""
     shape, tokenizer, _, notes = base.open_folder(folder)
     for note in [*notes, *machine.tune_allocators()]:
         print(note, file=sys.stderr)
@@ -166,10 +171,8 @@ def load(folder: str) -> tuple[Mistral, Tokenizer]:
 
 
 def answer(model: Mistral, tokenizer: Tokenizer, messages: list, new: int, **sampling) -> str:
-    """Print the assistant's next message as it comes; returns it.
-
-    Raises ValueError if the conversation leaves no room in the model's positions.
-    """
+    """Print the assistant's next message as it comes, and return it. Raises ValueError if the
+    conversation leaves no room in the model's positions."""
     prompt = tokenizer.prompt(messages, system=False)  # the caller has put one there, or none
     limit = model.config.max_position_embeddings
     if len(prompt) >= limit:
@@ -240,8 +243,11 @@ def main() -> None:
 
 
 def ask() -> str:
-    """The user's next line that is not blank; "" at the end of the input. Raises ValueError for one
-    that is no text; at a terminal, which may have cut a character, it is asked for again."""
+    """Return the user's next line that is not blank; "" at the end of the input.
+
+    Raises ValueError for a line that is not text. At a terminal, which may have cut a character in
+    two, the line is asked for again.
+    """
     terminal, line = sys.stdin.isatty(), ""
     while not line:
         try:
@@ -257,8 +263,8 @@ def ask() -> str:
 
 
 def text(given: str, what: str) -> str:
-    """A command line's or an input's text, read as UTF-8 whatever the locale. Raises ValueError if
-    it is none, as half a character is not."""
+    """Return text from the command line or the input, read as UTF-8 whatever the locale. Raises
+    ValueError if its bytes are not UTF-8."""
     try:
         return given.encode("utf-8", "surrogateescape").decode()
     except UnicodeDecodeError:

@@ -52,7 +52,7 @@ class Reference:
 
 
 def live(model: Mistral) -> Reference:
-    """The log-probs of `model` itself, computed anew for every batch."""
+    """Return a reference that computes the log-probs of `model` again for every batch."""
 
     @torch.no_grad()
     def sums_2P(batch: Batch) -> Tensor:
@@ -64,11 +64,14 @@ def live(model: Mistral) -> Reference:
 def cached(
     model: Mistral, plan: PairSteps, steps: int, weights: str, bits: str, ranks: Ranks
 ) -> Reference:
-    """A table lookup. `model` still has the starting weights; `weights` is their digest, and `bits`
-    says how they are computed with.
+    """Return a reference that looks its log-probs up in a table, which is computed now as far as
+    the cache lacks it.
 
-    Only the pairs that the plan's first `steps` steps visit and that the cache lacks are computed,
-    in the very micro-batches that the first epoch will use: step 0 then sees equal bits.
+    `model` still has the starting weights, and `weights` is their digest. `bits` names the
+    numerical settings (precision, masters, compile) that change the last bits of a log-prob; both
+    are part of the cache's key. Only pairs that the first `steps` steps visit are computed. The
+    pass uses the very micro-batches of epoch 0, so at step 0 policy and reference are equal in
+    every bit and every margin is exactly 0.
     """
     device = ranks.device
     computed_by = [bits, device.type, kernels.implementation(device)]
@@ -102,8 +105,8 @@ def cached(
 
 
 def _read(path: Path, pairs: int) -> Tensor:
-    """The table on disk [P, 2], NaN where a pair is missing; all NaN if it is absent or damaged,
-    which is said."""
+    """Return the table on the disk [P, 2], NaN where a pair is missing. It is all NaN if the file
+    is absent or damaged; damage is reported."""
     table_P2 = torch.full((pairs, 2), torch.nan)
     try:
         content = path.read_bytes()
@@ -115,7 +118,7 @@ def _read(path: Path, pairs: int) -> Tensor:
     except OSError as error:
         why = error.strerror
     with contextlib.suppress(OSError):  # nobody may be reading
-        print(f"{path} is damaged: {why}; it is made anew", file=sys.stderr)
+        print(f"{path} is damaged: {why}; it is made again", file=sys.stderr)
     return table_P2
 
 

@@ -117,15 +117,14 @@ class Tokenizer:
         return self.sp.encode(text)
 
     def decode(self, ids: list[int]) -> str:
-        """The text of ids that follow a newline, as every message does; control ids give none."""
+        """Return the text of ids that follow a newline, as every message does; control ids give
+        none."""
         text = [i for i in ids if not self.sp.is_control(i)]
         return self.sp.decode(self._newline + text)[1:]
 
     def turns(self, messages: list[tuple[bool, str, str]]) -> list[Turn]:
-        """Encode many (opens the conversation, role, content) at once, on all cores.
-
-        Raises ValueError if a piece spans a header's end: prompt and response would disagree.
-        """
+        """Encode many (opens the conversation, role, content) at once, on all cores. Raises
+        ValueError if a piece spans the end of a header: prompt and response would then disagree."""
         headers = [f"<|{role}|>\n" if first else f"\n<|{role}|>\n" for first, role, _ in messages]
         contents = [content for _, _, content in messages]
         known = {text: self.sp.encode(text) for text in set(headers)}
@@ -142,7 +141,7 @@ class Tokenizer:
         return turns
 
     def join(self, turns: list[Turn]) -> Example:
-        """A whole conversation: BOS once, then every turn."""
+        """Return a whole conversation: BOS once, then every turn."""
         ids, mask = [self.bos], [False]
         for role, turn, header in turns:
             ids += turn
@@ -150,7 +149,7 @@ class Tokenizer:
         return Example(ids, mask)
 
     def header(self, role: str) -> list[int]:
-        """`\\n<|role|>\\n`, as it stands after an EOS."""
+        """Return the ids of `\n<|role|>\n`, as it stands after an EOS."""
         return self.sp.encode(f"\n<|{role}|>\n")
 
     def render(self, messages: list[dict[str, str]], system: bool = True) -> Example:
@@ -165,5 +164,6 @@ class Tokenizer:
         return self.join(self.turns([(k == 0, *turn) for k, turn in enumerate(spoken)]))
 
     def prompt(self, messages: list[dict[str, str]], system: bool = True) -> list[int]:
-        """What generation starts from: the conversation, then the assistant's header."""
+        """Return the ids that generation starts from: the conversation, then the assistant's
+        header."""
         return self.render(messages, system).ids + self.header("assistant")

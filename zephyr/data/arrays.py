@@ -2,7 +2,7 @@
 
 The arrays live in $ZEPHYR_CACHE (default ~/.cache/zephyr) under a key that covers the files'
 content, the tokenizer, the template and the lengths; a run that asks for the same ones opens them,
-once their sums are checked, at a gigabyte or more a second. What is damaged is made anew.
+once their sums are checked, at a gigabyte or more a second. What is damaged is made again.
 """
 
 import contextlib
@@ -38,8 +38,9 @@ Encoded = tuple[Sequence[list[int]], list[bool]] | None  # a row's parts and mas
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
-    """Rows of token ids in one flat array: row k's parts end at ends[k], starting where the row
-    before it stopped. `mask` marks the tokens an assistant wrote (conversations only)."""
+    """Conversations or pairs as token ids, in one flat array. Item k's parts end at ends[k] and
+    start where the item before it stopped. `mask` marks the tokens that an assistant wrote
+    (conversations only)."""
 
     ids: np.ndarray
     mask: np.ndarray
@@ -54,7 +55,8 @@ class Tokens:
         return len(self.ends)
 
     def report(self) -> str:
-        """One line of what was kept, cut and dropped; a line for each bad row that was skipped."""
+        """Return a line that says what was kept, cut and dropped, and a line for each bad row that
+        was skipped."""
         counts = {k: v for k, v in self.counts.items() if v and k not in ("kept", "rows")}
         rest = "".join(f"; {what} {count}" for what, count in counts.items())
         name = "pairs" if self.ends.shape[1] == 3 else "documents"
@@ -62,11 +64,12 @@ class Tokens:
         return f"{head}, {len(self.ids)} tokens{rest}" + (f"\n{self.skipped}" * bool(self.skipped))
 
     def where(self, k: int) -> str:
-        """Where row k came from, "pairs.jsonl:17"."""
+        """Return the file and the line that item k came from, as "pairs.jsonl:17"."""
         file, line = self.places[k].tolist()
         return f"{self.sources[file]}:{line}"
 
     def parts(self, k: int) -> list[np.ndarray]:
+        """Return the token ids of item k's parts."""
         start = self.ends[k - 1, -1] if k else 0
         edges = [int(start), *self.ends[k].tolist()]
         return [self.ids[a:b] for a, b in zip(edges, edges[1:], strict=False)]
@@ -75,7 +78,8 @@ class Tokens:
         return Pair(*self.parts(k))
 
     def pair_lengths(self) -> np.ndarray:
-        """Packed rows of each pair: a response's last token predicts nothing, so is no input."""
+        """Return how many tokens each pair has in a pack. A response's last token predicts nothing,
+        so it is no input."""
         starts = np.concatenate([[0], self.ends[:-1, -1]])
         return self.ends[:, -1] - starts - 2
 
@@ -95,7 +99,7 @@ def read(
 
 
 def conversations(paths: tuple[str, ...], tokenizer: Tokenizer, c: Any) -> Tokens:
-    """Conversations in any of the forms that `forms.talk` reads, whole."""
+    """Return the conversations in the files, in any form that `forms.talk` reads. None is cut."""
 
     def encode(rows: list[Spoken], counts: Counter) -> Iterator[Encoded]:
         flat = iter(tokenizer.turns([(k == 0, *t) for row in rows for k, t in enumerate(row)]))
@@ -111,9 +115,9 @@ def conversations(paths: tuple[str, ...], tokenizer: Tokenizer, c: Any) -> Token
 
 
 def preferences(paths: tuple[str, ...], tokenizer: Tokenizer, c: Any) -> Tokens:
-    """Preference rows in any of the forms that `forms.preference` reads, truncated as `cut_pair`
-    does. A pair with an empty response, and one whose responses are the same once cut, is dropped.
-    """
+    """Return the pairs in the files, in any form that `forms.preference` reads, cut as `cut_pair`
+    does. A pair with an empty response is dropped, and so is one whose responses are the same after
+    the cut."""
 
     system = c.empty_system is not False  # None: nobody has decided, so as Zephyr does
 
@@ -197,7 +201,8 @@ def cut_prompt(context: list[Turn], header: list[int], bos: int, limit: int) -> 
 
 
 def _end(turn: Turn, room: int) -> list[int]:
-    """The turn's header and as much of its end as fits, or nothing if no content would."""
+    """Return the turn's header and as much of the end of its content as fits into `room` tokens, or
+    nothing if no content would fit."""
     if len(turn.ids) <= room:
         return turn.ids
     tail = room - turn.header
@@ -212,7 +217,7 @@ def _cached(
     parse: Callable,
     encode: Callable,
 ) -> Tokens:
-    """Open the arrays of this key, first making them if they are not there."""
+    """Open the arrays that belong to this key, and make them first if they are not there."""
     sources = readers.expand(paths)
     sums = [sha256_of(path) for path in sources]
     whole = [TEMPLATE, tokenizer.digest, *key, c.on_bad_row, *sums]
@@ -221,7 +226,7 @@ def _cached(
     damage = _damage(folder) if os.path.lexists(folder) else None
     if damage:
         with contextlib.suppress(OSError):  # nobody may be reading
-            print(f"{folder} is damaged: {damage}; it is made anew", file=sys.stderr)
+            print(f"{folder} is damaged: {damage}; it is made again", file=sys.stderr)
     if damage or not folder.exists():
         with scratch() as temp:
             part = Path(temp) / folder.name
@@ -257,7 +262,7 @@ def _cached(
 
 
 def _damage(folder: Path) -> str | None:
-    """What of an entry's files is not as it was written; None if all are."""
+    """Say what is wrong with the files of a cache entry; None if each is as it was written."""
     try:
         lines = (folder / SUMS).read_bytes().decode("ascii").splitlines()
         sums = dict(line.split("  ", 1)[::-1] for line in lines)
@@ -274,7 +279,8 @@ def _damage(folder: Path) -> str | None:
 def _write(
     part: Path, sources: list[Path], tokenizer: Tokenizer, c: Any, parse: Callable, encode: Callable
 ) -> None:
-    """Stream rows into flat files, a chunk at a time; raises ValueError if no row is left."""
+    """Stream rows into flat files, a list of rows at a time. Raises ValueError if no row is
+    left."""
     counts, bad = Counter(), BadRows(c.on_bad_row)
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     ends, places, end = [], [], 0
@@ -308,7 +314,7 @@ def _write(
 
 
 def _chunks(rows: Iterator) -> Iterator[list]:
-    """Rows in lists that memory holds, however long the rows are."""
+    """Yield the rows in lists that are small enough for memory, however long a row is."""
     chunk, size = [], 0
     for row in rows:
         chunk.append(row)
@@ -321,7 +327,7 @@ def _chunks(rows: Iterator) -> Iterator[list]:
 
 
 def _parsed(sources: list[Path], parse: Callable, bad: BadRows) -> Iterator:
-    """((file, line), row) of every row that parses, the file by its number."""
+    """Yield ((number of the file, line), parsed row) for every row that can be parsed."""
     for number, source in enumerate(sources):
         with tqdm(desc=f"tokenizing {source.name}", unit=" rows", delay=3, leave=False) as bar:
             for where, row in readers.read_rows(source, bad, parse.columns):

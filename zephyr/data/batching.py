@@ -51,11 +51,12 @@ def prefetch(
 
 
 def bins(lengths: np.ndarray, budget: int, multiple: int = 1) -> list[list[int]]:
-    """Item numbers in bins of at most `budget` tokens; the number of bins is a multiple of
-    `multiple`, and some may be empty.
+    """Return item numbers in bins of at most `budget` tokens. The number of bins is a multiple of
+    `multiple`; some may be empty.
 
-    First-fit decreasing finds how many bins are needed; then, so that no rank waits for another,
-    the items are dealt again, longest first, to the emptiest bin, if that keeps the budget.
+    First-fit decreasing finds how many bins are needed. Then the items are dealt again, longest
+    first, each to the emptiest bin, so that no rank waits for another; if that breaks the budget,
+    the first result stands.
     """
     order = np.argsort(-lengths, kind="stable")
     loads: list[int] = []
@@ -84,8 +85,9 @@ def bins(lengths: np.ndarray, budget: int, multiple: int = 1) -> list[list[int]]
 class PairSteps:
     """Which pairs run in which step, micro-batch and rank.
 
-    Epoch e visits the pairs in the order of permutation(seed, e); step s takes the next `batch` of
-    them, the last of an epoch what is left. With `shuffle` false the order is the data's own.
+    Epoch e visits the pairs in the order of permutation(seed, e). Step s takes the next `batch` of
+    them; the last step of an epoch takes what is left. Without `shuffle` the order is that of the
+    data.
     """
 
     data: Tokens
@@ -115,7 +117,8 @@ class PairSteps:
         return -(-len(self.data) // self.batch)
 
     def step(self, step: int) -> np.ndarray:
-        """The pairs of optimizer step `step`, counted from 0 through all epochs."""
+        """Return the numbers of the pairs in optimizer step `step`, counted from 0 through all
+        epochs."""
         epoch, k = divmod(step, self.steps_per_epoch)
         order = permutation(len(self.data), self.seed, epoch) if self.shuffle else None
         numbers = np.arange(len(self.data)) if order is None else order
@@ -130,7 +133,7 @@ class PairSteps:
         return [pack_pairs([self.data.pair(k) for k in m], m) if m else nothing() for m in mine]
 
     def epoch(self) -> Iterator[Batch]:
-        """This rank's micro-batches of one whole pass."""
+        """Yield this rank's micro-batches of one pass over the data."""
         return (b for step in range(self.steps_per_epoch) for b in self.microbatches(step))
 
 
@@ -215,12 +218,14 @@ def _enough(batch: int, world: int) -> None:
 
 @lru_cache(maxsize=2)
 def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
+    """Return the order of n items in an epoch."""
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
 @lru_cache(maxsize=2)
 def _stream(data: Tokens, seed: int, epoch: int, shuffle: bool) -> tuple[np.ndarray, np.ndarray]:
-    """The epoch's order of documents, and the count of inputs up to each one's end."""
+    """Return the order of the documents in an epoch, and for each the count of inputs up to its
+    end."""
     order = permutation(len(data), seed, epoch) if shuffle else np.arange(len(data))
     inputs = np.diff(data.ends[:, 0], prepend=0) - 1
     return order, np.cumsum(inputs[order])

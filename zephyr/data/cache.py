@@ -16,7 +16,8 @@ DAY = 24 * 3600  # seconds without a write, after which what is being made has n
 
 
 def scratch() -> tempfile.TemporaryDirectory:
-    """A folder in the cache to make an entry in, after what killed makers left is swept out."""
+    """Return a temporary folder in the cache in which to make an entry. Removes what killed
+    processes have left there."""
     cache = cache_folder()
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -27,7 +28,7 @@ def scratch() -> tempfile.TemporaryDirectory:
 
 
 def _sweep() -> None:
-    """Remove what makers that were killed have left in the cache."""
+    """Remove what killed processes have left in the cache."""
     for part in (*cache_folder().glob("part-*"), *cache_folder().glob(".reference-*")):
         with contextlib.suppress(OSError):  # its maker lives, and has just renamed it
             if time.time() - max(p.lstat().st_mtime for p in (part, *part.rglob("*"))) > DAY:
@@ -35,7 +36,8 @@ def _sweep() -> None:
 
 
 def cache_folder() -> Path:
-    """$ZEPHYR_CACHE, or else ~/.cache/zephyr. Raises ValueError if there is no home folder."""
+    """Return the cache folder: $ZEPHYR_CACHE, or else ~/.cache/zephyr. Raises ValueError if there
+    is no home folder."""
     given = os.environ.get("ZEPHYR_CACHE")
     try:
         return Path(files.home(given or "~/.cache/zephyr"))
@@ -44,5 +46,6 @@ def cache_folder() -> Path:
 
 
 def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

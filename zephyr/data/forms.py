@@ -52,10 +52,12 @@ ENDING = 80  # characters, more than any such mark has
 
 
 def talk(row: dict, system: bool = True) -> Spoken:
-    """A whole conversation, with an empty system message if `system` and the row has none.
+    """Return a row's whole conversation. If `system` is true and the row has no system message, an
+    empty one comes first.
 
-    It is `messages` of role and content, or `conversations` of from and value, or an `instruction`
-    (with its `input`, on a line of its own) and the `output`. Raises ValueError for other rows.
+    The conversation is `messages` of role and content, or `conversations` of from and value, or an
+    `instruction` (with its `input`, on a line of its own) and the `output`. Raises ValueError for
+    other rows.
     """
     refuse(row)
     columns, prompt = given(row, ("messages", "conversations")), None
@@ -120,7 +122,7 @@ def preference(row: dict, system: bool = True) -> tuple[Spoken, str, str]:
 
 
 def below(row: dict) -> bool:
-    """Whether the row's own scores prefer the response that it rejects."""
+    """Return True if the row's own scores prefer the response that the row rejects."""
     try:
         return float(row.get("score_chosen")) < float(row.get("score_rejected"))
     except (TypeError, ValueError, OverflowError):
@@ -137,7 +139,7 @@ def it_has(row: dict) -> str:
 
 
 def refuse(row: dict, names: Iterable[str] = UNUSABLE) -> None:
-    """Raises ValueError if a column that cannot be used carries something."""
+    """Raise ValueError if one of the columns `names`, which cannot be used, carries something."""
     for name in given(row, names):
         raise ValueError(
             f"{name} {shown(row[name], 40)} would be lost: it is not read; write "
@@ -146,10 +148,8 @@ def refuse(row: dict, names: Iterable[str] = UNUSABLE) -> None:
 
 
 def asked(row: dict) -> list | None:
-    """The messages that the row's prompt is, None without one.
-
-    An `input` stands on the line after its `instruction`. Raises ValueError if columns contradict.
-    """
+    """Return the messages of the row's prompt; None if it has no prompt. An `input` stands on the
+    line after its `instruction`. Raises ValueError if columns contradict each other."""
     names = given(row, PROMPTS) or [name for name in PROMPTS if isinstance(row.get(name), str)]
     prompts = {name: row[name] for name in names}
     if "instruction" in prompts and isinstance(row["instruction"], str):
@@ -172,7 +172,7 @@ def asked(row: dict) -> list | None:
 
 
 def turns(name: str, prompt: object) -> list:
-    """A prompt's messages: text is the user's message, unless it is a transcript."""
+    """Return a prompt's messages. Text is one message of the user's, unless it is a transcript."""
     if not isinstance(prompt, str):
         if not isinstance(prompt, list):
             raise ValueError(f"{name} must be text or messages, got {shown(prompt)}")
@@ -188,7 +188,7 @@ def turns(name: str, prompt: object) -> list:
 
 
 def transcript(text: str) -> list[dict[str, str]]:
-    """hh-rlhf's flat text as messages: "\\n\\nHuman: Hi\\n\\nAssistant: Yo" -> Hi, Yo."""
+    """Return hh-rlhf's flat text as messages: "\n\nHuman: Hi\n\nAssistant: Yo" becomes Hi, Yo."""
     roles = {"Human": "user", "Assistant": "assistant"}
     opening, *parts = re.split(r"\n\n(Human|Assistant):", text)
     if opening or not parts or parts[0] != "Human":
@@ -201,7 +201,7 @@ def transcript(text: str) -> list[dict[str, str]]:
 
 
 def with_system(row: dict, spoken: Spoken) -> Spoken:
-    """The conversation with the system message that a column of the row holds."""
+    """Return the conversation with the system message that a column of the row holds."""
     for name in given(row, SYSTEMS):
         text = row[name]
         if not isinstance(text, str):
@@ -217,7 +217,7 @@ def with_system(row: dict, spoken: Spoken) -> Spoken:
 
 
 def no_blanks(spoken: Spoken) -> None:
-    """Raises ValueError if a turn of the user's or the assistant's says nothing."""
+    """Raise ValueError if a turn of the user or of the assistant is blank."""
     for k, (role, text) in enumerate(turn for turn in spoken if turn[0] != "system"):
         if not text.strip():
             raise ValueError(f"turn {k}, the {role}'s, is empty")
@@ -237,7 +237,8 @@ def rendered(text: str) -> tuple[str, str] | None:
 
 
 def plain_text(spoken: Spoken) -> None:
-    """Raises ValueError if a text begins or ends as one that was rendered with a chat template."""
+    """Raise ValueError if a text begins or ends with the marks of a chat template, so has been
+    rendered already."""
     for role, text in spoken:
         if found := rendered(text):
             raise ValueError(
@@ -248,7 +249,7 @@ def plain_text(spoken: Spoken) -> None:
 
 
 def _dialogue(prompt: list | None, side: object) -> list:
-    """One side's whole conversation, as the messages they should be."""
+    """Return one side's whole conversation as messages."""
     if isinstance(side, str):
         if prompt is None or side.startswith("\n\nHuman:"):
             return transcript(side)
@@ -269,7 +270,7 @@ def _dialogue(prompt: list | None, side: object) -> list:
 
 
 def _agree(prompt: list, context: Spoken) -> None:
-    """Raises ValueError unless the prompt's turns stand in the conversation, one after another."""
+    """Raise ValueError unless the prompt's turns stand in the conversation, one after another."""
     try:
         wanted = conversation(prompt, False)
     except ValueError as error:
@@ -288,7 +289,8 @@ def _agree(prompt: list, context: Spoken) -> None:
 
 
 def _named(column: str, messages: object) -> object:
-    """Messages with ShareGPT's from and value as role and content; all else as it is."""
+    """Return ShareGPT's messages (from, value) as messages of role and content; leave others as
+    they are."""
     if not isinstance(messages, list):
         return messages
     found = []

@@ -16,7 +16,7 @@ UNREAD = object()  # the value of a column that is there but is not read
 
 
 def _bare(row: dict) -> dict:
-    """The row itself, without the nulls in its objects, and the maps of parquet made objects."""
+    """Return the row without the nulls in its objects, and with parquet's maps as objects."""
     stack: list[dict | list] = [row]
     while stack:
         part = stack.pop()
@@ -54,7 +54,8 @@ class BadRows:
 
     @contextmanager
     def guard(self) -> Iterator[None]:
-        """Around one row's work: a BadRow ends the block, quietly when skipping."""
+        """Run a block that works on one row. If it raises BadRow, the block ends, and with the
+        policy "skip" the error is only noted."""
         try:
             yield
         except BadRow as error:
@@ -65,7 +66,7 @@ class BadRows:
                 self.messages.append(str(error))
 
     def check(self) -> None:
-        """Raises ValueError when more than 1 % of the rows seen were skipped."""
+        """Raise ValueError if more than 1 % of the rows seen were skipped."""
         if self.skipped * 100 > self.rows:
             raise ValueError(
                 f"{self.skipped} of {self.rows} rows are bad, more than the 1 % that "
@@ -73,8 +74,8 @@ class BadRows:
             )
 
     def report(self) -> str:
-        """A line for each empty file, the count of skipped rows and a line for each of the first
-        20; "" when there is nothing to tell."""
+        """Return a line for each empty file, the count of skipped rows, and a line for each of the
+        first 20; "" if there is nothing to tell."""
         lines = [f"{path} is empty: no row comes from it" for path in self.empty]
         if self.skipped:
             lines.append(
@@ -84,11 +85,11 @@ class BadRows:
 
 
 def expand(paths: Sequence[str | Path]) -> list[Path]:
-    """The files that paths and globs name, in the order given, sorted within a glob.
+    """Return the files that paths and globs name, in the order given, and sorted within a glob.
 
-    What exists is taken by its name, whatever brackets and stars are in it; likewise the folders
-    that a glob begins with. Raises ValueError for a folder, for what names no file, and for one
-    file named twice, under whatever names.
+    What exists is taken by its name, whatever brackets and stars are in it; so are the folders that
+    a glob begins with. Raises ValueError for a folder, for what names no file, and for one file
+    named twice, under whatever names.
     """
     files: dict[tuple[int, int], str] = {}
     for path in map(home, paths):
@@ -120,7 +121,7 @@ def expand(paths: Sequence[str | Path]) -> list[Path]:
 
 
 def _escaped(path: str) -> str:
-    """The glob with the longest part of it that is a folder meant as it is spelled."""
+    """Return the glob with the longest part of it that is an existing folder taken literally."""
     parts = path.split("/")
     for k in range(len(parts) - 1, 0, -1):
         if os.path.isdir(folder := "/".join(parts[:k])):
@@ -131,13 +132,16 @@ def _escaped(path: str) -> str:
 def read_rows(
     path: Path, bad: BadRows | None = None, columns: Collection[str] | None = None
 ) -> Iterator[tuple[str, dict]]:
-    """(where, row) of every row; where is "pairs.jsonl:17", the line (.json, .parquet: the row).
+    """Yield (where, row) for every row. `where` is "pairs.jsonl:17": the line, or in .json and
+    .parquet the row.
 
-    Lines and rows count from 1; blank lines are skipped but count. Of `columns` only the values are
-    read, where given, and without nulls: the others are UNREAD, so nothing in them can stop a row
-    or a file. A row that is no JSON object or whose text is malformed is a BadRow, which `bad` may
-    skip; `bad` also counts the rows and notes a file without any, which is else a ValueError. Any
-    other trouble with the file is a ValueError.
+    Lines and rows count from 1; blank lines count too, but give no row. With `columns`, only the
+    values of those columns are read, without nulls. The values of the others are UNREAD, so nothing
+    in them can stop a row or a file.
+
+    A row that is no JSON object, or whose text is malformed, is a BadRow, which `bad` may skip.
+    `bad` also counts the rows and notes a file without rows, which is a ValueError if there is no
+    `bad`. Any other trouble with the file is a ValueError.
     """
     path, told, bad = Path(path), bad is not None, bad or BadRows()
     before = bad.rows
@@ -156,7 +160,7 @@ def read_rows(
 
 
 def write_rows(path: Path | str, rows: Iterable[dict]) -> None:
-    """Write .jsonl or .jsonl.gz, all or nothing; equal rows give equal bytes."""
+    """Write rows as .jsonl or .jsonl.gz: the whole file or nothing. Equal rows give equal bytes."""
     with writing(path) as write:
         for row in rows:
             write(row)
@@ -164,7 +168,8 @@ def write_rows(path: Path | str, rows: Iterable[dict]) -> None:
 
 @contextmanager
 def writing(path: Path | str) -> Iterator[Callable[[dict], object]]:
-    """A function that appends a row to .jsonl or .jsonl.gz, which appears once the block ends."""
+    """Give a function that appends a row to a .jsonl or .jsonl.gz file, which appears when the
+    block ends."""
     if not str(path).endswith((".jsonl", ".jsonl.gz")):
         raise ValueError(f"{path}: rows are written as .jsonl or .jsonl.gz")
     zipped = str(path).endswith(".gz")
@@ -176,8 +181,8 @@ def writing(path: Path | str) -> Iterator[Callable[[dict], object]]:
 
 
 def _json(path: Path) -> Iterator[tuple[int, object]]:
-    """Line or row number, and the row as bytes or already parsed, of .jsonl and .json, plain or
-    gzipped."""
+    """Yield (line or row number, row) of a .jsonl or .json file, plain or gzipped. A row of .jsonl
+    comes as bytes, one of .json as it was parsed."""
     name = path.name.lower()
     if not name.endswith((".jsonl", ".json", ".jsonl.gz", ".json.gz")):
         raise ValueError(f"{path} is none of .jsonl, .json, .jsonl.gz, .json.gz, .parquet")
@@ -215,11 +220,11 @@ def _list(path: Path, data: bytes) -> list:
 
 
 def _row(where: str, data: object, columns: Collection[str] | None) -> dict:
-    """The object that a row is or that its bytes spell, without what is not in `columns`; BadRow
-    for what JSON or UTF-8 does not allow.
+    """Return the object that a row is, or that its bytes spell, without columns other than
+    `columns`. Raises BadRow for what JSON or UTF-8 does not allow.
 
-    NaN and Infinity are numbers, as Python writes them and as they are in parquet: who needs a
-    finite number, or text, asks for it.
+    NaN and Infinity are numbers, as Python writes them and as parquet has them. Code that needs a
+    finite number, or text, checks for it.
     """
     try:
         row = json.loads(data.decode("utf-8-sig")) if isinstance(data, bytes) else data
@@ -248,7 +253,7 @@ def _why(error: Exception) -> str:
 
 
 def _parquet(path: Path, columns: Collection[str] | None) -> Iterator[tuple[int, dict]]:
-    """The row's number, and the row, of parquet; 256 rows in memory at a time."""
+    """Yield (row number, row) of a parquet file, with 256 rows in memory at a time."""
     try:
         import pyarrow
         from pyarrow import parquet

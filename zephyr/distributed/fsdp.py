@@ -36,7 +36,8 @@ KEPT = MATMULS[:-1]
 
 
 def load(c: Training, shape: MistralConfig, ranks: Ranks) -> Mistral:
-    """The model in the folder that the run starts from, over the ranks, by the settings."""
+    """Return the model of the folder that the run starts from, sharded over the ranks as the
+    settings say."""
     model = build(shape, ranks, c.precision, c.recompute, c.masters, c.compile, c.reshard)
     with together():
         hub.load(c.model, model)
@@ -81,7 +82,8 @@ def build(
 
 
 def shard(model: Mistral, mesh: DeviceMesh, precision: str, reshard: bool) -> None:
-    """FSDP2 in place. While a block computes, the next one's weights are on their way."""
+    """Shard a model in place with FSDP2. While a block computes, the weights of the next one are
+    gathered."""
     compute = torch.bfloat16 if precision == "bf16" else torch.float32
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
     blocks = list(model.model.layers)
@@ -110,8 +112,9 @@ def wrapped(block: torch.nn.Module, recompute: str, compiled: bool) -> Callable:
 
 
 def matmuls_and_attention() -> tuple[AbstractContextManager, AbstractContextManager]:
-    """The contexts of a block's forward and of its recomputation, in which the outputs of MATMULS
-    and of ATTENTION are saved. A block's matmuls are told apart by their order."""
+    """Return the contexts for a block's forward and for its recomputation. In them, the outputs of
+    the matmuls KEPT and of ATTENTION are saved. The matmuls are told apart by their order, which is
+    MATMULS."""
     forward, again = iter(MATMULS), iter(MATMULS)
 
     def policy(context, op: OpOverload, *args, **kwargs) -> CheckpointPolicy:

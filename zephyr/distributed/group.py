@@ -33,7 +33,7 @@ class Ranks(NamedTuple):
     mesh: DeviceMesh
 
     def say(self, *lines: str) -> None:
-        """Print the lines on the first rank; the others keep quiet."""
+        """Print the lines on the first rank; the others print nothing."""
         if self.rank == 0:
             with contextlib.suppress(OSError):  # a reader that went away must not end the run
                 for line in lines:
@@ -88,14 +88,15 @@ def start(replicas: int = 1, masters: str = "fp32", deterministic: bool = False)
 
 
 def _attempt(store: dist.Store, rank: int, size: int) -> str:
-    """A name that the ranks of this attempt share and no earlier attempt had.
+    """Return a name that the ranks of this attempt share and that no earlier attempt had.
 
-    torchrun's store outlives its ranks, so after a restart it still has the keys under which the
-    last attempt's ranks found each other, and whoever comes first reads those. Nothing torchrun
-    says tells attempts apart: on several nodes TORCHELASTIC_RESTART_COUNT is each agent's own, and
-    one that restarts because others did does not count it. So the ranks agree: each shows up under
-    a word of its own, and rank 0 answers with the name to whomever it sees until all have answered
-    back. A word is one process's alone, so no answer meant for a dead rank reaches a living one.
+    torchrun's store outlives its ranks. After a restart it still has the keys under which the ranks
+    of the last attempt found each other, and a rank that comes first would read those. Nothing that
+    torchrun says tells attempts apart: on several nodes TORCHELASTIC_RESTART_COUNT is each agent's
+    own, and an agent that restarts because another did does not count it. So the ranks agree on a
+    name. Each rank posts a random id; rank 0 replies to each id with the name of the attempt, until
+    every rank has acknowledged it. An id belongs to one process alone, so no reply meant for a dead
+    rank reaches a living one.
     """
     word = secrets.token_hex(8)
     if rank:
@@ -120,8 +121,8 @@ limit = PATIENCE
 
 
 def set_timeout(seconds: int) -> None:
-    """From now on a collective that waits longer for another rank than this fails, in each group
-    there is: the mesh's, the checkpoints'."""
+    """Set how many seconds a collective may wait for another rank before it fails, in every process
+    group: the mesh's and the checkpoints'."""
     global limit
     limit = seconds
     for group in c10d._world.pg_map:
@@ -129,14 +130,15 @@ def set_timeout(seconds: int) -> None:
 
 
 def agree(flag: bool) -> bool:
-    """True on every rank if the flag is True on any. On the CPU: no device waits."""
+    """Return True on every rank if the flag is True on any of them. It runs on the CPU, so no
+    device waits."""
     flags = torch.tensor(int(flag))
     dist.all_reduce(flags, dist.ReduceOp.MAX)
     return bool(flags)
 
 
 def finish() -> None:
-    """Leave the process group. Without the barrier gloo aborts many a good run at exit."""
+    """Leave the process group. Without the barrier, gloo aborts some good runs at their end."""
     dist.barrier()
     dist.destroy_process_group()
 
@@ -181,7 +183,8 @@ def on_first(build: Callable[[], T]) -> T:
 
 
 def shared_folder(path: Path | str) -> None:
-    """Raise Storage on every rank unless `path`, made if need be, is one folder for them all."""
+    """Make the folder `path` if need be. Raises Storage on every rank unless it is one and the same
+    folder for all ranks."""
     path = Path(path)
 
     def leave() -> str:
@@ -214,7 +217,7 @@ def shared_folder(path: Path | str) -> None:
 
 
 def total(count: int) -> int:
-    """Sum of `count` over the ranks. On the CPU: no device waits."""
+    """Return the sum of `count` over the ranks. It runs on the CPU, so no device waits."""
     counts = torch.tensor(count)
     dist.all_reduce(counts)
     return int(counts)

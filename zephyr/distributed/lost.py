@@ -24,7 +24,8 @@ def a_rank_is_lost(error: RuntimeError) -> bool:
 
 
 def message(error: RuntimeError) -> str:
-    """One line for such an error: what waited, for whom or how long, and what to do."""
+    """Return one line for such an error: which collective waited, for which rank or how long, and
+    what to do."""
     text, where = str(error), error.__traceback__
     operation = "a collective"  # FSDP waits for some outside of the call that began them
     while where:

@@ -13,8 +13,8 @@ ROOT = Path("/")
 
 
 def memory(device: torch.device) -> int:
-    """Bytes that a rank may use: its GPU's that are free, or its share of half of what a host or a
-    container has free, which has a file cache to keep."""
+    """Return how many bytes a rank may use: the free memory of its GPU; on a CPU, its share of half
+    of what the host or its container has free, as the file cache needs the rest."""
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
         # zephyr/plan/fit.py counts on holes of 4 %, as there are where segments grow
@@ -23,8 +23,8 @@ def memory(device: torch.device) -> int:
 
 
 def _host(root: Path = ROOT) -> int:
-    """Bytes of the host that are free or would be made so, or all that it has where nobody counts
-    those (macOS)."""
+    """Return the bytes of the host that are free or could be freed; where the system does not count
+    them (macOS), all that it has."""
     with suppress(OSError, TypeError):
         text = (root / "proc/meminfo").read_text()
         return int(re.search(r"^MemAvailable: *(\d+) kB$", text, re.M)[1]) * 1024
@@ -78,8 +78,8 @@ def _containers(root: Path = ROOT) -> list[int]:
 
 
 def multiplies_bf16(device: torch.device) -> bool:
-    """Has the device instructions for products of bf16? Without them they are emulated; a CPU is
-    then tens of times slower than in fp32."""
+    """Return True if the device has instructions that multiply bf16. Without them the products are
+    emulated: a CPU is then tens of times slower than in fp32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     # what x86 and ARM call them; only oneDNN makes use of them
@@ -106,8 +106,8 @@ def tune_arithmetic(deterministic: bool) -> None:
 
 
 def tune_allocators() -> list[str]:
-    """Let torch's allocators keep what the next micro-batch will want; to be called before the
-    first allocation. Returns what there is to say."""
+    """Set torch's allocators so that they keep what the next micro-batch will need. Call it before
+    the first allocation. Returns lines for the user."""
     if torch.cuda.is_available():
         return grow_segments()
     keep_buffers()
@@ -140,7 +140,7 @@ def grow_segments() -> list[str]:
 
 
 def allocator() -> dict[str, object]:
-    """The settings that CUDA's caching allocator has."""
+    """Return the settings of CUDA's caching allocator."""
     return torch.cuda.memory._snapshot()["allocator_settings"]
 
 

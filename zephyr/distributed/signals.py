@@ -12,16 +12,19 @@ _ears: socket.socket | None = None
 
 
 def stop_wanted() -> bool:
-    """Has one come to this rank? The others may not have it yet: see parallel.agree."""
+    """Return True if such a signal has come to this rank. Other ranks may not have it yet: see
+    group.agree."""
     return _asked is not None
 
 
 def listen() -> None:
-    """Let the first SIGTERM or SIGUSR1 be noted, and one a second later end the process.
+    """From now on, note the first SIGTERM or SIGUSR1, and end the process at one that comes a
+    second later or more.
 
-    torchrun and Slurm may both send it, to all, so what comes within the second is the same signal.
-    Python runs handlers between its own instructions, never while a collective waits, so a thread
-    hears of signals through a socket instead: then the second one ends a hung run too.
+    torchrun and Slurm may both send the signal, to all processes, so what comes within the second
+    is the same signal. Python runs handlers between its own instructions, never while a collective
+    waits. So a thread hears of signals through a socket instead: then the second signal ends a hung
+    run too.
     """
     global _asked, _ears
     _asked = None

@@ -79,7 +79,8 @@ class Log:
             self.since = self.began - state["seconds"]
 
     def state(self) -> dict[str, Any]:
-        """This rank's share of the line under way, as JSON; the lines before it reach the disk."""
+        """Return this rank's share of the line under way, as JSON, and flush the lines before it to
+        the disk."""
         if self.file is not None:
             self.file.flush()
             os.fsync(self.file.fileno())
@@ -114,7 +115,8 @@ class Log:
             )
 
     def add(self, count: float, sums: Mapping[str, float | Tensor], **work: float) -> None:
-        """Adds one micro-batch of this rank: sums over `count`, and its `work`, see there."""
+        """Add one micro-batch of this rank: `values` that belong to `count` pairs or tokens, and
+        what `means.work` counts."""
         self.means.add(count, sums)
         for name, value in work.items():
             self.totals[name] += value
@@ -155,7 +157,8 @@ class Log:
             self.bar.update(step - self.bar.n)
 
     def begin(self, step: int) -> None:
-        """Before optimizer step `step`, counted from 1: starts the trace if it is the one."""
+        """Start optimizer step `step`, counted from 1, and the trace if this is the step to
+        trace."""
         self.trace.begin(step)
 
     def _say(self, text: str) -> None:
@@ -164,13 +167,13 @@ class Log:
                 tqdm.write(text, file=sys.stderr)
 
     def evaluation(self, step: int, means: Mapping[str, float]) -> None:
-        """Writes one line of global means (see Means) under their names with eval_ in front."""
+        """Write one line of global means (see Means), each name with eval_ in front."""
         self._write(step, {f"eval_{name}": float(value) for name, value in means.items()})
         self._show(step, means, always=True, kind="eval  ")
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Keeps the time inside (evaluation, checkpoints) out of the throughput."""
+        """Run a block whose time (evaluation, checkpoints) does not count for the throughput."""
         since, began = self.since, self._clock()
         yield
         self.since = since + self._clock() - began
@@ -190,6 +193,7 @@ class Log:
             self.writer.add_scalar(name, value, step)
 
     def _show(self, step: int, row: Mapping[str, float], always: bool, kind: str = "") -> None:
+        """Show a line on the progress bar or on stderr."""
         now = time.perf_counter()
         text = kind + "  ".join(
             f"{SHORT.get(name, name.split('/')[-1])} {row[name]:.4g}"
@@ -207,7 +211,8 @@ class Log:
             self._say(f"step {step}/{self.total_steps}  {text}  {left} left")
 
     def summary(self) -> str:
-        """What a finished run ends with: the last value of everything logged, and where it lies."""
+        """Return what a finished run ends with: the last value of everything logged, and where the
+        results are."""
         width = max(map(len, self.last), default=0)
         values = [f"  {name:{width}}  {value:.6g}" for name, value in self.last.items()]
         places = [
@@ -227,7 +232,8 @@ class Log:
 
 
 def read(folder: Path | str) -> list[dict]:
-    """The rows of a run's metrics.jsonl, less a last line that a killed run left unfinished."""
+    """Return the lines of a run's metrics.jsonl, without a last line that a killed run left
+    unfinished."""
     path = Path(folder) / FILE
     if not path.is_file():
         raise ValueError(f"{folder}: no {FILE} in it; give the folder of a run")
@@ -246,6 +252,7 @@ def read(folder: Path | str) -> list[dict]:
 
 
 def trajectory(rows: Sequence[Mapping]) -> list[dict]:
-    """The rows less what clock and memory say: what two runs that are the same have in common."""
+    """Return the lines without what depends on clock and memory. Two runs that are the same have
+    equal trajectories."""
     of_the_machine = re.compile(r"seconds/|memory/|mfu$|\w+_per_second$")
     return [{k: x for k, x in row.items() if not of_the_machine.match(k)} for row in rows]

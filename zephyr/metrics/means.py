@@ -12,7 +12,8 @@ from zephyr.plan.costs import CARDS, model_flops
 
 
 def peak_flops(name: str) -> float | None:
-    """Dense bf16 FLOP/s of a device of this name; None when unknown, a MIG slice or a laptop."""
+    """Return the dense bf16 FLOP/s of the GPU of this name; None for a GPU that is unknown, a MIG
+    slice or a laptop's."""
     fits = (
         card.flops
         for key, card in CARDS.items()
@@ -22,7 +23,8 @@ def peak_flops(name: str) -> float | None:
 
 
 def work(config: Any, batch: Any) -> dict[str, float]:
-    """The host counts of a packed batch that `Log.add` takes beside its sums."""
+    """Return what `Log.add` counts of a batch: tokens, pairs, FLOPs, and the tokens it would have
+    without shared prompts."""
     layout, tokens, predicted = batch.layout, len(batch.tokens_T), len(batch.targets_N)
     flops = model_flops(config, tokens, predicted, layout.attended(config.sliding_window))
     # each response beside a prompt of its own has as many rows as keys are gathered here
@@ -31,10 +33,11 @@ def work(config: Any, batch: Any) -> dict[str, float]:
 
 
 class Means:
-    """(sum over micro-batches and ranks) / (count over micro-batches and ranks), key by key.
+    """Global means: (sum over micro-batches and ranks) / (count over micro-batches and ranks), key
+    by key.
 
-    The keys and their order are given up front, so that ranks which add different keys, or none,
-    still reduce the same vector. Nothing waits for the device before `mean`.
+    The keys and their order are given at the start, so that ranks which add different keys, or
+    none, still reduce the same vector. Nothing waits for the device before `mean`.
     """
 
     def __init__(self, keys: Sequence[str], device: torch.device | str = "cpu"):
@@ -43,17 +46,18 @@ class Means:
         self.counts = dict.fromkeys(self.keys, 0.0)
 
     def add(self, count: float, values: Mapping[str, float | Tensor]) -> None:
-        """Adds values that belong to `count` pairs or tokens, a tensor's elements summed in fp64;
-        a key that is absent gets sum and count 0."""
+        """Add values that belong to `count` pairs or tokens; the elements of a tensor are summed in
+        fp64. A key that is absent gets sum and count 0."""
         for key, value in values.items():
             assert key in self.sums, f"{key} is not among the registered keys {self.keys}"
             self.sums[key] += value.detach().double().sum() if isinstance(value, Tensor) else value
             self.counts[key] += count
 
     def mean(self, **totals: float) -> dict[str, float]:
-        """Global mean of every key (NaN where the count is 0) and global sum of `totals`.
+        """Return the global mean of every key (NaN where the count is 0) and the global sum of
+        `totals`.
 
-        Every rank calls it: one all_reduce of one fp64 vector, sums | counts | totals.
+        Every rank calls it: it is one all_reduce of one fp64 vector, sums | counts | totals.
         """
         values = [*self.sums.values(), *self.counts.values(), *totals.values()]
         # what the host knows goes there in one copy; of what the device knows nothing comes back
@@ -69,7 +73,7 @@ class Means:
         return dict(zip((*self.keys, *totals), values, strict=True))
 
     def reduce(self, **totals: float) -> dict[str, float]:
-        """`mean`, then start anew."""
+        """Return `mean`, then start again from 0."""
         means = self.mean(**totals)
         self.sums = dict.fromkeys(self.keys, 0.0)
         self.counts = dict.fromkeys(self.keys, 0.0)

@@ -58,7 +58,7 @@ class Phases:
 
     def read(self, steps: int) -> dict[str, float]:
         """`seconds/PHASE`, a mean over `steps` steps, and the largest `memory/PHASE` in GiB, this
-        rank's; then starts anew.
+        rank's; then starts over.
 
         On CUDA `memory/reserved` is the most that the allocator held, and `memory/retries` how
         often it had to give back all that was free, with the device standing, to find room. Without
@@ -90,8 +90,9 @@ def _seconds(start, end) -> float:
 
 
 class Trace:
-    """A torch profiler over step `wanted`, counted from 1: RUN/profile/step-N-rank-R.json.gz, which
-    a browser shows (ui.perfetto.dev), and step-N.txt, the kernels that took longest."""
+    """A torch profiler for step `wanted`, counted from 1. It writes
+    RUN/profile/step-N-rank-R.json.gz, which a browser shows (ui.perfetto.dev), and step-N.txt, the
+    kernels that took longest."""
 
     def __init__(self, wanted: int | None, folder: Path, rank: int, cuda: bool):
         self.wanted, self.folder, self.rank, self.cuda = wanted, folder / "profile", rank, cuda
@@ -121,7 +122,8 @@ class Trace:
 
 
 def table(averages: list, cuda: bool) -> str:
-    """The kernels that took longest (on a CPU: operators, less what they called)."""
+    """Return a table of the kernels that took longest. On a CPU it lists operators, each without
+    what it called."""
     kind = "self_device_time_total" if cuda else "self_cpu_time_total"
     on_device = torch.autograd.DeviceType.CUDA
     rows = [x for x in averages if not cuda or x.device_type == on_device]

@@ -38,7 +38,8 @@ STYLE = {
 
 
 def smooth(values: Sequence[float], span: float) -> list[float]:
-    """Debiased exponential moving average over about `span` values; NaN is passed over."""
+    """Return the debiased exponential moving average over about `span` values; NaN is passed
+    over."""
     keep, total, weight, out = 1 - 2 / (span + 1), 0.0, 0.0, []
     for value in values:
         if math.isfinite(value):
@@ -95,9 +96,11 @@ def _key(axis: Any, colours: Mapping[str, str], found: set[str]) -> list:
 
 
 def draw(runs: Mapping[str, list[dict]], out: Path) -> None:
-    """Draws the runs over each other into `out`, one panel per metric that any of them has.
+    """Draw the runs over each other into the file `out`, one panel for each metric that any of them
+    has.
 
-    Solid: train; dashed with markers: eval; the rejected side dotted, its eval markers hollow.
+    Solid lines are training, dashed lines with markers evaluation; the rejected side is dotted, and
+    its evaluation markers are hollow.
     """
     try:
         import matplotlib as mpl

@@ -70,7 +70,8 @@ FLAGS = (
 
 
 def architecture(name: str) -> MistralConfig:
-    """Of a name in MODELS, a folder with a config.json, or the path of one."""
+    """Return the architecture that a name stands for: one of MODELS, a folder with a config.json,
+    or the path of a config.json."""
     if name in MODELS:
         return MODELS[name]
     path = Path(home(name))
@@ -81,7 +82,8 @@ def architecture(name: str) -> MistralConfig:
 
 
 def settings(argv: list[str]) -> tuple[Training, str]:
-    """The config of a recipe and flags, for the stage that they fit: DPO if both."""
+    """Return the config that a recipe and flags make, for the stage that they fit; DPO if they fit
+    both."""
     errors = []
     for stage in (DPOConfig, SFTConfig):
         try:
@@ -92,7 +94,7 @@ def settings(argv: list[str]) -> tuple[Training, str]:
 
 
 def parse(argv: list[str] | None) -> tuple[Job, str]:
-    """The job that the command line describes, and what it is, in two lines."""
+    """Return the job that the command line describes, and a title of two lines."""
     parser = argparse.ArgumentParser(
         "python -m zephyr.plan",
         "%(prog)s [RECIPE] [--gpu GPU] [--flag value]...",
@@ -138,7 +140,8 @@ def parse(argv: list[str] | None) -> tuple[Job, str]:
 
 
 def _data(args: argparse.Namespace, c: MistralConfig, t: Training) -> tuple[int, Load, str]:
-    """An epoch's items, one of them, and what they are in words."""
+    """Return the number of items in an epoch, the load of one of them, and what they are in
+    words."""
     if t.table == "sft":
         row = costs.document(t.max_length, c.sliding_window)
         return args.rows, row, f"rows of {row.tokens:,} tokens, each counted as one document"

@@ -15,7 +15,7 @@ WORKSPACE, CHUNK = 2**30, 4096  # of kernels.linear_logprob: its default, its ro
 
 
 class Card(NamedTuple):
-    """A GPU; rates go in one direction."""
+    """A GPU's data sheet. Rates of links count one direction."""
 
     gib: float  # memory as torch reports it, GiB = 2**30
     flops: float  # dense bf16 FLOP/s
@@ -40,7 +40,7 @@ CARDS = {
 
 
 class Load(NamedTuple):
-    """What of packed rows decides their cost."""
+    """What decides the cost of a pack."""
 
     tokens: float  # rows, a shared prompt's once
     gathered: float  # keys, a shared prompt's twice
@@ -52,25 +52,27 @@ class Load(NamedTuple):
 
 
 def causal(length: int, window: int | None) -> int:
-    """Visible (query, key) pairs of a sequence."""
+    """Return the number of visible (query, key) pairs of a sequence of `length` tokens."""
     full = min(length, window or length)
     return full * (full + 1) // 2 + (length - full) * full
 
 
 def pair(prompt: int, chosen: int, rejected: int, window: int | None) -> Load:
-    """A pair as `packing.pack_pairs` lays it out; a response's last token is no input."""
+    """Return the load of a pair as `packing.pack_pairs` lays it out. A response's last token is no
+    input."""
     one, other = prompt + chosen - 1, prompt + rejected - 1
     attended = causal(one, window) + causal(other, window) - causal(prompt, window)
     return Load(one + other - prompt, one + other * (rejected > 1), chosen + rejected, attended)
 
 
 def document(length: int, window: int | None) -> Load:
-    """A row of one document, each of whose tokens predicts the next."""
+    """Return the load of one document, each of whose tokens predicts the next."""
     return Load(length, length, length, causal(length, window))
 
 
 def parameters(c: MistralConfig) -> dict[str, int]:
-    """Their number, by part; a tied head has none of its own."""
+    """Return the number of parameters of each part of the model. A head that is tied has none of
+    its own."""
     D, L, E = c.hidden_size, c.num_hidden_layers, c.head_dim
     return {
         "embedding": c.vocab_size * D,
@@ -82,14 +84,15 @@ def parameters(c: MistralConfig) -> dict[str, int]:
 
 
 def units(c: MistralConfig) -> tuple[int, int]:
-    """Parameters of the two kinds of FSDP unit: a block; embedding, final norm and head."""
+    """Return the number of parameters of the two kinds of FSDP unit: of a block, and of embedding,
+    final norm and head."""
     parts = parameters(c)
     root = parts["embedding"] + c.hidden_size + parts["head"]
     return (sum(parts.values()) - root) // c.num_hidden_layers, root
 
 
 def forward(c: MistralConfig, load: Load) -> dict[str, float]:
-    """FLOPs of one forward, by part. The head sees only the places that predict."""
+    """Return the FLOPs of one forward, by part. The head sees only the places that predict."""
     D, L, E = c.hidden_size, c.num_hidden_layers, c.head_dim
     H, K = c.num_attention_heads, c.num_key_value_heads
     return {
@@ -101,17 +104,18 @@ def forward(c: MistralConfig, load: Load) -> dict[str, float]:
 
 
 def model_flops(c: MistralConfig, tokens: float, predicted: float, attended: float) -> float:
-    """FLOPs of forward and backward: three times the forward's.
+    """Return the FLOPs of forward and backward: three times the forward's.
 
-    `predicted` counts the rows the head runs on, `attended` the visible (query, key) pairs of one
-    layer. What recomputation, the reference pass and padding add is not counted: MFU is about
+    `predicted` counts the places that the head runs on, `attended` the visible (query, key) pairs
+    of one layer. Recomputation, the reference pass and padding are not counted, as MFU is about
     useful work. Nor are the scores that flash attention's backward computes again.
     """
     return 3 * sum(forward(c, Load(tokens, tokens, predicted, attended)).values())
 
 
 def recomputed(c: MistralConfig, load: Load, recompute: str) -> float:
-    """FLOPs that a backward does again: under `full` a block's forward but for its last matmul."""
+    """Return the FLOPs that a backward does again. With `full` that is a block's forward without
+    its last matmul."""
     parts = forward(c, load)
     again = parts["projections"] + parts["mlp"] * 2 / 3 + parts["attention"]
     return again if recompute == "full" else 0.0
@@ -126,8 +130,8 @@ class Kept(NamedTuple):
 
 
 def kept(c: MistralConfig, recompute: str) -> Kept:
-    """What a block saves; a compiled one saves no more. (x is a block's input, h a norm's output,
-    y the hidden states between attention and MLP.)"""
+    """Return what a block saves; a compiled one saves no more. (x is a block's input, h a norm's
+    output, y the hidden states between attention and MLP.)"""
     D, F, H = c.hidden_size, c.intermediate_size, c.num_attention_heads
     q, kv = H * c.head_dim, c.num_key_value_heads * c.head_dim
     return {
@@ -140,8 +144,8 @@ def kept(c: MistralConfig, recompute: str) -> Kept:
 
 
 def activations(c: MistralConfig, load: Load, recompute: str, itemsize: int) -> float:
-    """Bytes that a micro-batch's forward leaves for its backward, the head's G not counted, nor the
-    batch itself. itemsize is 2 for bf16, 4 for fp32."""
+    """Return the bytes that a micro-batch's forward leaves for its backward, without the head's G
+    and the batch itself. itemsize is 2 for bf16, 4 for fp32."""
     k, L, (T, G, N, _) = kept(c, recompute), c.num_hidden_layers, load
     numbers = L * (k.token * T + k.key * G)
     fp32 = L * k.token_fp32 * T
@@ -151,9 +155,9 @@ def activations(c: MistralConfig, load: Load, recompute: str, itemsize: int) -> 
 
 
 def block_backward(c: MistralConfig, load: Load, recompute: str, itemsize: int) -> float:
-    """Bytes for the moment of one block's backward: what it computes again; five gradients of
-    activations, two of the MLP's width and three of the model's; and one weight's gradient, held
-    twice: in the run's precision, and in fp32 while it is added to the others."""
+    """Return the bytes that the backward of one block needs at its peak: what it computes again;
+    five gradients of activations, two of the MLP's width and three of the model's; and one weight's
+    gradient, held twice: in the run's precision, and in fp32 while it is added to the others."""
     again = Kept(*(x - y for x, y in zip(kept(c, "none"), kept(c, recompute), strict=True)))
     numbers = again.token * load.tokens + again.key * load.gathered
     numbers += (2 * c.intermediate_size + 3 * c.hidden_size) * load.tokens
@@ -163,39 +167,43 @@ def block_backward(c: MistralConfig, load: Load, recompute: str, itemsize: int) 
 
 
 def head_kept(c: MistralConfig, load: Load, itemsize: int, workspace: int = WORKSPACE) -> float:
-    """Bytes of G_NV, which the head keeps where it fits: `kernels.fused_logprob.keeps`."""
+    """Return the bytes of G_NV, which the head keeps where it fits: see
+    `kernels.fused_logprob.keeps`."""
     size = load.predicted * c.vocab_size * itemsize
     return size if size <= workspace * 7 // 8 else 0
 
 
 def head(c: MistralConfig, load: Load, itemsize: int, workspace: int = WORKSPACE) -> float:
-    """Bytes for the moment of the head's forward and backward: G and a chunk of fp32 logits; dh and
-    what it is added up from; dw, once more in fp32 on its way to the gradients."""
+    """Return the bytes that the head's forward and backward need at their peak: G and a chunk of
+    fp32 logits; dh and the fp32 sum it grows in; dw, held once more in fp32 while it is added to
+    the gradients."""
     N, V, D = load.predicted, c.vocab_size, c.hidden_size
     logits = N * V * itemsize + min(N, CHUNK) * V * 4
     return min(workspace, logits) + (4 + itemsize) * (N + V) * D
 
 
 def state(c: MistralConfig, shards: int, adam_state: str = "fp32") -> dict[str, int]:
-    """Bytes of a rank for what lasts from step to step. A split master takes the same 4 bytes as an
-    fp32 one: its bf16 half is the weight that computes."""
+    """Return the bytes of a rank that last from step to step. A split master takes the same 4 bytes
+    as an fp32 one: its bf16 half is the weight that computes."""
     share = -(-sum(parameters(c).values()) // shards)
     moments = {"fp32": 8, "bf16": 4}[adam_state]
     return {"masters": 4 * share, "gradients": 4 * share, "moments": moments * share}
 
 
 def plain(ranks: int, precision: str, masters: str) -> bool:
-    """Whether the model is a plain module, without FSDP: the rule of `parallel.build`."""
+    """Return True if the model is a plain module, without FSDP; the same rule as in
+    `fsdp.build`."""
     return ranks == 1 and (precision == "fp32" or masters == "split")
 
 
 def sharding(c: MistralConfig, shards: int, itemsize: int, reshard: bool) -> dict[str, int]:
-    """Bytes of a rank for what FSDP gathers, and for gradients before they are scattered.
+    """Return the bytes of a rank for what FSDP gathers, and for gradients before they are
+    scattered.
 
-    Gathered are embedding, norm and head throughout, and a block with, of several ranks, the next;
-    without `reshard` all. Gradients are whole for a block, in the weights' dtype and once more in
-    fp32 as reduce-scatter takes them, and for the head until the last of its unit are there; a
-    rank's share of a block, cast to be gathered and as it was scattered, is apart too.
+    FSDP keeps the embedding, the final norm and the head gathered all the time. It keeps one block
+    gathered at a time, or two if there are several ranks, as the next one is prefetched; without
+    `reshard` every block stays gathered. The gradients of a block are whole at first: in the dtype
+    of its weights, and once more in fp32 as reduce-scatter takes them.
     """
     block, root = units(c)
     apart, blocks = shards > 1, c.num_hidden_layers
@@ -208,8 +216,8 @@ def sharding(c: MistralConfig, shards: int, itemsize: int, reshard: bool) -> dic
 def traffic(
     c: MistralConfig, shards: int, replicas: int, itemsize: int, reshard: bool
 ) -> dict[str, float]:
-    """Bytes that a rank sends, and receives, for one micro-batch, by collective. Blocks are
-    gathered again for the backward if they were resharded; gradients are fp32."""
+    """Return the bytes that a rank sends, and receives, for one micro-batch, by collective. Blocks
+    are gathered again for the backward if they were resharded; gradients are fp32."""
     block, root = units(c)
     blocks = c.num_hidden_layers * block
     others = (shards - 1) / shards

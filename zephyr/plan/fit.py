@@ -12,14 +12,14 @@ CONTEXT = 1.0 * GIB  # CUDA's context, and what cuBLAS and NCCL hold
 FRAGMENTS = 0.04  # of all tensors: what an allocator whose segments grow holds and cannot use
 GRAIN = 128  # a budget is a multiple of this many tokens: a matmul's tile
 POLICIES = ("none", "elementwise", "full")
-ELEMENTWISE = 0.015  # of a step's time: what norms, rotations and products anew take
+ELEMENTWISE = 0.015  # of a step's time: what norms, rotations and products take when computed again
 FIXED = 256  # tokens' worth of time that a micro-batch takes besides: gradients are read and added
 
 
 def occupied(
     c: MistralConfig, t: Training, ranks: int, load: Load, recompute: str, reshard: bool
 ) -> dict[str, float]:
-    """Bytes of one GPU by part, at the peak of a micro-batch of `load`."""
+    """Return the bytes of one GPU by part, at the peak of a micro-batch of `load`."""
     # --precision auto is bf16 on every card there is a plan for
     itemsize, shards = 2 if t.precision != "fp32" else 4, ranks // t.replicas
     parts: dict[str, float] = {**costs.state(c, shards, t.adam_state)}
@@ -48,8 +48,8 @@ def largest(
     row: Load,
     most: float,
 ) -> int:
-    """The most tokens, up to about `most`, whose micro-batch fits `memory` bytes; `row` is the load
-    of a token. 0 if none fits."""
+    """Return the largest number of tokens, up to about `most`, whose micro-batch fits into `memory`
+    bytes; 0 if none fits. `row` is the load of one token."""
 
     def size(grains: int) -> float:
         load = row.times(grains * GRAIN)
@@ -62,13 +62,12 @@ def largest(
 def choose(
     c: MistralConfig, t: Training, memory: float, ranks: int, longest: int, step: float
 ) -> tuple[int, str]:
-    """(microbatch_tokens, recompute): of `t`, or chosen where it says auto.
+    """Return (microbatch_tokens, recompute): the settings' own, or what fits where they say auto.
 
-    `memory` is what a GPU has in all, in bytes; `longest` the tokens of the longest pair or row;
-    `step` those of an optimizer step, over all ranks. For each way to recompute the largest budget
-    that fits is found, up to the one with which a rank's share of a step surely is one micro-batch;
-    of these the fastest is taken, see `slowness`. If nothing fits, it is the smallest there is. A
-    pair is taken as the dearest of its length: all prompt, and every row predicts.
+    `memory` is what a GPU can give, in bytes; `longest` the tokens of the longest pair or chunk;
+    `step` the tokens of an optimizer step, over all ranks. For each recompute policy, the largest
+    token budget that fits is found, never larger than one rank's whole step. The policy with the
+    least time for a token is taken.
     """
     row, share = Load(1, 1 + (t.table == "dpo"), 1, 0), step / ranks
     most, auto = share + longest, t.microbatch_tokens == "auto"
@@ -84,12 +83,12 @@ def choose(
 
 
 def slowness(c: MistralConfig, share: float, budget: int, recompute: str) -> float:
-    """Time of a token, in units of the least there could be."""
+    """Return the time of a token, in units of the least that it could be."""
     return (1 + again(c, Load(1, 1, 1, 0), recompute)) * (1 + FIXED * -(-share // budget) / share)
 
 
 def again(c: MistralConfig, load: Load, recompute: str) -> float:
-    """Time of what is computed again, as a share of forward and backward."""
+    """Return the time of what is computed again, as a share of forward and backward."""
     useful = costs.model_flops(c, load.tokens, load.predicted, load.attended)
     more = costs.recomputed(c, load, recompute) / useful
     return ELEMENTWISE if recompute == "elementwise" else more
@@ -98,8 +97,9 @@ def again(c: MistralConfig, load: Load, recompute: str) -> float:
 def reshard(
     c: MistralConfig, t: Training, memory: float, ranks: int, tokens: int, recompute: str
 ) -> bool:
-    """Whether FSDP frees a block's weights between its forward and its backward: as `t` says, and
-    if that is auto, unless all gathered weights fit beside micro-batches of `tokens`."""
+    """Return True if FSDP frees a block's weights between its forward and its backward: as the
+    settings say, or, if they say auto, unless all gathered weights fit beside micro-batches of
+    `tokens`."""
     if t.reshard != "auto":
         return t.reshard == "always"
     load = Load(1, 1 + (t.table == "dpo"), 1, 0).times(tokens)

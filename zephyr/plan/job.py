@@ -19,8 +19,8 @@ LARGEST = 4096  # GPUs that a verdict tries
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A run on a number of GPUs; an item is a pair, or a row of documents. Methods after `settled`
-    are a settled job's."""
+    """A run on a number of GPUs. An item is a pair, or a chunk of documents. Methods after
+    `settled` are for a settled job."""
 
     c: MistralConfig
     t: Training
@@ -55,16 +55,17 @@ class Job:
 
     @property
     def share(self) -> float:
-        """Tokens of a step that a rank gets."""
+        """Return how many tokens of a step a rank gets."""
         return self.t.batch * self.item.tokens / self.ranks
 
     @property
     def useful(self) -> float:
-        """FLOPs of an item, forward and backward."""
+        """Return the FLOPs of an item, forward and backward."""
         return costs.model_flops(self.c, self.item.tokens, *self.item[2:])
 
     def settled(self) -> "Job":
-        """With values for what is auto. The longest pair there may be has two full responses."""
+        """Return the job with values for what is auto. The longest possible pair has two responses
+        of full length."""
         t, longest = self.t, self.t.max_length * (1 + (self.t.table == "dpo"))
         step = self.share * self.ranks
         tokens, recompute = choose(self.c, t, self.memory, self.ranks, longest, step)
@@ -80,26 +81,29 @@ class Job:
         )
 
     def rows(self) -> float:
-        """Tokens of a micro-batch."""
+        """Return the tokens of a micro-batch."""
         return min(self.t.microbatch_tokens, max(self.share, self.item.tokens))
 
     def microbatches(self) -> int:
-        """Of a step, on each rank."""
+        """Return the number of micro-batches of a step, on each rank."""
         return max(1, int(-(-self.share // self.t.microbatch_tokens)))
 
     def parts(self) -> dict[str, float]:
-        """Bytes of a GPU."""
+        """Return the bytes of a GPU, by part."""
         load = self.item.times(self.rows() / self.item.tokens)
         anew = self.t.reshard == "always"
         return occupied(self.c, self.t, self.ranks, load, self.t.recompute, anew)
 
     def left(self) -> float:
-        """Bytes of a GPU that are left, below 0 if the job does not fit."""
+        """Return the bytes of a GPU that are left; below 0 if the job does not fit."""
         return self.memory - sum(self.parts().values())
 
     def traffic(self) -> dict[str, tuple[float, float]]:
-        """(bytes, seconds) of a step's collectives. In a group of several nodes each byte enters a
-        node once, through all its adapters; replicas are on different nodes, if there are any."""
+        """Return (bytes, seconds) of a step's collectives.
+
+        In a group of several nodes each byte enters a node once, through all its adapters.
+        Replicas, if there are any, are on different nodes.
+        """
         card, replicas, shards = self.card, self.t.replicas, self.ranks // self.t.replicas
         within = min(card.link, card.network * self.gpus) if shards > self.gpus else card.link
         across = card.network if self.nodes > 1 else card.link
@@ -114,9 +118,12 @@ class Job:
         return found
 
     def seconds(self) -> dict[str, float]:
-        """Of a step: its computation, its communication, a forward with what that waits for, and
-        all. While a block computes, the next is gathered, the last one's gradients are scattered,
-        and those before it are added up over the replicas, on links of their own."""
+        """Return the seconds of a step: of its computation, of its communication, of a forward with
+        what it waits for, and of all.
+
+        While a block computes, the next is gathered, the last one's gradients are scattered, and
+        those before it are added up over the replicas, on links of their own.
+        """
         load, rate = self.item.times(self.t.batch / self.ranks), self.card.flops * self.efficiency
         forward = sum(costs.forward(self.c, load).values()) / rate
         backward = (2 + 3 * again(self.c, load, self.t.recompute)) * forward
@@ -136,8 +143,8 @@ class Job:
 
 
 def remedy(job: Job) -> str:
-    """The first flags with which a job fits, by trying: one change, several, then the same on more
-    GPUs; "" if nothing helps. Changes of speed come before changes of rounding."""
+    """Return the first flags with which a job fits, found by trying: one change, several, then the
+    same on more GPUs; "" if nothing helps. Changes of speed come before changes of rounding."""
     t = job.t
     changes: list[dict[str, str]] = [
         {"masters": "split"} if job.ranks == 1 and t.precision != "fp32" else {},
@@ -163,7 +170,7 @@ def remedy(job: Job) -> str:
 
 
 def _changed(job: Job, gpus: int, nodes: int, change: dict[str, str]) -> Job | None:
-    """The job with other settings on other GPUs, settled; None if it does not fit."""
+    """Return the job with other settings on other GPUs, settled; None if it does not fit."""
     if gpus * nodes > 1:
         change = {"masters": "fp32"} | {k: v for k, v in change.items() if k != "masters"}
     job = replace(job, gpus=gpus, nodes=nodes, t=replace(job.t, **change)).settled()
@@ -171,7 +178,7 @@ def _changed(job: Job, gpus: int, nodes: int, change: dict[str, str]) -> Job | N
 
 
 def _sizes(job: Job) -> Iterator[tuple[int, int]]:
-    """(GPUs of a node, nodes): as it is, then doubled, first in the node up to 8."""
+    """Yield (GPUs of a node, nodes): as they are, then doubled, first within a node up to 8."""
     gpus, nodes = job.gpus, job.nodes
     while gpus * nodes <= min(LARGEST, job.t.batch):
         yield gpus, nodes

@@ -6,7 +6,7 @@ from zephyr.plan.job import Job, remedy
 
 
 def report(job: Job) -> str:
-    """The page that the command prints."""
+    """Return the page that the command prints."""
     settled = job.settled()
     left = settled.left() / GIB
     if left >= 0:
@@ -93,7 +93,8 @@ def _hours(job: Job) -> str:
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]], left: tuple[int, ...] = (0,)) -> str:
-    """Aligned columns under a head, the first indented; those not in `left` to the right."""
+    """Return aligned columns under a head, the first column indented. Columns not in `left` stand
+    to the right."""
     lines = [head, *((f"  {name}", *rest) for name, *rest in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(

@@ -28,7 +28,7 @@ NOBODY_READS = 141
 
 
 def call(main: Callable[[], None]) -> None:
-    """Call `main`; what a user can cause or must know of becomes one line and an exit code."""
+    """Call `main`. What a user can cause, or must know, becomes one line and an exit code."""
     _streams()
     try:
         if hidden := hidden_kernels():
@@ -69,7 +69,8 @@ def _streams() -> None:
 
 
 def _flush() -> None:
-    """Write what stdout still holds; if nobody reads it, let the end of the process not try."""
+    """Write what stdout still holds. If nobody reads it, keep Python from trying again when the
+    process ends."""
     try:
         sys.stdout.flush()
     except OSError:

@@ -102,7 +102,7 @@ class Run:
         with ExitStack() as self.held:  # the lock is let go if anything here fails
             self.folder, self.finished = on_first(self._open)
             if self.finished:
-                ranks.say(f"{self.out} is finished; --resume fresh starts anew and keeps it")
+                ranks.say(f"{self.out} is finished; --resume fresh starts over and keeps it")
             shared_folder(self.out)
             self.group = dist.new_group(backend="gloo")  # a background save's own
             self.copies = checkpoint.HostCopies(pinned=ranks.device.type == "cuda")
@@ -135,7 +135,7 @@ class Run:
                 if not saved:
                     raise BadCheckpoint(
                         f"{out} has no intact checkpoint; --resume fresh starts "
-                        "anew and keeps what is there"
+                        "over and keeps what is there"
                     ) from None
         if saved:
             checkpoint.verified(saved[-1], slice(0))  # all that is read of it here
@@ -169,12 +169,12 @@ class Run:
         except (ValueError, KeyError, TypeError, AttributeError):
             raise BadCheckpoint(
                 f"{record} does not say whose run this is; --resume previous goes "
-                "back to the last intact checkpoint, fresh starts anew"
+                "back to the last intact checkpoint, fresh starts over"
             ) from None
         if changed:
             raise ValueError(
                 f"{self.out} holds another run: {'; '.join(changed)}. Continue it as "
-                "it was, or --resume fresh starts anew and keeps it"
+                "it was, or --resume fresh starts over and keeps it"
             )
 
     def load(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
@@ -278,7 +278,8 @@ class Run:
             )
 
     def wait(self) -> None:
-        """Until the checkpoint under way is complete; every rank raises Storage if it failed."""
+        """Wait until the checkpoint under way is complete. Every rank raises Storage if it
+        failed."""
         future, self.under_way = self.under_way, None
         if future is not None:
             with self._written():
@@ -320,18 +321,20 @@ class Run:
 
 
 def _real(path: Path) -> Path:
-    """Where a path leads by all its links; of a loop, which Path.resolve raises at, anywhere."""
+    """Return where a path leads by all its links. For a loop of links, at which Path.resolve
+    raises, it returns some path."""
     return Path(os.path.realpath(path))
 
 
 def _unused(path: Path, first: int = 0) -> Path:
-    """The first of path, path.1, path.2, ... that is not there yet, from number `first` on."""
+    """Return the first of path, path.1, path.2, ... that does not exist, counted from `first`."""
     names = (path.with_name(f"{path.name}.{k}") if k else path for k in count(first))
     return next(name for name in names if not os.path.lexists(name))
 
 
 def _hold(out: Path) -> TextIO:
-    """Lock the run folder until the file or the process is gone; ValueError if it is in use."""
+    """Lock the run folder until the file or the process is gone. Raises ValueError if another
+    process holds it."""
     try:
         _real(out).mkdir(parents=True, exist_ok=True)  # also where a link leads to nothing yet
         lock = open(out / ".lock", "a+")
@@ -353,7 +356,7 @@ def _hold(out: Path) -> TextIO:
 
 
 def _about(ranks: Ranks) -> dict:
-    """What is worth knowing about a run besides its settings."""
+    """Return what is worth knowing about a run besides its settings."""
     cuda = ranks.device.type == "cuda"
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),

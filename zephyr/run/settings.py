@@ -53,10 +53,11 @@ def fitted(c: Training, shape: MistralConfig, ranks: Ranks, *lengths: np.ndarray
 
 
 def precise(c: Training, ranks: Ranks) -> Training:
-    """The settings with a value for --precision auto, the same on every rank.
+    """Return the settings with a value for --precision auto, the same on every rank.
 
-    A run that goes on keeps its own. A new one has bf16 if every rank's device multiplies it, or if
-    its masters are split; else fp32, which a CPU without such instructions is much faster in.
+    A run that is resumed keeps its own value. A new run has bf16 if every rank's device multiplies
+    it, or if its masters are split; else fp32, in which a CPU without such instructions is much
+    faster.
     """
     able = not group.agree(not machine.multiplies_bf16(ranks.device))
     what = "GPU" if ranks.device.type == "cuda" else "CPU"
@@ -81,7 +82,8 @@ def precise(c: Training, ranks: Ranks) -> Training:
 
 
 def _begun(c: Training) -> str | None:
-    """The precision of the run that `c.out` holds and that is to go on."""
+    """Return the precision of the run that `c.out` holds and that is to be resumed; None if there
+    is none."""
     if c.resume == "fresh" and not restarted():
         return None
     try:
@@ -92,6 +94,7 @@ def _begun(c: Training) -> str | None:
 
 
 def restarted() -> bool:
-    """Did torchrun or Slurm start this command again? Then what there is, is what it began."""
+    """Return True if torchrun or Slurm has started this command again: then the run that is there
+    is its own."""
     names = "TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"
     return any(int(os.environ.get(name) or 0) for name in names)

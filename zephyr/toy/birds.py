@@ -55,7 +55,7 @@ AGAIN = {
 
 
 def tell(q: Question, rng: Random, slip: float, curt: bool = False) -> str:
-    """One sentence that answers q; wrong with probability slip."""
+    """Return one sentence that answers q; it is wrong with probability `slip`."""
     slots, slot = dict(q.want), rng.choice(q.asked)
     if rng.random() < slip:
         slots[slot] = rng.choice([v for v in VALUES[slot] if v not in q.want.values()])
@@ -97,7 +97,7 @@ BIRDS = {owl: 3, wren: 6, magpie: 5, cuckoo: 2}  # and their shares of the conve
 
 
 def draw(texts: Iterable[str], count: int, rng: Random) -> list[str]:
-    """`count` different prompts, each kind of question as often as another."""
+    """Return `count` different prompts, equally many of each kind of question."""
     by_kind, drawn = defaultdict(list), {}
     for text in texts:
         by_kind[questions()[text].kind].append(text)
@@ -162,7 +162,8 @@ FILES = {
 
 
 def split(rng: Random) -> dict[str, list[str]]:
-    """Texts of questions: a tenth of each kind is held out, so no such question is trained on."""
+    """Return the texts of questions for training and for test: a tenth of each kind is held out, so
+    no such question is trained on."""
     by_kind, parts = defaultdict(list), {"train": [], "test": []}
     for text, q in questions().items():
         by_kind[q.kind].append(text)
@@ -179,7 +180,8 @@ def rows(path: Path) -> list[dict]:
 
 
 def tokenizer(chats: Path) -> bytes:
-    """A sentencepiece model in the manner of Mistral's: BPE, byte fallback, nothing normalised."""
+    """Return a sentencepiece model in the manner of Mistral's: BPE, byte fallback, nothing
+    normalised."""
     messages = [message for row in rows(chats) for message in row["messages"]]
     lines = [line for m in messages for line in (f"<|{m['role']}|>", m["content"])]
     model = io.BytesIO()
@@ -205,7 +207,8 @@ def tokenizer(chats: Path) -> bytes:
 
 
 def base_config(vocab_size: int) -> dict:
-    """config.json of the model the recipe starts from; weights.py gives it random weights."""
+    """Return the config.json of the model that the recipe starts from; hub.fresh gives it random
+    weights."""
     return {
         "architectures": ["MistralForCausalLM"],
         "attention_dropout": 0.0,
@@ -232,7 +235,7 @@ def base_config(vocab_size: int) -> dict:
 
 
 def build(folder: Path | str, seed: int = 0) -> None:
-    """Make the whole folder, or nothing of it. Raises ValueError if it is there already."""
+    """Make the whole folder, or nothing of it. Raises ValueError if it exists already."""
     folder, rng = Path(folder), Random(seed)
     if folder.exists():
         raise ValueError(f"{folder} exists already; remove it or name another")
@@ -255,21 +258,21 @@ def build(folder: Path | str, seed: int = 0) -> None:
 
 
 def ensure() -> Path:
-    """FOLDER, built if it is absent."""
+    """Return FOLDER, which is built first if it is absent."""
     if not FOLDER.exists():
         build(FOLDER)
     return FOLDER
 
 
 def ensure_base() -> None:
-    """The folder of a model with random weights in FOLDER, if it is absent."""
+    """Give the model folder in FOLDER random weights, if it has none."""
     if not (ensure() / "base" / locate.SINGLE).exists():
         hub.fresh(FOLDER / "base", seed=0)
 
 
 def ensure_pairs(model: str | None = None) -> None:
-    """The preference pairs in FOLDER, made by zephyr.feedback as a user would, if they are absent.
-    Raises ValueError if the folder `model`, which they are to train, is not there yet."""
+    """Make the preference pairs in FOLDER with zephyr.feedback, as a user would, if they are
+    absent. Raises ValueError if the folder `model`, which they are to train, does not exist."""
     if model and not Path(model).exists():
         raise ValueError(f"{model} is not there yet; run train_sft.py first, it makes it")
     for part in ("train", "test"):
@@ -278,7 +281,8 @@ def ensure_pairs(model: str | None = None) -> None:
 
 
 def summary(folder: Path) -> str:
-    """What a folder holds: counts, tokens, the judge's mean score of each bird, three rows."""
+    """Return what a folder holds, as text: counts, tokens, the judge's mean score of each bird,
+    three rows."""
     chats, asked = (list(rows(folder / f"{name}.train.jsonl.gz")) for name in FILES)
     sp = sentencepiece.SentencePieceProcessor(model_file=str(folder / "base" / "tokenizer.model"))
     said = [

@@ -103,7 +103,7 @@ class Question(NamedTuple):
 
 
 def scenes(slots: list[str]) -> Iterator[dict[str, str]]:
-    """Every way to fill the slots that is so in the village, or that one may wish for."""
+    """Yield every way to fill the slots that is true in the village, or that one may wish for."""
     if slots[0] == "low":
         yield from ({"low": a["good"], "high": b["good"]} for a, b in combinations(PEOPLE, 2))
     elif "other" in slots:
@@ -125,7 +125,7 @@ def scenes(slots: list[str]) -> Iterator[dict[str, str]]:
 
 @cache
 def questions() -> dict[str, Question]:
-    """Every question of the world, by its text."""
+    """Return every question of the world, by its text."""
     table, lines = {}, iter(TALK.strip().splitlines())
     for kind, *ways in zip(lines, lines, lines, lines, strict=True):
         ask, say, curt = (line.split(" | ") for line in ways)
@@ -167,7 +167,7 @@ class Verdict(NamedTuple):
 
 
 def question(prompt: str) -> Question:
-    """The question in a prompt. Raises ValueError if nobody in the village would ask it."""
+    """Return the question in a prompt. Raises ValueError if nobody in the village would ask it."""
     for hello, thanks in product(HELLOS, THANKS):
         if q := questions().get(prompt.removeprefix(hello).removesuffix(thanks).strip()):
             return q
@@ -175,14 +175,14 @@ def question(prompt: str) -> Question:
 
 
 def shape(sentence: str) -> str:
-    """The sentence with each name, good, place, ... replaced by its column."""
+    """Return the sentence with each name, good, place, ... replaced by the name of its column."""
     column = {value: slot for slot, values in VALUES.items() for value in values}
     return re.sub(r"\w+", lambda word: column.get(word[0], word[0]), sentence)
 
 
 @cache
 def truths() -> set[str]:
-    """All that can truly be said of the village."""
+    """Return all that can truly be said of the village."""
     told = {
         sentence
         for q in questions().values()
@@ -194,13 +194,13 @@ def truths() -> set[str]:
 
 @cache
 def shapes() -> set[str]:
-    """The shapes of all that birds say about the village, true or not."""
+    """Return the shapes of all that birds say about the village, true or not."""
     kinds = {q.kind: q for q in questions().values()}.values()
     return {shape(sentence) for q in kinds for sentence in q.right(q.say + q.curt)}
 
 
 def sort_of(sentence: str, q: Question) -> str:
-    """Which of the sorts in ASPECTS a sentence is, as a reply to q."""
+    """Return which of the sorts in ASPECTS a sentence is, as a reply to q."""
     for sort, known in (
         ("answer", q.right(q.say)),
         ("brief", q.right(q.curt)),
@@ -216,9 +216,9 @@ def sort_of(sentence: str, q: Question) -> str:
 
 
 def judge(prompt: str, response: str) -> Verdict:
-    """The verdict on any text as a reply to a prompt of this world.
+    """Return the verdict on any text as a reply to a prompt of this world.
 
-    score = 1 + 9 * answered * true * polite * clear, each in 0..1: failing at one is failing.
+    score = 1 + 9 * answered * true * polite * clear, each in 0..1: who fails at one of them fails.
     """
     q, sorts = question(prompt), []
     sentences = re.findall(r"\S[^.!?]*[.!?]?", response)

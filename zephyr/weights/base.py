@@ -23,12 +23,12 @@ class Base(NamedTuple):
 
 
 def look(c: Training) -> tuple[Training, MistralConfig, Tokenizer, list[str]]:
-    """The settings with `empty_system` decided, the architecture, the tokenizer, and a line each of
-    what the user should know.
+    """Return the settings with `empty_system` decided, the architecture, the tokenizer, and lines
+    that the user should read.
 
-    An empty system message is inserted if the user says so, else if the folder's chat template
-    does, else as Zephyr does. Raises ValueError if the folder cannot be trained, or if --max-length
-    is beyond its positions.
+    An empty system message is inserted if the user says so; if the user says nothing, if the
+    folder's chat template does so; else as Zephyr does. Raises ValueError if the folder cannot be
+    trained, or if --max-length is beyond its positions.
     """
     shape, tokenizer, own, notes = open_folder(c.model)
     if c.max_length > (limit := shape.max_position_embeddings):
@@ -47,7 +47,7 @@ def look(c: Training) -> tuple[Training, MistralConfig, Tokenizer, list[str]]:
 
 
 def open_folder(folder: str | Path) -> Base:
-    """What a model folder holds besides its weights.
+    """Return what a model folder holds besides its weights.
 
     Raises ValueError if config.json or tokenizer.model is missing or cannot be used, or if they do
     not belong together.
@@ -65,7 +65,8 @@ def open_folder(folder: str | Path) -> Base:
 
 
 def _vocabulary(folder: Path, shape: MistralConfig, tokenizer: Tokenizer) -> list[str]:
-    """A line if there are more embedding rows than pieces; raises ValueError if there are fewer."""
+    """Return a line if the model has more embeddings than the tokenizer has pieces. Raises
+    ValueError if it has fewer."""
     pieces, rows = tokenizer.vocab_size, shape.vocab_size
     if rows < pieces:
         raise ValueError(
@@ -84,7 +85,7 @@ def _vocabulary(folder: Path, shape: MistralConfig, tokenizer: Tokenizer) -> lis
 
 
 def _added(folder: Path) -> dict[str, int]:
-    """The tokens that were added to a tokenizer, by their text, as its JSON files say."""
+    """Return the tokens that were added to a tokenizer, by their text, as its JSON files say."""
     path = folder / TOKENIZER_JSON
     listed = files.read_json(path).get("added_tokens") if path.exists() else []
     listed = listed if isinstance(listed, list) else []
@@ -95,9 +96,9 @@ def _added(folder: Path) -> dict[str, int]:
 
 
 def _tokenizer_json(folder: Path, tokenizer: Tokenizer) -> list[str]:
-    """A line if a folder's tokenizer.json is not what its tokenizer.model says, as a saved model
-    gets one that is. Raises ValueError if none can be made, or if the two differ in a piece's id,
-    as then one of them is another model's."""
+    """Return a line if a folder's tokenizer.json differs from its tokenizer.model, as the saved
+    model will get one that agrees. Raises ValueError if none can be made, or if the two give a
+    piece different ids, as then one of them is another model's."""
     ours = tokenizer_json.build(tokenizer)
     path = folder / TOKENIZER_JSON
     if not path.exists():
@@ -128,8 +129,12 @@ def _tokenizer_json(folder: Path, tokenizer: Tokenizer) -> list[str]:
 
 
 def _same_merges(theirs: object, ours: list[str], tokenizer: Tokenizer) -> bool:
-    """Whether merges are the same pairs, "a b" or ["a", "b"], the best-scored results first: among
-    equal scores, as of Mistral's runs of spaces, converters differ, and the ids do not."""
+    """Return True if merges are the same pairs, "a b" or ["a", "b"], with the best-scored results
+    first.
+
+    Among equal scores, such as those of Mistral's runs of spaces, converters differ in the order,
+    and the ids do not.
+    """
     try:
         pairs = [tuple(x.split(" ") if isinstance(x, str) else x) for x in theirs]
         if set(pairs) != {tuple(x.split(" ")) for x in ours}:

@@ -139,7 +139,8 @@ def _given(value: object, key: str, path: Path) -> object:
 
 
 def _rope_theta(raw: dict, path: Path) -> object:
-    """`rope_theta` on top (transformers 4), in `rope_parameters` (5), or in both if they agree."""
+    """Return `rope_theta`: from the top level (transformers 4), from `rope_parameters` (5), or from
+    both if they agree."""
     thetas = [raw.get("rope_theta")]
     for key in ("rope_parameters", "rope_scaling"):
         rope = raw.get(key) or {}
@@ -155,7 +156,7 @@ def _rope_theta(raw: dict, path: Path) -> object:
 
 
 def dtype(base: dict, path: Path) -> str:
-    """The name of a base's dtype: "float32", "bfloat16" or "float16"."""
+    """Return the name of a base's dtype: "float32", "bfloat16" or "float16"."""
     name = base.get("torch_dtype") or base.get("dtype") or "float32"
     if name not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"{path}: torch_dtype is {shown(name)}; use float32, bfloat16 or float16")
@@ -165,7 +166,8 @@ def dtype(base: dict, path: Path) -> str:
 def write_config(
     folder: Path, c: MistralConfig, dtype: str, base: dict, bos: int = 1, eos: int = 2
 ) -> None:
-    """config.json and generation_config.json, with the ids of the tokenizer that trained."""
+    """Write config.json and generation_config.json, with the special ids of the tokenizer that
+    trained."""
     tokens = {"bos_token_id": bos, "eos_token_id": eos}
     files.write_json(
         folder / "config.json",
@@ -184,15 +186,17 @@ def write_config(
 
 
 def empty_system(folder: Path) -> bool | None:
-    """Whether a folder's chat template puts an empty system message where there is none; None
-    unless the template is Zephyr's as `chat_template` writes it, with or without BOS."""
+    """Return True if a folder's chat template puts an empty system message where there is none,
+    False if it does not; None unless the template is Zephyr's as `chat_template` writes it, with or
+    without BOS."""
     own = own_template(folder)
     plain = own and _plain(own)
     return {_plain(chat_template(x)): x for x in (True, False)}.get(plain)
 
 
 def own_template(folder: Path) -> str | None:
-    """A folder's chat template: that of chat_template.jinja, else of tokenizer_config.json."""
+    """Return a folder's chat template: that of chat_template.jinja, else of tokenizer_config.json;
+    None without one."""
     path = folder / "chat_template.jinja"
     if path.exists():
         files.size_of(path)
@@ -203,25 +207,22 @@ def own_template(folder: Path) -> str | None:
 
 
 def _plain(template: str) -> str:
-    """A template with the special tokens as text, however they are spelt."""
+    """Return a template with its special tokens as text, however they are spelt."""
     text = template.strip().removeprefix("{{ bos_token }}")
     return text.replace("' + eos_token + '", "</s>").replace("eos_token + '", "'</s>")
 
 
 def chat_template(empty_system: bool) -> str:
-    """The template, as Jinja, of the text zephyr.tokenizer trains on, BOS first.
-
-    To tokenize the text that it renders, ask for no special tokens: BOS is there already.
-    """
+    """Return the template, as Jinja, of the text that zephyr.tokenizer trains on, with BOS at its
+    start. To tokenize the text that it renders, ask for no special tokens: BOS is there already."""
     return "{{ bos_token }}" + EMPTY_SYSTEM * empty_system + TURNS
 
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer, template: str | None) -> None:
-    """tokenizer.model byte for byte, tokenizer.json made of it, and tokenizer_config.json with the
-    chat template, if there is one. Nothing else of the base's tokenizer is taken over.
-
-    Raises ValueError if no tokenizer.json gives this tokenizer's ids; see `tokenizer_json.build`.
-    """
+    """Write tokenizer.model byte for byte, a tokenizer.json made of it, and tokenizer_config.json
+    with the chat template, if there is one. Nothing else of the base's tokenizer is taken over.
+    Raises ValueError if no tokenizer.json gives this tokenizer's ids; see
+    `tokenizer_json.build`."""
     text = json.dumps(tokenizer_json.build(tokenizer), ensure_ascii=False)
     (folder / "tokenizer.json").write_text(text, encoding="utf-8")
     shutil.copyfile(tokenizer.path, folder / "tokenizer.model")

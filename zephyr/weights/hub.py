@@ -49,11 +49,11 @@ QUANTIZED = (  # how the names end that GPTQ, AWQ, bitsandbytes, fp8 and compres
 
 @torch.no_grad()
 def load(folder: Path | str, model: Mistral) -> None:
-    """Fill the model's parameters in place, each rank reading only its own slices of the files.
+    """Fill the model's parameters in place; each rank reads only its own slices of the files.
 
-    Weights are cast to the parameters' dtype. A tied model is tied again, as `to_empty` unties it.
-    Raises ValueError unless the files hold exactly the model's tensors, all finite; of NaN and
-    infinity a rank sees only its own.
+    Weights are cast to the dtype of the parameters. A tied model is tied again, as `to_empty`
+    unties it. Raises ValueError unless the files hold exactly the model's tensors and all are
+    finite; of NaN and infinity a rank sees only its own slices.
     """
     if model.config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
@@ -80,7 +80,7 @@ def load(folder: Path | str, model: Mistral) -> None:
 
 
 def _share(parameter: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
-    """This rank's part of a parameter, and which slices of the whole it is."""
+    """Return this rank's part of a parameter, and which slices of the whole it is."""
     if not isinstance(parameter, DTensor):
         return parameter, tuple(slice(0, n) for n in parameter.shape)
     shape, offset = compute_local_shape_and_global_offset(
@@ -91,8 +91,8 @@ def _share(parameter: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
 
 
 def check_tied(folder: Path | str, found: dict[str, safetensor_files.Stored]) -> None:
-    """Take a tied model's head, which may be stored too, out of what was found. Raises ValueError
-    if it is another than the embeddings, as one of the two would be lost."""
+    """Remove a tied model's head, which may be stored too, from what was found. Raises ValueError
+    if it differs from the embeddings, as one of the two would be lost."""
     head, embeddings = found.pop(HEAD, None), found.get(EMBEDDINGS)
     if head is None or embeddings is None:
         return
@@ -108,7 +108,8 @@ def check_tied(folder: Path | str, found: dict[str, safetensor_files.Stored]) ->
 def check(
     folder: Path | str, found: dict[str, safetensor_files.Stored], wanted: dict[str, Tensor]
 ) -> None:
-    """Raises ValueError unless the tensors found are those wanted: names, shapes, floats."""
+    """Raise ValueError unless the tensors found are those wanted: by name, by shape, and in
+    floating point."""
     if odd := [name for name in found if name.endswith(QUANTIZED)]:
         raise ValueError(
             f"{folder} has {files.some(odd)}: quantized weights cannot be trained; "
@@ -131,7 +132,7 @@ def check(
 
 
 def digest(folder: Path | str) -> str:
-    """sha256 over config.json and the weights: names and bytes, at about the disk's speed."""
+    """Return the SHA-256 over config.json and the weight files, read at about the disk's speed."""
     paths = [Path(folder) / "config.json", *locate.weight_files(Path(folder))[0]]
 
     def line(path: Path) -> str:
@@ -178,7 +179,7 @@ def write(
 ) -> None:
     """Write a Hugging Face folder: weights, config, the base's tokenizer, the chat template.
 
-    `tensors` come in the order of `shapes`, and are cast to `dtype` or else the base's. The
+    `tensors` come in the order of `shapes`, and are cast to `dtype`, or else to the base's. The
     template inserts an empty system message if training did. Raises ValueError if the folder exists
     or cannot be written; then there is none.
     """
@@ -207,10 +208,8 @@ def initialise(model: Mistral, seed: int, std: float = 0.02) -> None:
 
 
 def fresh(folder: Path | str, seed: int) -> None:
-    """Give a folder that has a config.json random weights: its model.safetensors, in fp32.
-
-    Their spread is the config's initializer_range (0.02 where it has none).
-    """
+    """Write random weights, fp32, into a folder that has a config.json. Their spread is the
+    config's initializer_range (0.02 where it has none)."""
     path = Path(folder) / locate.SINGLE
     if path.exists() or path.with_name(locate.INDEX).exists():
         raise ValueError(f"{folder} has weights already; choose another folder")

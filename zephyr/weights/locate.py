@@ -23,10 +23,10 @@ CONVERT = (
 
 
 def config_file(folder: Path) -> Path:
-    """The config.json of a model folder.
+    """Return the config.json of a model folder.
 
-    Raises ValueError, which says what the folder is and what to do, if it has none or cannot be
-    trained as it is.
+    Raises ValueError if it has none or cannot be trained as it is; the message says what the folder
+    is and what to do.
     """
     if not folder.is_dir():
         raise ValueError(_no_folder(folder))
@@ -36,10 +36,10 @@ def config_file(folder: Path) -> Path:
 
 
 def weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
-    """The folder's safetensors files, and its index {tensor: file name} if it has one.
+    """Return the folder's safetensors files, and its index {tensor: file name} if it has one.
 
     A file that the index names must lie in the folder itself, or be a link into Hugging Face's
-    cache; see `disk.inside`. Raises ValueError, which says what there is, if there are none.
+    cache; see `files.inside`. Raises ValueError if there are none; the message says what there is.
     """
     single, index = folder / SINGLE, folder / INDEX
     if single.exists() and index.exists():
@@ -67,8 +67,8 @@ def weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
 
 
 def tokenizer_file(path: Path) -> Path:
-    """The tokenizer.model of a folder; of a file, the file itself. Raises ValueError, which says
-    what there is instead, if it is not there."""
+    """Return the tokenizer.model of a folder; of a file, the file itself. Raises ValueError if it
+    is missing; the message says what there is instead."""
     if not path.is_dir():
         if path.is_file():
             return path
@@ -99,7 +99,7 @@ def tokenizer_file(path: Path) -> Path:
 
 
 def _no_folder(path: Path) -> str:
-    """What a path is that is no folder."""
+    """Say what a path is that is no folder."""
     if path.is_symlink():
         return f"{path} links to {path.readlink()}, which is not there"
     if path.suffix == ".gguf":
@@ -112,7 +112,7 @@ def _no_folder(path: Path) -> str:
 
 
 def _other(folder: Path) -> str | None:
-    """What a folder is, and what to do, if it is not a model's in floating point."""
+    """Say what a folder is, and what to do, if it is not a model in floating point."""
 
     def has(*names: str) -> bool:
         return all((folder / name).exists() for name in names)
@@ -157,7 +157,8 @@ def _other(folder: Path) -> str | None:
 
 
 def _cached(folder: Path) -> Path | None:
-    """The newest snapshot of a model in Hugging Face's cache, of which this is a part."""
+    """Return the newest snapshot of a model in Hugging Face's cache of which this folder is a
+    part."""
     found = [
         p
         for pattern in ("snapshots/*", "models--*/snapshots/*", "hub/models--*/snapshots/*")
@@ -167,7 +168,7 @@ def _cached(folder: Path) -> Path | None:
 
 
 def _no_weights(folder: Path) -> str:
-    """What a folder has that has no weights to be read."""
+    """Say what a folder has that has no weights to be read."""
     for path in (folder / SINGLE, folder / INDEX):
         if path.is_symlink():
             return f"has {path.name} as a link to {path.readlink()}, which is not there; fetch it"
@@ -202,5 +203,5 @@ def _no_weights(folder: Path) -> str:
 
 
 def _python(code: str, *paths: Path) -> str:
-    """A command line that runs code with paths in it."""
+    """Return a command line that runs code with paths in it."""
     return f"python -c {shlex.quote(code.format(*(repr(str(path)) for path in paths)))}"

@@ -23,8 +23,9 @@ class Stored(NamedTuple):
 
 
 def stored(paths: list[Path], weight_map: dict[str, str] | None = None) -> dict[str, Stored]:
-    """The tensors of safetensors files by name, but for `rotary_emb.inv_freq`, which old files have
-    and a config implies. Raises ValueError for a bad file or one that contradicts the index.
+    """Return the tensors in safetensors files by name, without `rotary_emb.inv_freq`, which old
+    files have and a config implies. Raises ValueError for a bad file, or for one that contradicts
+    the index.
 
     The library itself refuses files that are cut, too long, or whose headers lie.
     """
@@ -56,7 +57,8 @@ def stored(paths: list[Path], weight_map: dict[str, str] | None = None) -> dict[
 
 
 def group_by_size(sizes: dict[str, int], limit: int) -> list[list[str]]:
-    """Names in order, in groups of at most `limit` bytes; a larger tensor has its own group."""
+    """Return the names in order, in groups of at most `limit` bytes; a larger tensor has its own
+    group."""
     groups: list[list[str]] = []
     room = -1
     for name, size in sizes.items():
@@ -87,7 +89,7 @@ def write_shards(
 
 
 def _write(path: Path, names: list[str], dtype: torch.dtype, tensors: Iterator[Tensor]) -> int:
-    """Write the next tensors as one file; the number of their bytes."""
+    """Write the next tensors as one file, and return the number of their bytes."""
     file = {name: next(tensors).to("cpu", dtype).contiguous() for name in names}
     for name, x in file.items():
         if not x.isfinite().all():

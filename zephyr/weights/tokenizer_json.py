@@ -35,9 +35,10 @@ PROBES = (
 
 
 def build(tokenizer: Tokenizer) -> dict:
-    """The content of tokenizer.json, in the oldest form that is still read (tokenizers 0.15 on).
+    """Return the content of tokenizer.json, in the oldest form that is still read (tokenizers 0.15
+    on).
 
-    Raises ValueError unless it gives the sentencepiece model's ids for each of PROBES: it can for
+    Raises ValueError unless it gives the sentencepiece model's ids for each of PROBES. It does for
     BPE without a normaliser, as Mistral's and Llama's are.
     """
     sp = tokenizer.sp
@@ -110,15 +111,13 @@ def build(tokenizer: Tokenizer) -> dict:
 
 
 def _is_text(sp: SentencePieceProcessor, i: int) -> bool:
-    """Whether a piece is text: no control piece, no byte, not the unknown."""
+    """Return True if a piece is text: no control piece, no byte, not the unknown."""
     return not (sp.is_control(i) or sp.is_unknown(i) or sp.is_byte(i) or sp.is_unused(i))
 
 
 def _merges(pieces: list[str], vocab: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:
-    """Every way to join two pieces into a third, the best third first.
-
-    sentencepiece scores the piece that results; tokenizers ranks the pair that is joined.
-    """
+    """Return every way to join two pieces into a third, the best third first. sentencepiece scores
+    the piece that results; tokenizers ranks the pair that is joined."""
     order = sorted(range(len(pieces)), key=lambda i: (-scores[i], i))
     known = set(pieces)
     return [
@@ -130,8 +129,8 @@ def _merges(pieces: list[str], vocab: dict[str, int], scores: list[float]) -> li
 
 
 def _check(tokenizer: Tokenizer, vocab: dict[str, int], merges: list[tuple[str, str]]) -> None:
-    """Raises ValueError unless vocab and merges give the sentencepiece model's ids for PROBES, and
-    for every piece that no merge makes, as a user-defined one."""
+    """Raise ValueError unless vocab and merges give the sentencepiece model's ids for PROBES, and
+    for every piece that no merge makes, such as a user-defined one."""
     sp, ranks = tokenizer.sp, {pair: k for k, pair in enumerate(merges)}
     made = {left + right for left, right in merges}
     lone = [p for p, i in vocab.items() if len(p) > 1 and p not in made and _is_text(sp, i)]
@@ -148,7 +147,7 @@ def _check(tokenizer: Tokenizer, vocab: dict[str, int], merges: list[tuple[str, 
 
 
 def _encode(text: str, vocab: dict[str, int], ranks: dict, unknown: int) -> list[int]:
-    """What `build`'s file makes of a text, for texts so short that time is no matter."""
+    """Return the ids that `build`'s file gives a short text; it is slow for long ones."""
     symbols = list(SPACE + text.replace(" ", SPACE))
     while pairs := [pair for pair in pairwise(symbols) if pair in ranks]:
         best = min(pairs, key=ranks.__getitem__)
