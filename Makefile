@@ -6,7 +6,7 @@ VENV = .venv$(TORCH:%=-torch-%)
 PYTHON ?= $(VENV)/bin/python
 READY = $(if $(filter $(VENV)/%,$(PYTHON)),$(VENV)/ready)
 
-.PHONY: help demo test test-slow test-gpu lint chaos bench bench-gpu bench-7b clean
+.PHONY: help demo test test-tools test-slow test-gpu lint chaos bench bench-gpu bench-7b clean
 
 help:   ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 18
@@ -15,11 +15,14 @@ demo: $(READY)   ## the whole recipe on an invented village, then before and aft
 	$(PYTHON) demo.py
 
 # without the GPU, if there is one: its tensors would meet those that the tests make
-test: lint   ## everything that runs without a GPU, but for a few tests of minutes
-	CUDA_VISIBLE_DEVICES= $(PYTHON) -m pytest -q -m "not gpu and not slow"
+test: lint   ## everything that a user can meet without a GPU, but for tests of minutes
+	CUDA_VISIBLE_DEVICES= $(PYTHON) -m pytest -q -m "not gpu and not slow and not tools"
 
-test-slow: $(READY)   ## those: 70 B on 512 simulated ranks, another transformers, Inductor
-	CUDA_VISIBLE_DEVICES= $(PYTHON) -m pytest -q -m slow
+test-tools: $(READY)   ## benchmarks, every kernel compiled for three chips, 14 parsers fuzzed
+	CUDA_VISIBLE_DEVICES= $(PYTHON) -m pytest -q -m "tools and not gpu and not slow"
+
+test-slow: $(READY)   ## 70 B on 512 simulated ranks, another transformers, Inductor
+	CUDA_VISIBLE_DEVICES= $(PYTHON) -m pytest -q -m "slow and not gpu"
 
 test-gpu: $(READY)   ## what needs one GPU: kernels, attention, a step in which the host never waits
 	$(PYTHON) -m pytest -q -m gpu

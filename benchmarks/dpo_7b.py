@@ -44,7 +44,7 @@ from benchmarks import vs_trl
 from benchmarks.gpu import GRACE, MINUTES, ROOT, Part, attempt
 from benchmarks.vs_trl import SIZES, TOLERANCE, VOCABULARY, WARM_UP
 from zephyr import packing, reference
-from zephyr.data import arrays
+from zephyr.data import arrays, batching
 from zephyr.data.arrays import Tokens
 from zephyr.data.batching import PairSteps
 from zephyr.distributed import fsdp
@@ -215,7 +215,7 @@ def work(o: argparse.Namespace) -> list[dict[str, float]]:
     order = plan(o, data)
     for step in range(o.steps):
         numbers = order.step(step).tolist()
-        pairs = [arrays.pair(k) for k in numbers]
+        pairs = [data.pair(k) for k in numbers]
         shared, unshared = (means.work(shape, p(pairs, numbers)) for p in (pack_pairs, apart))
         steps.append(
             {
@@ -301,7 +301,7 @@ def control(o: argparse.Namespace, place: Path) -> dict:
             prompts = np.diff(self.ends.ravel(), prepend=0)[0::3]
             return super().pair_lengths() + prompts
 
-    fsdp.Mistral, packing.pack_pairs, arrays.Tokens = Control, apart, Apart
+    fsdp.Mistral, batching.pack_pairs, arrays.Tokens = Control, apart, Apart
     return ours(o, place)
 
 
@@ -333,7 +333,7 @@ def trl(o: argparse.Namespace, place: Path) -> dict:
         o,
         build(),
         PreTrainedTokenizerFast(tokenizer_object=words, pad_token="</s>"),
-        [[arrays.pair(k) for k in order.step(step)] for step in range(o.steps)],
+        [[data.pair(k) for k in order.step(step)] for step in range(o.steps)],
         None if cached else build(),
         output_dir=str(place / "run"),
         bf16=o.precision == "bf16",

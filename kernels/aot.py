@@ -21,7 +21,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from kernels import fused_adamw, fused_dpo, fused_forward, fused_logprob
+from kernels import fused_adamw, fused_dpo, fused_logprob
+from kernels.bench import fused_forward
 from kernels.jit import INTERPRETED, triton
 
 SHARED = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes that a program may have on sm_80, ...

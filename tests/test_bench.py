@@ -18,6 +18,8 @@ from kernels import jit, reference
 from kernels.bench import __main__ as bench
 from kernels.bench import budget, cases, peers, report, timing
 
+pytestmark = pytest.mark.tools
+
 CPU = torch.device("cpu")
 TINY = ["--n", "3", "5", "--d", "8", "--v", "17", "--repeat", "2"]
 FIELDS = {

@@ -6,6 +6,8 @@ import pytest
 
 from benchmarks import vs_trl
 
+pytestmark = pytest.mark.tools
+
 
 def result(pairs: float, gib: float, losses: list[float], reference: float = 0.0) -> dict:
     return {

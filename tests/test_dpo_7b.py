@@ -15,6 +15,8 @@ from zephyr.model import Mistral
 from zephyr.packing import Pair, pack_pairs
 from zephyr.weights import config_json
 
+pytestmark = pytest.mark.tools
+
 TINY = ["--shape", "tiny", "--steps", "3", "--batch", "1"]
 MACHINE = {"gpu": None, "cpu": "some", "cores": 2, "commit": "abc", "torch": "2.13"}
 

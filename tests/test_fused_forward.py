@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from kernels import fused_forward
+from kernels.bench import fused_forward
+
+pytestmark = pytest.mark.tools
 
 CHIPS = [80, 90]  # by pointers and by tensor descriptors
 SHAPES = [  # N, D, V

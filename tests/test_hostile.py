@@ -20,6 +20,8 @@ from helpers import Limits
 from zephyr import config
 from zephyr.data import arrays, readers
 
+pytestmark = pytest.mark.tools
+
 NAMES = pytest.mark.parametrize("name", fuzz.TARGETS)
 ROOT = Path(__file__).parent.parent
 

@@ -181,8 +181,11 @@ def test_a_model_that_is_not_finite_stops_where_it_is_noticed(fails, place, tmp_
 def test_the_second_stage_before_the_first(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train_dpo.py"])
-    with pytest.raises(SystemExit) as stop:
-        exits.call(train_dpo.main)
+    try:
+        with pytest.raises(SystemExit) as stop:
+            exits.call(train_dpo.main)
+    finally:
+        dist.destroy_process_group()
     assert stop.value.code == 2
     assert "runs/tiny/sft/model is not there yet; run train_sft.py first" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

@@ -76,9 +76,9 @@ def no_grad(dtype: str, N: int, D: int, V: int, device: torch.device) -> Case:
 
 def candidate(device: torch.device) -> Contenders:
     """The forward in one kernel, where there is one; it runs on a GPU only."""
-    if device.type != "cuda" or not importlib.util.find_spec("kernels.fused_forward"):
+    if device.type != "cuda" or not importlib.util.find_spec("kernels.bench.fused_forward"):
         return {}
-    from kernels import fused_forward
+    from kernels.bench import fused_forward
 
     return {"fused_forward": fused_forward.linear_logprob}
 
