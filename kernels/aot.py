@@ -38,7 +38,7 @@ class Launch(NamedTuple):
 
 
 class Recorder:
-    """Stands where a kernel stands in its module, and notes launches instead of making them."""
+    """Stands in a module in place of a kernel, and notes launches instead of making them."""
 
     def __init__(self, kernel, launches: list):
         self.kernel, self.launches = kernel, launches
@@ -48,7 +48,8 @@ class Recorder:
 
 
 def calls(arch: int) -> Iterator[tuple]:
-    """A variant's name, a function that launches it, and the arguments of that function."""
+    """Yield for each variant its name, a function that launches it, and the arguments of that
+    function."""
     token_N = torch.zeros(1, dtype=torch.int64)
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     # read once, once without alignment (Mistral's with two tokens added), and twice
@@ -80,7 +81,7 @@ def calls(arch: int) -> Iterator[tuple]:
 
 
 def launches() -> list[Launch]:
-    """What the launch code of this package launches at Mistral-7B's shapes."""
+    """Yield every launch that this package makes at Mistral-7B's shapes."""
     found = []
     with contextlib.ExitStack() as stack:
         made = []
@@ -97,7 +98,8 @@ def launches() -> list[Launch]:
 
 
 def compiled(launch: Launch) -> "triton.compiler.CompiledKernel":
-    """The kernel as Triton specialises it for such arguments: types, and what divides by 16."""
+    """Return the kernel compiled as Triton would specialise it for such arguments: by their types,
+    and by which numbers 16 divides."""
     kernel, arch, _, args, options = launch
     names, options = kernel.arg_names, dict(options)
     constants = {(i,): options.pop(name) for i, name in enumerate(names) if name in options}
@@ -113,7 +115,8 @@ def compiled(launch: Launch) -> "triton.compiler.CompiledKernel":
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
-    """Registers of a thread, and the bytes of memory that it uses for want of more."""
+    """Return the registers of a thread, and the bytes of memory that it uses because registers run
+    out (spills)."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -128,7 +131,7 @@ def resources(cubin: bytes) -> tuple[int, int]:
 
 
 def check(found: Iterable[Launch]) -> list[str]:
-    """Prints the table; what is wrong, a line for each."""
+    """Print the table, and return a line for each thing that is wrong."""
     wrong = []
     print(
         f"{'kernel':<16} {'chip':<7} {'variant':<16} warps registers spilled "

@@ -27,29 +27,28 @@ CHUNK = 2**18  # elements that the torch implementation has in fp32 at a time: 1
 
 @jit
 def join(weight, low):
-    """`kernels.join`"""
+    """See `kernels.join`."""
     upper = weight.to(tl.int16, bitcast=True).to(tl.int32) << 16
     return (upper + low.to(tl.int32)).to(tl.float32, bitcast=True)
 
 
 @jit
 def upper_half(x):
-    """The bits of x's nearest bf16 as an int32, halves away from zero; of a NaN, 0x7FC0.
-
-    No cast: on a GPU it would round halves to even, and in the interpreter everything towards zero.
-    """
+    """Return the bits of x's nearest bf16 number as an int32; halves are rounded away from zero,
+    and a NaN gives 0x7FC0. There is no cast: on a GPU it would round halves to even, and in the
+    interpreter everything towards zero."""
     return tl.where(x == x, x.to(tl.int32, bitcast=True) + 0x8000 >> 16, 0x7FC0)
 
 
 @jit
 def bf16(upper):
-    """The bf16 of these bits."""
+    """Return the bf16 number that has these bits."""
     return upper.to(tl.int16).to(tl.bfloat16, bitcast=True)
 
 
 @jit
 def chance(place, seed):
-    """`reference.chance`"""
+    """See `reference.chance`."""
     x = place.to(tl.uint32) * 0x9E3779B1 + seed
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B
@@ -119,7 +118,7 @@ def in_triton(
     step: Tensor,
     skip: Tensor,
 ) -> None:
-    """`kernels.adamw_` in Triton."""
+    """Update as `kernels.adamw_` does, in Triton."""
     N, split, t = weight.numel(), low is not None, step.double()
     step_size, correction = lr / (1 - betas[0] ** t), (1 - betas[1] ** t).sqrt()
     scalars_2 = torch.stack([step_size, correction]).float()
@@ -158,8 +157,9 @@ def in_torch(
     step: Tensor,
     skip: Tensor,
 ) -> None:
-    """`kernels.adamw_` by torch's own fused kernel: with fp32 moments equal in every bit to
-    torch.optim.AdamW(fused=True) on the masters. What is narrower is widened a chunk at a time."""
+    """Update as `kernels.adamw_` does, with torch's own fused kernel. With fp32 moments, every bit
+    is that of torch.optim.AdamW(fused=True) on the masters. What is narrower is widened a chunk at
+    a time."""
     wide = all(x.dtype == torch.float32 for x in (weight, m, v))
     flat = [x.view(-1) for x in (weight, weight if low is None else low, m, v, grad)]
     chunks = (x.split(max(1, len(x)) if wide else CHUNK) for x in flat)

@@ -21,7 +21,8 @@ BLOCK = 1024
 
 @jit
 def first_token(response_ptr, N, r, STEPS: tl.constexpr):
-    """The first of the N tokens whose response is r or a later one; STEPS > log2 N."""
+    """Return the first of the N tokens whose response is r or a later one; STEPS must be more than
+    log2 N."""
     low, high = tl.zeros([], tl.int64), tl.zeros([], tl.int64) + N
     for _ in range(STEPS):
         middle = (low + high) // 2
@@ -32,10 +33,12 @@ def first_token(response_ptr, N, r, STEPS: tl.constexpr):
 
 @jit
 def response_sum(logprob_ptr, response_ptr, r, start, end, N, responses, BLOCK: tl.constexpr):
-    """Sum of response r's tokens start..end-1, lane by lane and then over the lanes.
+    """Return the sum of response r's tokens start..end-1, added lane by lane and then over the
+    lanes.
 
-    NaN if one of them is not r's, if the range is none, or if tokens lie before the first response
-    or after the last: where no sum is NaN, the responses ascend and every token was added once.
+    It is NaN if one of the tokens is not r's, if the range is empty, or if tokens lie before the
+    first response or after the last. So if no sum is NaN, the responses ascend and every token was
+    added once.
     """
     whole = (start <= end) & ((r > 0) | (start == 0)) & ((r < responses - 1) | (end == N))
     b_sum = tl.zeros([BLOCK], tl.float32)
@@ -50,7 +53,7 @@ def response_sum(logprob_ptr, response_ptr, r, start, end, N, responses, BLOCK: 
 
 @jit
 def fill(ptr, value, start, end, BLOCK: tl.constexpr):
-    """ptr[start:end] = value"""
+    """Set ptr[start:end] = value."""
     for offset in range(start, end, BLOCK):
         o_n = offset + tl.arange(0, BLOCK)
         tl.store(ptr + o_n, tl.zeros([BLOCK], tl.float32) + value, mask=o_n < end)
@@ -58,8 +61,8 @@ def fill(ptr, value, start, end, BLOCK: tl.constexpr):
 
 @jit
 def minus_log_sigmoid(z):
-    """-log σ(z) = max(-z, 0) + log(1 + exp(-|z|)), exact to rounding where exp(-|z|) is tiny too:
-    the error of u = 1 + x is undone by x / (u - 1)."""
+    """Return -log σ(z) = max(-z, 0) + log(1 + exp(-|z|)), exact to rounding where exp(-|z|) is tiny
+    too: x / (u - 1) undoes the rounding error of u = 1 + x."""
     x = tl.exp(-tl.abs(z))
     u = 1.0 + x
     rest = tl.where(u == 1.0, x, tl.log(u) * (x / tl.where(u == 1.0, 1.0, u - 1.0)))
@@ -208,7 +211,7 @@ def _fp32(logprob_N: Tensor, response_N: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def response_sums(logprob_N: Tensor, response_N: Tensor, responses: int) -> Tensor:
-    """`kernels.response_sums` in Triton."""
+    """Return what `kernels.response_sums` returns, computed in Triton."""
     return _sums(*_fp32(logprob_N, response_N), responses)
 
 
@@ -220,7 +223,8 @@ def dpo_loss(
     smoothing: float,
     objective: str,
 ) -> Preference:
-    """`kernels.dpo_loss` in Triton. A response_N that does not ascend gives NaN."""
+    """Return what `kernels.dpo_loss` returns, computed in Triton. A response_N that does not ascend
+    gives NaN."""
     logprob_N, response_N = _fp32(logprob_N, response_N)
     reference_2P = reference_2P.to(torch.float32).contiguous()
     loss_P, *rest, _ = _dpo(

@@ -32,7 +32,8 @@ WIDENED = 2**24  # weights of a half-precision head that a CPU has in fp32 at a 
 
 @jit
 def exp(x):
-    """e^x in one multiplication and one instruction; less than 2^-126 becomes 0."""
+    """Return e^x, computed with one multiplication and one instruction; a result below 2^-126
+    becomes 0."""
     return tl.exp2(x * 1.4426950408889634)
 
 
@@ -114,8 +115,8 @@ def gradient_kernel(z_ptr, target_ptr, lse_ptr, g_ptr, first, B, TILE: tl.conste
 def row_step(
     z_CV: Tensor, targets_C: Tensor, g_CV: Tensor | None, triton: bool
 ) -> tuple[Tensor, Tensor]:
-    """log p(target) and lse of each row, fp32 (fp64 for fp64); fills g_CV if there is one. Both z
-    and g are contiguous and may share storage; z is used up."""
+    """Return log p(target) and lse of each row, fp32 (fp64 for fp64), and fill g_CV if there is
+    one. Both z and g are contiguous and may share storage; z is used up."""
     if triton:
         C, V = z_CV.shape
         logprob_C, lse_C = z_CV.new_empty(C), z_CV.new_empty(C)
@@ -149,7 +150,7 @@ def row_step(
 def gradient_step(
     z_NB: Tensor, targets_N: Tensor, lse_N: Tensor, first: int, g_NB: Tensor, triton: bool
 ) -> None:
-    """Fills g_NB, the part of G for tokens first..first+B-1; z_NB is used up."""
+    """Fill g_NB, the part of G for tokens first..first+B-1; z_NB is used up."""
     N, B = z_NB.shape
     if triton:
         tile = min(1024, 1 << (B - 1).bit_length())
@@ -164,8 +165,9 @@ def gradient_step(
 
 @contextlib.contextmanager
 def exact_in_bf16(dtype: torch.dtype):
-    """CPU matmuls of fp32 tensors in here multiply in bf16 and add in fp32, if bf16 is what the
-    values were: nothing is lost, and chips with bf16 units are several times faster."""
+    """Let CPU matmuls of fp32 tensors in this block multiply in bf16 and add in fp32, if the values
+    were bf16 before they were widened. Nothing is lost, and chips with bf16 units are several times
+    faster."""
     matmul = torch.backends.mkldnn.matmul
     before = matmul.fp32_precision
     if dtype == torch.bfloat16:
@@ -177,7 +179,8 @@ def exact_in_bf16(dtype: torch.dtype):
 
 
 def logits(h_CD: Tensor, w_VD: Tensor, out_CV: Tensor) -> Tensor:
-    """h wᵀ into out_CV, which is fp32 though h and w may be bf16 or fp16: nothing is rounded."""
+    """Write h wᵀ into out_CV, which is fp32 even where h and w are bf16 or fp16: nothing is
+    rounded."""
     if h_CD.dtype == out_CV.dtype:
         return torch.mm(h_CD, w_VD.T, out=out_CV)
     if h_CD.is_cuda:
@@ -192,22 +195,24 @@ def logits(h_CD: Tensor, w_VD: Tensor, out_CV: Tensor) -> Tensor:
 
 
 def unrounded(g_NB: Tensor, w_BD: Tensor) -> Tensor:
-    """G w, in fp32 where that costs nothing; a CPU's half-precision matmul rounds it."""
+    """Return G w, in fp32 where that costs nothing; a CPU's half-precision matmul rounds it."""
     if g_NB.is_cuda and g_NB.dtype.itemsize == 2:
         return torch.mm(g_NB, w_BD, out_dtype=torch.float32)
     return torch.mm(g_NB, w_BD)
 
 
 def keeps(N: int, V: int, dtype: torch.dtype, workspace: int) -> bool:
-    """Whether G is kept for the backward: it leaves an eighth of the workspace for logits."""
+    """Return True if G is kept for the backward: if it leaves an eighth of the workspace for
+    logits."""
     return N * V * dtype.itemsize <= workspace * 7 // 8
 
 
 def chunk_rows(N: int, V: int, h_ND: Tensor, workspace: int) -> int:
-    """Rows of logits at a time: as many as fit beside G, in chunks of about equal size.
+    """Return how many rows of logits are computed at a time: as many as fit beside G, in chunks of
+    about equal size.
 
-    G's place is left free without a gradient too: a matmul of other sizes may round in another way,
-    and a pass without a gradient gives the bits of one with it.
+    Room for G is left without a gradient too. A matmul of another size may round in another way,
+    and a pass without a gradient must give the bits of one with it.
     """
     wide = torch.promote_types(h_ND.dtype, torch.float32)
     kept = N * V * h_ND.dtype.itemsize if keeps(N, V, h_ND.dtype, workspace) else 0
@@ -221,7 +226,7 @@ def chunk_rows(N: int, V: int, h_ND: Tensor, workspace: int) -> int:
 def forward(
     h_ND: Tensor, w_VD: Tensor, targets_N: Tensor, workspace: int, gradient: bool, triton: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """logprob_N, lse_N and, if a gradient will be asked for and it fits, G_NV."""
+    """Return logprob_N, lse_N and, if a gradient will be asked for and it fits, G_NV."""
     N, V = len(h_ND), len(w_VD)
     wide = torch.promote_types(h_ND.dtype, torch.float32)
     if not h_ND.is_cuda and N and not 0 <= targets_N.min() <= targets_N.max() < V:
@@ -271,7 +276,7 @@ def backward(
     need_w: bool,
     triton: bool,
 ) -> tuple[Tensor, Tensor]:
-    """dh_ND = -c ∘ (G w) and dw_VD = Gᵀ (-c ∘ h); the one that nobody needs is empty."""
+    """Return dh_ND = -c ∘ (G w) and dw_VD = Gᵀ (-c ∘ h); one that nobody needs is empty."""
     scale_N1 = -c_N[:, None]
     ch_ND = torch.mul(h_ND, scale_N1, out=torch.empty_like(h_ND)) if need_w else None
     with torch.autocast(h_ND.device.type, enabled=False), torch.cuda.device_of(h_ND):
@@ -337,7 +342,7 @@ forward.register_autograd(_gradients, setup_context=_save)
 def linear_logprob(
     h_ND: Tensor, w_VD: Tensor, targets_N: Tensor, workspace: int, triton: bool
 ) -> Tensor:
-    """`kernels.linear_logprob`, with the row step in Triton or in torch."""
+    """Return what `kernels.linear_logprob` returns, with the row step in Triton or in torch."""
     kind = h_ND.device.type
     if torch.is_autocast_enabled(kind):
         h_ND, w_VD = (x.to(torch.get_autocast_dtype(kind)) for x in (h_ND, w_VD))

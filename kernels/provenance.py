@@ -13,7 +13,8 @@ def installed(distribution: str) -> str | None:
 
 
 def commit() -> str | None:
-    """This code's, with -dirty if files differ; None without git or a checkout."""
+    """Return the commit of this code, with -dirty if files differ from it; None without git or a
+    checkout."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         return subprocess.check_output(

@@ -76,19 +76,20 @@ def dpo_loss(
 
 
 def nearest_bf16(x: Tensor) -> Tensor:
-    """fp32 x rounded to bf16, halves away from zero: see `kernels.split`. A NaN stays one."""
+    """Return fp32 x rounded to the nearest bf16 number; halves are rounded away from zero, as
+    `kernels.split` says. A NaN stays a NaN."""
     bits = torch.where(x.isnan(), NAN, x.view(torch.int32))
     return ((bits + 0x8000) >> 16).to(torch.int16).view(torch.bfloat16)
 
 
 def seed(step: Tensor) -> Tensor:
-    """What a step adds to the places that `chance` hashes."""
+    """Return the number that distinguishes one optimizer step from another in `chance`."""
     return step.long() * 0x85EBCA6B & 0xFFFFFFFF
 
 
 def chance(first: int, N: int, step: Tensor) -> Tensor:
-    """A number in 0..65535 for each of the places first..first+N-1 of a parameter: a hash of place
-    and step, so that a step that is taken again rounds as it did, on any machine."""
+    """Return a number in 0..65535 for each of the places first..first+N-1 of a parameter: a hash of
+    place and step, so that a step that is taken again rounds as it did, on any machine."""
     x = torch.arange(first, first + N, device=step.device) * 0x9E3779B1 + seed(step) & 0xFFFFFFFF
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         x = (x ^ x >> shift) * factor & 0xFFFFFFFF
@@ -96,22 +97,22 @@ def chance(first: int, N: int, step: Tensor) -> Tensor:
 
 
 def bf16_by_chance(x: Tensor, chance: Tensor) -> Tensor:
-    """fp32 x >= 0 rounded to one of its two neighbours in bf16, up with the probability with which
-    the mean is x. A NaN stays one."""
+    """Return fp32 x >= 0 rounded to one of its two neighbours in bf16 (stochastic rounding): up
+    with the probability with which the mean of many such results is x. A NaN stays a NaN."""
     bits = torch.where(x.isnan(), NAN, x.view(torch.int32))
     upper = (bits + chance.int().view_as(bits)) >> 16
     return upper.to(torch.int16).view(torch.bfloat16)
 
 
 def split(master: Tensor) -> tuple[Tensor, Tensor]:
-    """`kernels.split`"""
+    """See `kernels.split`."""
     weight = nearest_bf16(master)
     upper = weight.view(torch.int16).to(torch.int32) << 16
     return weight, (master.view(torch.int32) - upper).to(torch.int16)
 
 
 def join(weight: Tensor, low: Tensor) -> Tensor:
-    """`kernels.join`"""
+    """See `kernels.join`."""
     upper = weight.view(torch.int16).to(torch.int32) << 16
     return (upper + low).view(torch.float32)
 

@@ -35,12 +35,6 @@ def test_numbers_that_do_not_go_together(line, message, capsys):
     assert stop.value.code == 2 and capsys.readouterr().err.startswith(f"vs_trl: {message}")
 
 
-def test_flags():
-    o = vs_trl.parse(["--steps", "5", "--batch", "4"])
-    assert o.pairs == 20 and o.contenders == list(vs_trl.CONTENDERS)
-    assert vs_trl.parse(["--pairs", "100"]).pairs == 100
-
-
 def test_without_trl_the_line_names_the_extra(monkeypatch, capsys):
     monkeypatch.setattr(vs_trl.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit) as stop:

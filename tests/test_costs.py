@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
-from helpers import WORKERS, torchrun
+from helpers import ROOT, WORKERS, torchrun
 from kernels import fused_logprob
 from zephyr import attention, optim, packing
 from zephyr.architecture import MistralConfig
@@ -170,26 +170,27 @@ def test_flops_are_what_torch_counts(as_on_a_gpu, monkeypatch, shape, batch):
         assert ours - unseen == counter.get_total_flops()
 
 
-def test_flops_of_the_notes():
-    """Their table counts the last block's MLP on every row."""
+def test_flops_of_an_average_pair_of_ultrafeedback():
+    """The table of docs/performance.md, in TFLOP; each number is in the page too."""
     load = costs.pair(170, 320, 290, 4096)
-    parts = {name: x / 1e12 for name, x in costs.forward(MISTRAL, load).items()}
-    assert parts["projections"] + parts["mlp"] == pytest.approx(10.89, rel=0.01)
-    assert parts["attention"] == pytest.approx(0.111, rel=0.01)
-    assert parts["head"] == pytest.approx(0.160, rel=0.01)
-    total = costs.model_flops(MISTRAL, load.tokens, load.predicted, load.attended)
-    assert total == pytest.approx(33.5e12, rel=0.01)
-    token = costs.Load(1, 1, 1, 0)
-    assert costs.model_flops(MISTRAL, 1, 1, 0) == pytest.approx(41.9e9 + 3 * 0.262e9, rel=1e-3)
-    assert costs.recomputed(MISTRAL, token, "full") == pytest.approx(52.1e9 - 41.9e9, rel=0.01)
-    assert costs.recomputed(MISTRAL, token, "elementwise") == 0
+    parts = {name: 3 * x / 1e12 for name, x in costs.forward(MISTRAL, load).items()}
+    again = costs.recomputed(MISTRAL, load, "full") / 1e12
+    whole = sum(parts.values())
+    page = (ROOT / "docs" / "performance.md").read_text()
+    for number in (parts["projections"] + parts["mlp"], parts["attention"], parts["head"]):
+        assert f"| {number:.2f} |" in page
+    assert f"| **{whole:.2f}** |" in page
+    assert f"| the reference pass, once | {whole / 3:.2f} |" in page
+    assert f"| `--recompute full` would add | {again:.2f} |" in page
+    assert costs.recomputed(MISTRAL, load, "elementwise") == 0
 
 
 @pytest.mark.parametrize(
     "recompute, size", [("none", 139_264), ("elementwise", 94_208), ("full", 8_192)]
 )
-def test_activations_of_the_notes(recompute, size):
-    """Bytes per token and layer; the notes leave out the norms' scales and attention's lse."""
+def test_activations_of_a_token(recompute, size):
+    """Bytes per token and layer, as docs/performance.md has them, without the norms' scales and
+    attention's lse."""
     more = [dataclasses.replace(MISTRAL, num_hidden_layers=n) for n in (2, 1)]
     two, one = (costs.activations(c, costs.Load(1, 1, 1, 0), recompute, 2) for c in more)
     fp32 = {"none": 4 * (32 + 2), "elementwise": 4 * 32, "full": 0}
@@ -295,7 +296,7 @@ def test_state_is_what_adamw_has():
 
 
 def test_state_of_mistral_7b():
-    """The notes' table, in GB."""
+    """16 and 12 bytes a weight, in GB."""
     for adam_state, size in (("fp32", 115.9), ("bf16", 86.9)):
         found = sum(costs.state(MISTRAL, 1, adam_state).values()) / 1e9
         assert found == pytest.approx(size, abs=0.05)

@@ -74,18 +74,8 @@ def test_a_mistake_costs_one_line(line, message, capsys):
     assert stop.value.code == 2 and said.startswith(f"dpo_7b: {message}") and said.count("\n") == 1
 
 
-def test_flags_and_what_they_default_to():
-    o = dpo_7b.parse(["--precision", "bf16"])
-    assert (o.shape, o.trl_reference, o.trl_pairs) == ("7b", "cached", 4)
-    assert o.ours == o.control == dpo_7b.OWN["7b"] and o.lr == 1e-5 / 16
-    o = dpo_7b.parse([*TINY, "--ours", "--recompute full", "--control", ""])
-    assert (o.trl_reference, o.trl_pairs, o.lr) == ("live", 1, 1e-5)
-    own = {name: dpo_7b.flags(o, dpo_7b.ROOT, name)[-2:] for name in ("ours", "control")}
-    assert own == {"ours": ["--recompute", "full"], "control": ["--loss", "robust"]}
-
-
 def test_pairs_have_ultrafeedbacks_lengths():
-    """Means as ../shared/notes/performance.md has them after the cut to 512 and 1024."""
+    """Means of UltraFeedback's pairs after the cut to 512 and 1024, in docs/performance.md."""
     data = dpo_7b.tokens(4 * 64)
     pairs = [data.pair(k) for k in range(len(data))]
     lengths = np.array([[len(part) for part in pair] for pair in pairs])

@@ -16,7 +16,8 @@ GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn)
 
 
 def visible(i: Tensor, j: Tensor, window: int | None) -> Tensor:
-    """True where the query at position i may see the key at position j:  i - window < j <= i.
+    """Return True where the query at position i may see the key at position j:  i - window < j <=
+    i.
 
     That is `window` keys, the query's own included; None is no limit. Positions count from the
     start of a sequence, so in a pack a sequence sees what it would see alone. Broadcasts.
@@ -58,17 +59,17 @@ class Layout:
 
     @classmethod
     def alone(cls, length: int) -> "Layout":
-        """The layout of one causal sequence."""
+        """Return the layout of one causal sequence."""
         ends = torch.tensor([0, length], dtype=torch.int32)
         return cls(torch.arange(length), ends, ends, None, length, length)
 
     def attended(self, window: int | None) -> int:
-        """The number of visible (query, key) pairs in the pack."""
+        """Return the number of visible (query, key) pairs in the pack."""
         keys_T = self.position_T + 1  # a segment holds its sequence from position 0 on
         return int((keys_T if window is None else keys_T.clamp(max=window)).sum())
 
     def attend(self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, layer: int, window: int | None):
-        """softmax(q kᵀ / √E, over visible keys) v  [T, H, E]; the same for every `layer`."""
+        """Return softmax(q kᵀ / √E, over visible keys) v  [T, H, E]; the same for every `layer`."""
         if self.kv_rows_G is not None:
             k_TKE, v_TKE = (x.index_select(0, self.kv_rows_G) for x in (k_TKE, v_TKE))
         if q_THE.is_cuda and q_THE.dtype in (torch.bfloat16, torch.float16):
@@ -83,7 +84,8 @@ class Layout:
         ).to(dtype)
 
     def _flash(self, q_THE: Tensor, k_GKE: Tensor, v_GKE: Tensor, window: int | None) -> Tensor:
-        """One variable-length call; its left window counts the keys before the query's own."""
+        """Attend with one variable-length call; its left window counts the keys before the query's
+        own."""
         left = -1 if window is None else window - 1
         lengths = self.cu_seqlens_q, self.cu_seqlens_k, self.max_q, self.max_k
         return varlen_attn(q_THE, k_GKE, v_GKE, *lengths, window_size=(left, 0), **GROUPED)
@@ -99,7 +101,8 @@ def segment_by_segment(
     cu_seqlens_k: Tensor,
     window: int | None,
 ) -> Tensor:
-    """Attention of gathered keys and values, one segment after the other, for CPUs and fp32.
+    """Return the attention of gathered keys and values, computed one segment after the other, for
+    CPUs and fp32.
 
     `position_T` and `position_G` are the positions of the queries and of the gathered keys.
     """

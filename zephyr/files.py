@@ -184,8 +184,9 @@ def settle(path: Path, mode: int | None = None) -> None:
 
 @contextmanager
 def new_folder(target: Path, size: int) -> Iterator[Path]:
-    """Give a temporary folder beside `target`. It becomes `target`, safe on the disk, if the block
-    ends well."""
+    """Give a block a temporary folder beside `target`. If the block ends well, the folder becomes
+    `target`, safe on the disk; else it is removed. `size` is how many bytes will be written: Raises
+    Storage if the disk has less room, and ValueError if `target` exists."""
     if target.exists() or target.is_symlink():
         raise ValueError(f"{target} exists already; choose another name or move it away")
     temp = None

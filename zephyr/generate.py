@@ -29,8 +29,8 @@ from zephyr.weights import base, config_json, hub
 class Cache:
     """Keys and values of the last S positions of each sequence; position p lives in slot p % S.
 
-    With S = 4, a sequence whose next position is 6 holds positions 4 5 2 3: as position 6 comes, it
-    takes slot 2, from position 2, which a window of 4 no longer shows it.
+    With S = 4, a sequence whose next position is 6 holds positions 4 5 2 3. Position 6 then takes
+    slot 2, that of position 2, which a window of 4 no longer sees.
     """
 
     def __init__(self, c: MistralConfig, sequences: int, slots: int, like: Tensor):

@@ -29,8 +29,8 @@ METRICS = (
 
 
 def sft(logprob_N: Tensor) -> Tensor:
-    """-Σ log p(target): divide once by the trained tokens of the whole step (dSFT, Eq. 1 of
-    arXiv:2310.16944)."""
+    """Return -Σ log p(target), to be divided once by the trained tokens of the whole step (dSFT,
+    Eq. 1 of arXiv:2310.16944)."""
     return -logprob_N.sum()
 
 
@@ -53,14 +53,14 @@ def robust(h_P: Tensor, beta: float, smoothing: float) -> Tensor:
 
 
 def ipo(h_P: Tensor, beta: float, smoothing: float) -> Tensor:
-    """(h - 1/(2β))², on log-probs averaged over the response's tokens (Eq. 17 of
-    arXiv:2310.12036; the mean is the authors' correction). 1/(4β²) at h = 0."""
+    """Return (h - 1/(2β))², on log-probs averaged over the response's tokens (Eq. 17 of
+    arXiv:2310.12036; the mean is the authors' correction). It is 1/(4β²) at h = 0."""
     return (h_P - 1 / (2 * beta)).square()
 
 
 def hinge(h_P: Tensor, beta: float, smoothing: float) -> Tensor:
-    """max(0, 1 - βh), as in SLiC (Eq. 10 of arXiv:2305.10425) with DPO's log-ratio, after RSO
-    (arXiv:2309.06657). 1 at h = 0."""
+    """Return max(0, 1 - βh), SLiC's loss (Eq. 10 of arXiv:2305.10425) on DPO's log-ratio, as in RSO
+    (arXiv:2309.06657). It is 1 at h = 0."""
     return torch.relu(1 - beta * h_P)
 
 

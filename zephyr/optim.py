@@ -15,11 +15,12 @@ BETAS, EPS = (0.9, 0.999), 1e-8  # Zephyr's (model card of zephyr-7b-beta)
 
 
 def adamw(model: nn.Module, weight_decay: float, state: str = "fp32") -> torch.optim.Optimizer:
-    """AdamW (arXiv:1711.05101) on fp32 masters; norms, being vectors, are not decayed. Moments are
-    fp32 or, with `state` bf16, rounded to that after each update.
+    """Return AdamW (arXiv:1711.05101) on the fp32 masters. Norms, being vectors, are not decayed.
+    Moments are fp32 or, with `state` bf16, rounded to that after each update.
 
-    Build it before the first forward: one without a backward leaves the parameters of FSDP's root
-    gathered, and those are not the ones that backward and step would then work on.
+    Build the optimizer before any forward. A forward without a backward (reference pass,
+    evaluation) leaves FSDP's root gathered; an optimizer built then would hold tensors that
+    backward and step do not work on.
     """
     sharded = {isinstance(p, DTensor) for p in model.parameters()}
     assert len(sharded) == 1, "some parameters are gathered: build the optimizer before a forward"
@@ -74,11 +75,11 @@ def _local(x: Tensor) -> Tensor:
 
 
 def steps(c: Training, per_epoch: int, size: int, what: str, ranks: Ranks) -> int:
-    """The number of optimizer steps of a run over `size` pairs or chunks (`what` is one of them).
-    Says so if half of them or more are warm-up.
+    """Return the number of optimizer steps of a run over `size` pairs or chunks (`what` is one of
+    them). Tells the user if half of them or more are warm-up.
 
-    Raises ValueError if no step would have a learning rate above 0, as where there is one step and
-    a warm-up: such a run would end with the weights it began with.
+    Raises ValueError if no step would have a learning rate above 0, as with one step and a warm-up:
+    such a run would end with the weights it began with.
     """
     total = c.steps or c.epochs * per_epoch
     if not any(schedule(c.schedule, step, total, c.warmup) for step in range(total)):
@@ -104,10 +105,10 @@ def steps(c: Training, per_epoch: int, size: int, what: str, ranks: Ranks) -> in
 
 
 def schedule(kind: str, step: int, total: int, warmup: float) -> float:
-    """The factor on the peak learning rate for optimizer step `step`, counted from 0.
+    """Return the factor on the peak learning rate for optimizer step `step`, counted from 0.
 
-    It rises linearly from 0 over ceil(warmup x total) steps, so that the first update has rate 0,
-    then falls to 0 along a line or half a cosine, or stays; as transformers' schedules do.
+    The factor rises linearly from 0 over ceil(warmup x total) steps, so the first update has rate
+    0. Then it falls to 0 along a line or half a cosine, or stays 1; as transformers' schedules do.
     """
     rise = math.ceil(warmup * total)
     if step < rise:
@@ -121,7 +122,8 @@ def schedule(kind: str, step: int, total: int, warmup: float) -> float:
 def step(
     optimizer: torch.optim.Optimizer, lr: float, clip: float, skip_if: Tensor | float = 0.0
 ) -> Tensor:
-    """Clip the global gradient norm to `clip`, update, clear; returns the norm before clipping.
+    """Clip the global gradient norm to `clip`, update the weights, clear the gradients; return the
+    norm before clipping.
 
     Weights and moments stay as they are if the norm is not finite or `skip_if`, a flag on the
     device, is not 0. That is decided on the device too: the host waits for nothing.

@@ -39,10 +39,11 @@ class Turn(NamedTuple):
 
 
 def conversation(messages: object, system: bool = True) -> list[tuple[str, str]]:
-    """(role, content) of each message, an empty system message first if `system` and none is there.
+    """Return (role, content) of each message. If `system` is true and there is no system message,
+    an empty one comes first.
 
     Raises ValueError unless messages are {role, content} strings: at most one system message, at
-    the start, then user and assistant in turn. Other keys may be there if nothing is in them.
+    the start, then user and assistant in turn. Other keys may be there if they are blank.
     """
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"messages must be a list that is not empty, got {shown(messages)}")

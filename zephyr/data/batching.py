@@ -207,7 +207,7 @@ class DocumentSteps:
         ]
 
     def epoch(self) -> Iterator[Batch]:
-        """This rank's micro-batches of one whole pass."""
+        """Yield this rank's micro-batches of one pass over the data."""
         return (b for step in range(self.steps_per_epoch) for b in self.microbatches(step))
 
 

@@ -89,7 +89,8 @@ class Job:
         return max(1, int(-(-self.share // self.t.microbatch_tokens)))
 
     def parts(self) -> dict[str, float]:
-        """Return the bytes of a GPU, by part."""
+        """Return the bytes that each part of the job (masters, gradients, activations, ...) takes
+        on a GPU."""
         load = self.item.times(self.rows() / self.item.tokens)
         anew = self.t.reshard == "always"
         return occupied(self.c, self.t, self.ranks, load, self.t.recompute, anew)

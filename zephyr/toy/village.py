@@ -182,7 +182,7 @@ def shape(sentence: str) -> str:
 
 @cache
 def truths() -> set[str]:
-    """Return all that can truly be said of the village."""
+    """Return every sentence that is true of the village."""
     told = {
         sentence
         for q in questions().values()

@@ -42,13 +42,14 @@ def empty_parts(name: str, shape: tuple[int, ...], split: bool) -> dict[str, Ten
 
 
 def joined(name: str, parts: dict[str, Tensor]) -> Tensor:
-    """The fp32 master that `parts` are of."""
+    """Return the fp32 master whose parts these are."""
     low = parts.get(f"{name}.low")
     return parts[name] if low is None else kernels.join(parts[name], low)
 
 
 def fill(parameter: Tensor, local: Tensor, values: Tensor) -> None:
-    """Copy values into `local`, this rank's part of a parameter, or into both its halves."""
+    """Copy values into a parameter's local part `local`, which is this rank's shard. The values of
+    a split master are split, and fill both its halves."""
     if lower_half(parameter) is not None:
         values, low = kernels.split(values.to(local.device, torch.float32))
         parameter.low.copy_(low)
