@@ -161,7 +161,7 @@ def test_mistakes_cost_one_line():
         batching.PairSteps(data, 1, 12, 0, 0, 1)
     with pytest.raises(ValueError, match="--batch 1 is less than the 2 ranks"):
         batching.PairSteps(data, 1, 64, 0, 0, 2)
-    with pytest.raises(ValueError, match="--microbatch-tokens 8 is less than one row"):
+    with pytest.raises(ValueError, match="--microbatch-tokens 8 is less than one chunk"):
         config.parse(
             config.SFTConfig,
             "--model m --data d --out o --max-length 16 --microbatch-tokens 8".split(),
@@ -170,6 +170,11 @@ def test_mistakes_cost_one_line():
 
 def test_moving_a_batch_keeps_it():
     batch = packing.pack_pairs([pairs([(2, 3, 4)]).pair(0)], [0])
-    moved = batch.to(torch.device("cpu"))
-    assert torch.equal(moved.layout.kv_rows_G, batch.layout.kv_rows_G)
-    assert moved.layout.max_k == batch.layout.max_k
+    moved = batch.to(torch.device("meta"))
+    for record, other in ((moved, batch), (moved.layout, batch.layout)):
+        for name, value in vars(record).items():
+            if isinstance(value, torch.Tensor):
+                assert value.is_meta and value.shape == getattr(other, name).shape, name
+    assert (moved.layout.max_q, moved.layout.max_k) == (batch.layout.max_q, batch.layout.max_k)
+    everywhere = packing.map_tensors(batch, lambda x: x + 1)
+    assert torch.equal(everywhere.layout.kv_rows_G, batch.layout.kv_rows_G + 1)

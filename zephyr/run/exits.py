@@ -39,9 +39,13 @@ def call(main: Callable[[], None]) -> None:
         sys.exit(NOBODY_READS)
     except (ValueError, OSError, Preempted) as error:
         dist = sys.modules.get("torch.distributed")  # a process without torch can raise these too
-        many = dist is not None and dist.is_initialized()
+        many = dist is not None and dist.is_initialized() and dist.get_world_size() > 1
         _say(str(error), everywhere=many and not hasattr(error, "shared"))
-        sys.exit(getattr(kind(error), "code", 2))
+        code = getattr(kind(error), "code", 2)
+        if many:
+            _flush()
+            os._exit(code)  # gloo may abort a process whose peers have left, with its own code
+        sys.exit(code)
     except RuntimeError as error:
         from zephyr.distributed import lost  # it imports torch, which the planner does without
 
