@@ -11,14 +11,14 @@ READY = $(if $(filter $(VENV)/%,$(PYTHON)),$(VENV)/ready)
 help:   ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 18
 
-demo: $(READY)   ## the whole recipe on an invented village, then before and after: 5 minutes
+demo: $(READY)   ## the whole recipe on an invented village, then before and after: 3 to 12 minutes
 	$(PYTHON) demo.py
 
 # without the GPU, if there is one: its tensors would meet those that the tests make
 test: lint   ## everything that a user can meet without a GPU, but for tests of minutes
 	CUDA_VISIBLE_DEVICES= $(PYTHON) -m pytest -q -m "not gpu and not slow and not tools"
 
-test-tools: $(READY)   ## benchmarks, every kernel compiled for three chips, 14 parsers fuzzed
+test-tools: $(READY)   ## benchmarks, every kernel compiled for three chips, 18 parsers fuzzed
 	CUDA_VISIBLE_DEVICES= $(PYTHON) -m pytest -q -m "tools and not gpu and not slow"
 
 test-slow: $(READY)   ## 70 B on 512 simulated ranks, another transformers, Inductor

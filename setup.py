@@ -13,7 +13,7 @@ setup(
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",
-        "safetensors>=0.4",
+        "safetensors>=0.8",
         "sentencepiece>=0.2.3",  # earlier ones crash on hostile models
         "numpy>=1.26",
         "tqdm>=4.66",

@@ -1,7 +1,7 @@
 """Break a tiny run in every way that can be arranged, and show that nothing of it is lost.
 
-    python -m benchmarks.chaos               twenty minutes on two cores
-    python -m benchmarks.chaos --kills 8     seven: fewer kills, signals and restarts
+    python -m benchmarks.chaos               ten minutes on two cores
+    python -m benchmarks.chaos --kills 8     four: fewer kills, signals and restarts
 
 A run on two ranks is killed 50 times, inside saves, evaluations and the export among others, and
 resumed each time by the same command. Further runs meet a full disk, a read-only one, signals, and
@@ -344,7 +344,7 @@ def second_signal(place: Path) -> None:
     """Whoever signals twice means it: a step that takes long is not waited for."""
     slow = "import sys, time; del sys.argv[0]; import train_dpo; from zephyr import optim; "
     slow += "from zephyr.run import exits; "
-    slow += "optim.step = lambda *_: time.sleep(60); exits.call(train_dpo.main)"
+    slow += "optim.step = lambda *_, **__: time.sleep(60); exits.call(train_dpo.main)"
     trial = Trial(place, place / "twice", 1, SHORT)
     with trial.going("-c", slow) as process:
         assert trial.reaches(process, 0)

@@ -45,7 +45,6 @@ from benchmarks.gpu import GRACE, MINUTES, ROOT, Part, attempt
 from benchmarks.vs_trl import SIZES, TOLERANCE, VOCABULARY, WARM_UP
 from zephyr import packing, reference
 from zephyr.data import arrays, batching
-from zephyr.data.arrays import Tokens
 from zephyr.data.batching import PairSteps
 from zephyr.distributed import fsdp
 from zephyr.distributed.machine import tune_allocators
@@ -173,7 +172,7 @@ def tokens(count: int):
     special = 3  # ids that are no text
     ids = special + (VOCABULARY - special) * np.where(chosen, share**4, share)
     places = np.stack([np.zeros(count), np.arange(count) + 1], 1).astype(np.int64)
-    return Tokens(
+    return arrays.Tokens(
         ids.astype(np.uint16),
         np.zeros(1, bool),
         lengths.cumsum().reshape(-1, 3),
@@ -209,7 +208,7 @@ def apart(pairs: list, numbers: list[int]):
 
 def work(o: argparse.Namespace) -> list[dict[str, float]]:
     """Of each step the tokens and FLOPs that it takes, prompts shared and not: no padding, no
-    recomputation, no reference. See metrics.model_flops."""
+    recomputation, no reference. See costs.model_flops."""
 
     data, shape, steps = tokens(o.steps * o.batch), vs_trl.architecture(o.shape), []
     order = plan(o, data)
@@ -259,6 +258,14 @@ def ours(o: argparse.Namespace, place: Path) -> dict:
     return vs_trl.script(o, place, flags(o, place, o.contenders[0])) | {"calls": calls}
 
 
+class Apart(arrays.Tokens):
+    """Tokens whose pairs are packed by `apart`."""
+
+    def pair_lengths(self) -> np.ndarray:
+        prompts = np.diff(self.ends.ravel(), prepend=0)[0::3]
+        return super().pair_lengths() + prompts
+
+
 def control(o: argparse.Namespace, place: Path) -> dict:
     """`ours` with another model, other rows and another objective."""
     from transformers import AutoConfig, MistralForCausalLM
@@ -295,11 +302,6 @@ def control(o: argparse.Namespace, place: Path) -> dict:
                 layout=batch.layout,
             ).last_hidden_state[0]
             return head(h_TD[batch.predict_N], self.lm_head.weight, batch.targets_N)
-
-    class Apart(arrays.Tokens):
-        def pair_lengths(self) -> np.ndarray:
-            prompts = np.diff(self.ends.ravel(), prepend=0)[0::3]
-            return super().pair_lengths() + prompts
 
     fsdp.Mistral, batching.pack_pairs, arrays.Tokens = Control, apart, Apart
     return ours(o, place)

@@ -88,7 +88,7 @@ def off(run, share: float, gradient: bool):
 
 @pytest.mark.parametrize("gradient", [False, True])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_a_head_one_percent_off_stops_the_run(dtype, gradient, monkeypatch, capsys):
+def test_a_head_one_percent_off_stops_the_run(dtype, gradient, monkeypatch):
     monkeypatch.setattr(kernels, "linear_logprob", off(kernels.linear_logprob, 0.01, gradient))
     monkeypatch.setattr(bench, "measure", None)
     what, error = ("dh", r"(1\..e-02|9\..e-03)") if gradient else ("logprob", "1.0e-02")

@@ -762,7 +762,7 @@ def test_every_real_conversation_loads(mistral):
         assert mistral.decode(trained.tolist()) == "".join(answers)
 
 
-def test_every_real_pair_loads(mistral, tmp_path, capsys):
+def test_every_real_pair_loads(mistral, tmp_path):
     out = tmp_path / "pairs.jsonl"
     feedback.main([str(shared("ultrafeedback.train.jsonl.gz")), "--out", str(out)])
     tokens = arrays.preferences((str(out),), mistral, Limits())

@@ -251,7 +251,7 @@ def test_a_failure_leaves_nothing(tmp_path, failure, message):
     assert not any(tmp_path.iterdir())
 
 
-def test_what_cannot_be_written(tmp_path, monkeypatch):
+def test_what_cannot_be_written(tmp_path):
     with pytest.raises(ValueError, match="NaN or infinity in b; the weights are not saved"):
         values = iter([torch.ones(1), torch.tensor([torch.inf])])
         safetensor_files.write_shards(tmp_path, [["a", "b"]], torch.float32, values)

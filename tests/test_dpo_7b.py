@@ -111,6 +111,13 @@ def test_starting_weights_go_by_name():
     assert not torch.equal(once[q][:8], once[k][:8]) and (once["model.norm.weight"] == 1).all()
 
 
+def test_the_control_is_planned_by_the_lengths_of_its_own_packs(monkeypatch):
+    monkeypatch.setattr(dpo_7b.arrays, "Tokens", dpo_7b.Apart)
+    data = dpo_7b.tokens(64)
+    packs = [dpo_7b.apart([data.pair(k)], [k]) for k in range(64)]
+    assert data.pair_lengths().tolist() == [len(pack.tokens_T) for pack in packs]
+
+
 def test_responses_apart():
     """Prompt a b c, chosen p q, rejected x y z: rows a b c p | a b c x y."""
     pair = Pair(np.array([1, 2, 3]), np.array([4, 5]), np.array([6, 7, 8]))

@@ -256,11 +256,6 @@ def old_link(out: Path) -> None:
     (out / "checkpoints" / ".latest").symlink_to("step-000006")
 
 
-def folder_for_a_link(out: Path) -> None:
-    no_link(out)
-    shutil.copytree(out / "checkpoints" / "step-000004", out / "checkpoints" / "latest-one")
-
-
 def half_pruned(out: Path) -> None:
     (out / "checkpoints" / "step-000004").rename(out / "checkpoints" / ".trash")
     (out / "checkpoints" / ".trash" / SUMS).unlink()

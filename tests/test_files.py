@@ -91,6 +91,25 @@ def test_blank_lines_count_and_crlf_and_bom_vanish(tmp_path):
     assert list(read_rows(path)) == [(f"{path}:1", {"a": 1}), (f"{path}:2", {"a": 2})]
 
 
+def test_the_offset_of_a_byte_counts_the_mark_before_it(tmp_path):
+    data = b'\xef\xbb\xbf{"a": "\xff"}'
+    for name, row in (("a.jsonl", data), ("a.json", b"\xef\xbb\xbf[" + data[3:] + b"]")):
+        at = row.index(b"\xff")
+        with pytest.raises(ValueError, match=f"byte 0xff at offset {at} "):
+            list(read_rows(save(tmp_path / name, row)))
+
+
+def test_parquets_maps_may_have_keys_that_are_no_text(tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    kind = pyarrow.map_(pyarrow.binary(), pyarrow.int64())
+    parquet.write_table(
+        pyarrow.table({"a": pyarrow.array([[(b"k", 1)]], kind)}), path := tmp_path / "a.parquet"
+    )
+    assert list(read_rows(path, columns={"a"})) == [(f"{path}:1", {"a": {b"k": 1}})]
+
+
 BAD = {
     b'{"a": 1': "malformed JSON: Expecting ',' delimiter: ",
     b"nothing": "malformed JSON: Expecting value: column 1",

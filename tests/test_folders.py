@@ -191,7 +191,7 @@ def test_a_lora_adapter(tmp_path, good):
     assert "a LoRA adapter beside the weights" in refused(both)
 
 
-def test_weights_that_are_not_safetensors(tmp_path, good):
+def test_weights_that_are_not_safetensors(good):
     whole = load_file(good / locate.SINGLE)
     (good / locate.SINGLE).rename(good / "model-00002-of-00003.safetensors")
     assert refused(good) == (

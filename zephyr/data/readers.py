@@ -1,5 +1,6 @@
 """Rows in and out: .jsonl, .json, either gzipped, .parquet; streamed, errors with their place."""
 
+import codecs
 import gzip
 import json
 import os
@@ -136,8 +137,8 @@ def read_rows(
     .parquet the row.
 
     Lines and rows count from 1; blank lines count too, but give no row. With `columns`, only the
-    values of those columns are read, without nulls. The values of the others are UNREAD, so nothing
-    in them can stop a row or a file.
+    values of those columns are read, without nulls. The values of the others are UNREAD, so no
+    value in them can stop a row that JSON can read.
 
     A row that is no JSON object, or whose text is malformed, is a BadRow, which `bad` may skip.
     `bad` also counts the rows and notes a file without rows, which is a ValueError if there is no
@@ -145,12 +146,16 @@ def read_rows(
     """
     path, told, bad = Path(path), bad is not None, bad or BadRows()
     before = bad.rows
-    rows = _parquet(path, columns) if path.suffix.lower() == ".parquet" else _json(path)
+    parquet = path.suffix.lower() == ".parquet"
+    rows = _parquet(path, columns) if parquet else _json(path)
     for number, data in rows:
         bad.seen()
         where, row = f"{path}:{number}", None
         with bad.guard():
-            row = _row(where, data, columns)
+            read = _row(where, data, columns)
+            if not parquet:
+                _no_lone_surrogate(where, read, data)
+            row = read
         if row is not None:
             yield where, row
     if bad.rows == before:
@@ -212,9 +217,7 @@ def _list(path: Path, data: bytes) -> list:
     try:
         return json.loads(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path}: byte 0x{data[error.start]:02x} at offset {error.start} is not UTF-8"
-        ) from error
+        raise ValueError(f"{path}: {_not_utf8(error, data)} is not UTF-8") from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: malformed JSON: {_why(error)}") from error
 
@@ -229,8 +232,7 @@ def _row(where: str, data: object, columns: Collection[str] | None) -> dict:
     try:
         row = json.loads(data.decode("utf-8-sig")) if isinstance(data, bytes) else data
     except UnicodeDecodeError as error:
-        byte, at = data[error.start], error.start
-        raise BadRow(f"{where}: byte 0x{byte:02x} at offset {at} of it is not UTF-8") from error
+        raise BadRow(f"{where}: {_not_utf8(error, data)} of it is not UTF-8") from error
     except (ValueError, RecursionError) as error:
         # a .jsonl row is always its own line 1, which would read as the file's
         why = _why(error).replace(" line 1 ", " ")
@@ -239,13 +241,24 @@ def _row(where: str, data: object, columns: Collection[str] | None) -> dict:
         raise BadRow(f"{where}: a row is a JSON object, this is a {type(row).__name__}")
     if columns is not None:
         row = _bare({name: x if name in columns else UNREAD for name, x in row.items()})
-    if not isinstance(data, bytes) or re.search(rb"\\u[dD][89a-fA-F]", data):
-        try:  # JSON spells half a character, which is no text
-            json.dumps(row, ensure_ascii=False, default=lambda unread: None).encode()
-        except UnicodeEncodeError as error:
-            lone = ord(error.object[error.start])
-            raise BadRow(f"{where}: the lone surrogate \\u{lone:04x} is not text") from error
     return row
+
+
+def _no_lone_surrogate(where: str, row: dict, data: object) -> None:
+    """Raise BadRow if half a character, which JSON can spell, is in the row: it is no text."""
+    if isinstance(data, bytes) and not re.search(rb"\\u[dD][89a-fA-F]", data):
+        return
+    try:
+        json.dumps(row, ensure_ascii=False, default=lambda unread: None).encode()
+    except UnicodeEncodeError as error:
+        lone = ord(error.object[error.start])
+        raise BadRow(f"{where}: the lone surrogate \\u{lone:04x} is not text") from error
+
+
+def _not_utf8(error: UnicodeDecodeError, data: bytes) -> str:
+    # the decoder counts from behind a byte-order mark
+    at = error.start + 3 * data.startswith(codecs.BOM_UTF8)
+    return f"byte 0x{data[at]:02x} at offset {at}"
 
 
 def _why(error: Exception) -> str:

@@ -115,7 +115,7 @@ class Log:
             )
 
     def add(self, count: float, sums: Mapping[str, float | Tensor], **work: float) -> None:
-        """Add one micro-batch of this rank: `values` that belong to `count` pairs or tokens, and
+        """Add one micro-batch of this rank: `sums` that belong to `count` pairs or tokens, and
         what `means.work` counts."""
         self.means.add(count, sums)
         for name, value in work.items():

@@ -27,7 +27,7 @@ def work(config: Any, batch: Any) -> dict[str, float]:
     without shared prompts."""
     layout, tokens, predicted = batch.layout, len(batch.tokens_T), len(batch.targets_N)
     flops = model_flops(config, tokens, predicted, layout.attended(config.sliding_window))
-    # each response beside a prompt of its own has as many rows as keys are gathered here
+    # each response beside a prompt of its own has as many tokens as keys are gathered here
     unshared = tokens if layout.kv_rows_G is None else len(layout.kv_rows_G)
     return {"tokens": tokens, "unshared": unshared, "pairs": len(batch.pairs), "flops": flops}
 

@@ -62,7 +62,7 @@ FLAGS = (
     ("intra-bandwidth", float, None, "GB/s from a GPU to its node's others, in one direction"),
     ("inter-bandwidth", float, None, "GB/s to other nodes, a GPU's share"),
     ("pairs", int, 61_135, "in the data, for DPO"),
-    ("rows", int, 139_520, "of --max-length tokens in the data, for SFT"),
+    ("chunks", int, 139_520, "of --max-length tokens in the data, for SFT"),
     ("prompt", int, 170, "tokens of a pair's prompt, on average"),
     ("chosen", int, 320, "of its chosen response"),
     ("rejected", int, 290, "of its rejected response"),
@@ -144,13 +144,13 @@ def _data(args: argparse.Namespace, c: MistralConfig, t: Training) -> tuple[int,
     words."""
     if t.table == "sft":
         row = costs.document(t.max_length, c.sliding_window)
-        return args.rows, row, f"rows of {row.tokens:,} tokens, each counted as one document"
+        return args.chunks, row, f"chunks of {row.tokens:,} tokens, each counted as one document"
     prompt = min(args.prompt, t.max_prompt_length)
     room = t.max_length - prompt
     lengths = prompt, min(args.chosen, room), min(args.rejected, room)
     pair = costs.pair(*lengths, c.sliding_window)
     what = "pairs of {} + {} + {} tokens: ".format(*lengths)
-    what += f"{pair.tokens:,} rows, the prompt's once, and {pair.predicted:,} predictions"
+    what += f"{pair.tokens:,} packed, the prompt's once, and {pair.predicted:,} predictions"
     return args.pairs, pair, what
 
 

@@ -3,8 +3,8 @@
 Bytes are those of tensors. What an allocator and a CUDA context take as well is in
 zephyr/plan/fit.py.
 
-T rows  G gathered keys  N predicting rows  D width  F MLP width  H query heads  K key/value heads
-E head width  V vocabulary  L layers
+T tokens  G gathered keys  N predicting places  D width  F MLP width  H query heads
+K key/value heads  E head width  V vocabulary  L layers
 """
 
 from typing import NamedTuple
@@ -42,9 +42,9 @@ CARDS = {
 class Load(NamedTuple):
     """What decides the cost of a pack."""
 
-    tokens: float  # rows, a shared prompt's once
+    tokens: float  # a shared prompt's once
     gathered: float  # keys, a shared prompt's twice
-    predicted: float  # rows that the head runs on
+    predicted: float  # places that the head runs on
     attended: float  # visible (query, key) pairs of one layer
 
     def times(self, n: float) -> "Load":
@@ -202,8 +202,9 @@ def sharding(c: MistralConfig, shards: int, itemsize: int, reshard: bool) -> dic
 
     FSDP keeps the embedding, the final norm and the head gathered all the time. It keeps one block
     gathered at a time, or two if there are several ranks, as the next one is prefetched; without
-    `reshard` every block stays gathered. The gradients of a block are whole at first: in the dtype
-    of its weights, and once more in fp32 as reduce-scatter takes them.
+    `reshard` every block stays gathered. A block's gradients are whole at first: in the dtype of
+    its weights, and once more in fp32 as reduce-scatter takes them, which gives this rank a shard.
+    The head's gradient is whole while it waits for the embedding's.
     """
     block, root = units(c)
     apart, blocks = shards > 1, c.num_hidden_layers

@@ -80,7 +80,7 @@ class Job:
             ),
         )
 
-    def rows(self) -> float:
+    def microbatch(self) -> float:
         """Return the tokens of a micro-batch."""
         return min(self.t.microbatch_tokens, max(self.share, self.item.tokens))
 
@@ -91,7 +91,7 @@ class Job:
     def parts(self) -> dict[str, float]:
         """Return the bytes that each part of the job (masters, gradients, activations, ...) takes
         on a GPU."""
-        load = self.item.times(self.rows() / self.item.tokens)
+        load = self.item.times(self.microbatch() / self.item.tokens)
         anew = self.t.reshard == "always"
         return occupied(self.c, self.t, self.ranks, load, self.t.recompute, anew)
 

@@ -28,7 +28,7 @@ def _memory(job: Job) -> str:
         "moments": f"AdamW's, {t.adam_state}",
         "gathered weights": f"reshard {t.reshard}",
         "gradient buffers": "before reduce-scatter",
-        "activations": f"{job.rows():,.0f} tokens, recompute {t.recompute}",
+        "activations": f"{job.microbatch():,.0f} tokens, recompute {t.recompute}",
         "context and fragments": f"assumed: 1 GiB, and {FRAGMENTS:.0%} of the rest",
     }
     rows = [(name, f"{x / GIB:.2f}", notes.get(name, "")) for name, x in parts.items()]
@@ -60,7 +60,7 @@ def _flop(job: Job) -> str:
         once = "reference, each epoch" if t.reference == "live" else "reference, once"
         flop[once] = sum(parts.values())
     rows = [(name, f"{x / 1e12:.2f}", f"{x * job.items / 1e18:.3f}") for name, x in flop.items()]
-    return _table(("FLOP", f"T per {'pair' if t.table == 'dpo' else 'row'}", "E per epoch"), rows)
+    return _table(("FLOP", f"T per {'pair' if t.table == 'dpo' else 'chunk'}", "E per epoch"), rows)
 
 
 def _sent(job: Job) -> str:

@@ -16,7 +16,7 @@ import socket
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from itertools import count
@@ -77,6 +77,8 @@ class Journal(Protocol):
     """What a rank keeps besides tensors: see zephyr/metrics/journal.py."""
 
     def state(self) -> dict[str, dict]: ...
+    def paused(self) -> AbstractContextManager: ...
+    def phase(self, name: str) -> AbstractContextManager: ...
 
 
 def due(step: int, every: int, last: int) -> bool:

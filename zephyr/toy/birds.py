@@ -2,7 +2,7 @@
 
     python -m zephyr.toy FOLDER [--seed N]
 
-Nothing is downloaded: the village (larkmere.py) and a seed make, the same bytes each time,
+Nothing is downloaded: the village (village.py) and a seed make, the same bytes each time,
     ultrachat.{train,test}.jsonl.gz      what the birds said, for dSFT
     ultrafeedback.{train,test}.jsonl.gz  four answers to each prompt with their scores, for AIF
     base/                                tokenizer.model and config.json of a model to be born

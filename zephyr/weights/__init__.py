@@ -5,7 +5,7 @@ config_json.py        config.json and the tokenizer's settings
 tokenizer_json.py     the tokenizer.json that gives the ids of training
 base.py               what the folder that a run starts from holds besides weights
 safetensor_files.py   tensors in files
-hub.py                load and save a model: one tensor at a time, sharded or not
+hub.py                load a model a tensor at a time, save it a file at a time; sharded or not
 masters.py            fp32 masters, whole or in two halves
 mistral.py            from the layout that Mistral publishes
 

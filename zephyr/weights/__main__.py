@@ -1,8 +1,6 @@
-"""Hugging Face folders to and from a (sharded) model, one tensor at a time.
+"""Make a Hugging Face folder of a run's checkpoint, or of a model in Mistral's own layout.
 
-    python -m zephyr.weights SOURCE TARGET     of a run's checkpoint, or of Mistral's own layout
-
-transformers fills in what a folder lacks and loads what is broken; here both are errors.
+python -m zephyr.weights SOURCE TARGET
 """
 
 import argparse

@@ -1,6 +1,5 @@
-"""Hugging Face folders to and from a (sharded) model, one tensor at a time.
-
-    python -m zephyr.weights SOURCE TARGET     of a run's checkpoint, or of Mistral's own layout
+"""Hugging Face folders to and from a (sharded) model: read a tensor at a time, written a file at a
+time.
 
 transformers fills in what a folder lacks and loads what is broken; here both are errors.
 """

@@ -45,7 +45,7 @@ def build(tokenizer: Tokenizer) -> dict:
     pieces = [sp.id_to_piece(i) for i in range(tokenizer.vocab_size)]
     vocab = {piece: i for i, piece in enumerate(pieces)}
     normal = [i for i in range(len(pieces)) if _is_text(sp, i)]
-    merges = _merges([pieces[i] for i in normal], vocab, sp.get_score(normal))
+    merges = _merges([pieces[i] for i in normal], sp.get_score(normal))
     _check(tokenizer, vocab, merges)
     bos, eos = pieces[tokenizer.bos], pieces[tokenizer.eos]
     return {
@@ -115,7 +115,7 @@ def _is_text(sp: SentencePieceProcessor, i: int) -> bool:
     return not (sp.is_control(i) or sp.is_unknown(i) or sp.is_byte(i) or sp.is_unused(i))
 
 
-def _merges(pieces: list[str], vocab: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:
+def _merges(pieces: list[str], scores: list[float]) -> list[tuple[str, str]]:
     """Return every way to join two pieces into a third, the best third first. sentencepiece scores
     the piece that results; tokenizers ranks the pair that is joined."""
     order = sorted(range(len(pieces)), key=lambda i: (-scores[i], i))
