@@ -96,7 +96,8 @@ def binarize(
 
 
 def _pair(where: str, row: dict, rules: Rules, counts: Counts, prompts: set) -> dict | str:
-    """The row's pair, or why there is none."""
+    """Return the row's pair, or the reason why there is none. `counts` is updated, and the prompt's
+    hash is added to `prompts`, by which a prompt that came before is dropped."""
     if row.get("source") == "truthful_qa" and not rules.keep_truthful_qa:
         return "truthful_qa"
     prompt = row.get("instruction")
@@ -136,7 +137,7 @@ def _pair(where: str, row: dict, rules: Rules, counts: Counts, prompts: set) -> 
 
 
 def _choose(prompt: str, usable: list[Completion], rules: Rules) -> tuple | str:
-    """(chosen, rejected), or why they cannot be told apart."""
+    """Return (chosen, rejected), or the reason why they cannot be told apart."""
     if len(usable) < 2:
         return "fewer than two usable completions"
     chosen = max(usable, key=lambda c: c.score)

@@ -41,7 +41,8 @@ class Cache:
         self.owner_T = torch.arange(sequences, device=like.device)
 
     def place(self, position_T: Tensor, owner_T: Tensor) -> None:
-        """Note which positions the next tokens have, and to which sequences they belong."""
+        """Note which positions the next tokens have, and which sequences they belong to. Call it
+        before each forward: `attend` then stores their keys and values in those slots."""
         self.position_T, self.owner_T = position_T, owner_T
         self.held_BS[owner_T, position_T % self.slots] = position_T
 

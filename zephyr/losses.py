@@ -54,14 +54,15 @@ def robust(h_P: Tensor, beta: float, smoothing: float) -> Tensor:
 
 
 def ipo(h_P: Tensor, beta: float, smoothing: float) -> Tensor:
-    """Return (h - 1/(2β))², on log-probs averaged over the response's tokens (Eq. 17 of
-    arXiv:2310.12036; the mean is the authors' correction). It is 1/(4β²) at h = 0."""
+    """Return (h - 1/(2β))², where h is made of log-probs averaged over the response's tokens (Eq.
+    17 of arXiv:2310.12036; the mean is the authors' correction). It is 1/(4β²) at h = 0.
+    `smoothing` has no part in it."""
     return (h_P - 1 / (2 * beta)).square()
 
 
 def hinge(h_P: Tensor, beta: float, smoothing: float) -> Tensor:
     """Return max(0, 1 - βh), SLiC's loss (Eq. 10 of arXiv:2305.10425) on DPO's log-ratio, as in RSO
-    (arXiv:2309.06657). It is 1 at h = 0."""
+    (arXiv:2309.06657). It is 1 at h = 0. `smoothing` has no part in it."""
     return torch.relu(1 - beta * h_P)
 
 

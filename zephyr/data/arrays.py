@@ -279,8 +279,9 @@ def _damage(folder: Path) -> str | None:
 def _write(
     part: Path, sources: list[Path], tokenizer: Tokenizer, c: Any, parse: Callable, encode: Callable
 ) -> None:
-    """Stream rows into flat files, a list of rows at a time. Raises ValueError if no row is
-    left."""
+    """Parse, encode and write the rows of the sources into the arrays of the folder `part`, a list
+    of rows at a time. `parse` makes of a row what `encode` takes a list of; `encode` yields for
+    each its parts and mask, or None to drop it. Raises ValueError if no row is left."""
     counts, bad = Counter(), BadRows(c.on_bad_row)
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     ends, places, end = [], [], 0
@@ -314,7 +315,8 @@ def _write(
 
 
 def _chunks(rows: Iterator) -> Iterator[list]:
-    """Yield the rows in lists that are small enough for memory, however long a row is."""
+    """Yield the rows in lists of at most CHUNK rows or about CHARACTERS characters; a row that is
+    longer is a list of its own."""
     chunk, size = [], 0
     for row in rows:
         chunk.append(row)

@@ -100,7 +100,8 @@ class PairSteps:
 
     @classmethod
     def of(cls, data: Tokens, c: DPOConfig, ranks: Ranks, shuffle: bool = True) -> "PairSteps":
-        """The steps of this rank by the settings."""
+        """Return the steps of this rank: the settings say how many items are in a step and how many
+        tokens in a micro-batch. Without `shuffle` (held-out data) the order is that of the data."""
         return cls(data, c.batch, c.microbatch_tokens, c.seed, ranks.rank, ranks.size, shuffle)
 
     def __post_init__(self) -> None:

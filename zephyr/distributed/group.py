@@ -145,9 +145,8 @@ def finish() -> None:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """A block of which every rank runs its own copy, without a collective inside. If it fails on
-    any rank with a user's mistake, every rank raises the first failing rank's error, so that none
-    waits for the others."""
+    """Run a block on every rank, without a collective inside. If it fails on any rank with a user's
+    mistake, every rank raises the first failing rank's error, so that none waits for the others."""
     error = None
     try:
         yield
@@ -162,8 +161,8 @@ def together() -> Iterator[None]:
 
 
 def once_per_node(ranks: Ranks, build: Callable[[], T]) -> T:
-    """The result of `build()`, which each node's first rank calls before its others do: they find
-    on the disk what it has made."""
+    """Return the result of `build()`. Each node's first rank calls it before the node's other ranks
+    do, which find on the disk what it has made."""
     result = None
     for first in (True, False):
         with together():
@@ -173,7 +172,7 @@ def once_per_node(ranks: Ranks, build: Callable[[], T]) -> T:
 
 
 def on_first(build: Callable[[], T]) -> T:
-    """The result of `build()` on rank 0, for every rank."""
+    """Return the result of rank 0's `build()` on every rank."""
     results = [None]
     with together():
         if dist.get_rank() == 0:

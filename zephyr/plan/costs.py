@@ -66,7 +66,8 @@ def pair(prompt: int, chosen: int, rejected: int, window: int | None) -> Load:
 
 
 def document(length: int, window: int | None) -> Load:
-    """Return the load of one document, each of whose tokens predicts the next."""
+    """Return the load (tokens, keys, predictions, visible pairs) of one document of `length`
+    inputs, each of which predicts the next token."""
     return Load(length, length, length, causal(length, window))
 
 
@@ -183,8 +184,9 @@ def head(c: MistralConfig, load: Load, itemsize: int, workspace: int = WORKSPACE
 
 
 def state(c: MistralConfig, shards: int, adam_state: str = "fp32") -> dict[str, int]:
-    """Return the bytes of a rank that last from step to step. A split master takes the same 4 bytes
-    as an fp32 one: its bf16 half is the weight that computes."""
+    """Return the bytes of a rank that last from step to step: masters, gradients and moments. A
+    split master takes the same 4 bytes a weight as an fp32 one, as its bf16 half is the weight that
+    computes."""
     share = -(-sum(parameters(c).values()) // shards)
     moments = {"fp32": 8, "bf16": 4}[adam_state]
     return {"masters": 4 * share, "gradients": 4 * share, "moments": moments * share}

@@ -133,18 +133,18 @@ class Reader(dcp.HuggingFaceStorageReader):
 
 
 def complete(out: Path) -> list[Path]:
-    """The run's checkpoints by step."""
+    """Return the complete checkpoints of a run, oldest first."""
     found = (out / "checkpoints").glob("step-*")
     numbered = [(int(p.name[5:]), p) for p in found if re.fullmatch(r"step-\d+", p.name)]
     return [p for _, p in sorted(numbered)]
 
 
 def verified(folder: Path, shards: slice = slice(None)) -> dict:
-    """A checkpoint's state.json, once its files are what their sums say: state.json, and of the
-    ranks' shards those in the slice. Raises BadCheckpoint.
+    """Return a checkpoint's state.json, after its files were compared with SHA256SUMS: state.json
+    itself, and of the ranks' shards those in the slice. Raises BadCheckpoint if one differs.
 
-    What no sum names, as a file manager's .DS_Store, is never read, so it is no damage; a shard
-    that none names is, as then the sums are not whole.
+    A file that SHA256SUMS does not list, such as a file manager's .DS_Store, is never read, so it
+    is no damage. A shard that is there and is not listed is damage, as the list is then incomplete.
     """
     try:
         sums = _sums(folder)

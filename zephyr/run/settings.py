@@ -19,8 +19,8 @@ from zephyr.weights import base, hub
 
 
 def look(c: Training, ranks: Ranks) -> tuple[Training, MistralConfig, Tokenizer]:
-    """The settings with precision and system message decided, and the architecture and the
-    tokenizer of the folder that the run starts from. Says what the user should know of that
+    """Return the settings with precision and system message decided, and the architecture and the
+    tokenizer of the folder that the run starts from. Tells the user what is worth knowing of that
     folder."""
     with group.together():
         c, shape, tokenizer, notes = base.look(c)
@@ -29,13 +29,13 @@ def look(c: Training, ranks: Ranks) -> tuple[Training, MistralConfig, Tokenizer]
 
 
 def origin(c: Training) -> str:
-    """The SHA-256 of the model that the run starts from, which rank 0 computes for all."""
+    """Return the SHA-256 of the model that the run starts from, which rank 0 computes for all."""
     return group.on_first(lambda: hub.digest(c.model))
 
 
 def fitted(c: Training, shape: MistralConfig, ranks: Ranks, *lengths: np.ndarray) -> Training:
-    """The settings with values for what they leave to auto: what fits the least memory that a rank
-    has, given the packed lengths of the pairs or chunks; see zephyr/plan/fit.py."""
+    """Return the settings with values for what they leave to auto: what fits the least memory that
+    a rank has, given the packed lengths of the pairs or chunks; see zephyr/plan/fit.py."""
     memory = torch.tensor(machine.memory(ranks.device))
     dist.all_reduce(memory, dist.ReduceOp.MIN)
     packed = np.concatenate(lengths)
