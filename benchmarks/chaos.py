@@ -250,7 +250,7 @@ def kills(place: Path, count: int, rng: random.Random) -> None:
                 trial.reaches(process, target)
             if kind == "save":
                 trial.until(process, lambda: any(trial.out.glob("checkpoints/*.part")))
-            lasts = {"step": 0.4, "save": 0.06}  # seconds, more or less
+            lasts = {"step": 0.4, "save": 0.02}  # seconds, more or less
             time.sleep(rng.uniform(0, lasts.get(kind, 0)))
             ranks = family(process.pid)[1:]
             if k % 5 == 1 and len(ranks) == 2 and kind != "export":
