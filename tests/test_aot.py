@@ -31,7 +31,7 @@ def test_every_kernel_compiles_for_every_chip(cache):
     ran = python("-m", "kernels.aot", TRITON_CACHE_DIR=cache)
     assert ran.returncode == 0, ran.stderr
     table = {tuple(line.split()[:2]) for line in ran.stdout.splitlines()[1:]}
-    source = "".join(file.read_text() for file in (ROOT / "kernels").glob("*.py"))
+    source = "".join(file.read_text() for file in (ROOT / "kernels").rglob("*.py"))
     kernels = [name for name in source.replace("(", " ").split() if name.endswith("_kernel")]
     defined = {name for name in kernels if f"@jit\ndef {name}(" in source}
     known = "row gradient sums dpo tile adamw"
