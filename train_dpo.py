@@ -11,8 +11,7 @@ from zephyr.data import arrays
 from zephyr.data.batching import PairSteps, prefetch
 from zephyr.distributed import fsdp, group
 from zephyr.metrics.journal import Journal
-from zephyr.run import exits, settings
-from zephyr.run.folder import Run, due
+from zephyr.run import exits, folder, settings
 from zephyr.toy import birds
 
 
@@ -33,7 +32,7 @@ def main() -> None:
         steps = optim.steps(c, train.steps_per_epoch, len(pairs), "pair", ranks)
 
     origin = settings.origin(c)
-    with Run(c, {"data": pairs.digest, "model": origin}, ranks) as run:
+    with folder.Run(c, {"data": pairs.digest, "model": origin}, ranks) as run:
         if run.finished:
             return group.finish()
         policy = fsdp.load(c, shape, ranks)
@@ -50,13 +49,14 @@ def main() -> None:
 
         with Journal(run, shape, losses.METRICS, train, steps) as journal:
             for step, batches in prefetch(train, range(start, steps), ranks.device, journal):
+                count = len(train.step(step))
                 for batch in batches:
                     with journal.phase("forward"):
                         here = batch.to(ranks.device)
                         per_pair = loss(policy(here), here.response_N, on_train(here))
                     with journal.phase("backward"):
                         # a mean over the step's pairs; FSDP averages over ranks, which this undoes
-                        (per_pair["loss"].sum() * ranks.size / len(train.step(step))).backward()
+                        (per_pair["loss"].sum() * ranks.size / count).backward()
                     journal.saw(batch, per_pair, len(batch.pairs))
                 if step == 0:
                     losses.check_start(c, journal.means(), on_train.exact)
@@ -64,7 +64,7 @@ def main() -> None:
                 with journal.phase("optimizer"):
                     norm = optim.step(optimizer, rate, c.clip, skip_if=journal.broken())
                 journal.end(norm, rate)
-                if held_out and due(step + 1, c.eval_every, steps):
+                if held_out and folder.due(step + 1, c.eval_every, steps):
                     with journal.evaluation() as means:
                         for batch in held_out.epoch():
                             here = batch.to(ranks.device)

@@ -11,8 +11,7 @@ from zephyr.data import arrays
 from zephyr.data.batching import DocumentSteps, prefetch
 from zephyr.distributed import fsdp, group
 from zephyr.metrics.journal import Journal
-from zephyr.run import exits, settings
-from zephyr.run.folder import Run, due
+from zephyr.run import exits, folder, settings
 from zephyr.toy import birds
 
 
@@ -34,7 +33,7 @@ def main() -> None:
         steps = optim.steps(c, train.steps_per_epoch, chunks, "chunk", ranks)
 
     origin = settings.origin(c)
-    with Run(c, {"data": documents.digest, "model": origin}, ranks) as run:
+    with folder.Run(c, {"data": documents.digest, "model": origin}, ranks) as run:
         if run.finished:
             return group.finish()
         model = fsdp.load(c, shape, ranks)
@@ -56,7 +55,7 @@ def main() -> None:
                 with journal.phase("optimizer"):
                     norm = optim.step(optimizer, rate, c.clip, skip_if=journal.broken())
                 journal.end(norm, rate)
-                if held_out and due(step + 1, c.eval_every, steps):
+                if held_out and folder.due(step + 1, c.eval_every, steps):
                     with journal.evaluation() as means:
                         for batch in held_out.epoch():
                             loss = losses.sft(model(batch.to(ranks.device)))

@@ -4,7 +4,6 @@ import random
 from pathlib import Path
 
 import pytest
-import sentencepiece
 import torch
 from torch.nn.attention import varlen
 from transformers import MistralConfig as TheirConfig
@@ -12,17 +11,9 @@ from transformers import MistralForCausalLM
 
 import train_dpo
 from benchmarks import fuzz, tiny
-from helpers import (
-    DPO,
-    SHAPE,
-    SMALL,
-    flash,
-    flash_backward,
-    run,
-    sentence,
-    trained_tokenizer,
-    weights_of,
-)
+from helpers import trained_tokenizer
+from model_helpers import SMALL, flash, flash_backward
+from run_helpers import DPO, SHAPE, run, sentence, weights_of
 from zephyr import attention
 from zephyr.architecture import MistralConfig
 from zephyr.data.readers import write_rows
@@ -95,19 +86,8 @@ def small(tmp_path_factory) -> Tokenizer:
 def folder(tmp_path_factory):
     """A whole model folder: pieces with byte fallback, random weights, 150 positions."""
     out = tmp_path_factory.mktemp("chat")
-    with (out / "tokenizer.model").open("wb") as file:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(["the cat sat on the mat", "<|user|> <|assistant|>"]),
-            model_writer=file,
-            vocab_size=300,
-            model_type="bpe",
-            byte_fallback=True,
-            remove_extra_whitespaces=False,
-            normalization_rule_name="identity",
-            minloglevel=2,
-            num_threads=1,
-        )
-    pieces = Tokenizer(out).vocab_size
+    lines = "the cat sat on the mat", "<|user|> <|assistant|>"
+    pieces = trained_tokenizer(out / "tokenizer.model", *lines).vocab_size
     shape = MistralConfig(**SMALL | {"vocab_size": pieces, "max_position_embeddings": 150})
     config_json.write_config(out, shape, "float32", {})
     hub.fresh(out, 0)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from helpers import GOOD, Limits, both_at_once, chat, save
+from helpers import GOOD, Limits, chat, save
+from run_helpers import both_at_once
 from zephyr.data import arrays
 from zephyr.data.cache import cache_folder
 

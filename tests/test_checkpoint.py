@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import WORKERS, folder_of, model, pairs, torchrun
+from helpers import WORKERS
+from model_helpers import folder_of, model, pairs
+from run_helpers import torchrun
 from zephyr import config, losses, optim
 from zephyr.config import DPOConfig, SFTConfig
 from zephyr.distributed import fsdp, signals

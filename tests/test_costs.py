@@ -11,8 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
-from helpers import ROOT, WORKERS, torchrun
+from helpers import ROOT, WORKERS
 from kernels import fused_logprob
+from run_helpers import torchrun
 from zephyr import attention, optim, packing
 from zephyr.architecture import MistralConfig
 from zephyr.distributed import fsdp

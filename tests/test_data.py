@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers import GOOD, WORKERS, Limits, both_at_once, chat, save, shared, trained_tokenizer
+from helpers import GOOD, WORKERS, Limits, chat, save, shared, trained_tokenizer
+from run_helpers import both_at_once
 from zephyr import feedback
 from zephyr.data import arrays, cache, readers
 from zephyr.tokenizer import Tokenizer

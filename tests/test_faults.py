@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 import train_dpo
 from benchmarks import tiny
 from benchmarks.chaos import Saves, faulty
-from helpers import run
+from run_helpers import run
 from zephyr import optim
 from zephyr.distributed import fsdp, group
 from zephyr.errors import BadCheckpoint, Storage

@@ -13,7 +13,8 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from helpers import MISTRAL_7B, folder_of, model, pieces, published, shared
+from helpers import pieces, shared
+from model_helpers import MISTRAL_7B, folder_of, model, published
 from zephyr import config
 from zephyr.config import DPOConfig, SFTConfig
 from zephyr.model import Mistral

@@ -9,7 +9,8 @@ import transformers
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from helpers import SMALL, batch, model, packed, speak, tokens
+from model_helpers import SMALL, batch, model, packed, tokens
+from run_helpers import speak
 from zephyr import generate
 from zephyr.tokenizer import Tokenizer
 

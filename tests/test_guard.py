@@ -10,7 +10,7 @@ import torch
 
 import train_dpo
 import train_sft
-from helpers import DPO, SFT, launch, run, weights_of
+from run_helpers import DPO, SFT, launch, run, weights_of
 from zephyr import errors, reference
 from zephyr.distributed import group
 from zephyr.run import checkpoint

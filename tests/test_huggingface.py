@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import transformers
 
-from helpers import MISTRAL_7B, shared
+from helpers import shared
+from model_helpers import MISTRAL_7B
 from zephyr import files
 from zephyr.architecture import MistralConfig
 from zephyr.tokenizer import Tokenizer

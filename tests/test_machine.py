@@ -12,7 +12,7 @@ import torch
 
 import train_dpo
 import train_sft
-from helpers import DPO, launch, run, weights_of
+from run_helpers import DPO, launch, run, weights_of
 from zephyr.distributed import machine
 from zephyr.metrics import phases
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import train_dpo
 import train_sft
-from helpers import DPO, SFT, run, weights_of
+from run_helpers import DPO, SFT, run, weights_of
 from zephyr.distributed import group
 from zephyr.run import exits
 

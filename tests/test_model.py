@@ -5,7 +5,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from helpers import SMALL, batch, model, packed, tokens
+from model_helpers import SMALL, batch, model, packed, tokens
 from zephyr.architecture import MistralConfig
 from zephyr.attention import Layout
 from zephyr.model import Mistral

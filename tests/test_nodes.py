@@ -14,7 +14,9 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import two_nodes
-from helpers import WORKERS, close, folder_of, gradients, model, pairs, token_arrays, torchrun
+from helpers import WORKERS
+from model_helpers import close, folder_of, gradients, model, pairs, token_arrays
+from run_helpers import torchrun
 from zephyr import losses, optim
 from zephyr.data.batching import DocumentSteps, PairSteps
 from zephyr.distributed import lost

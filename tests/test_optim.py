@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import nn
 
-from helpers import model
+from model_helpers import model
 from zephyr import optim
 from zephyr.config import DPOConfig
 from zephyr.weights.hub import initialise

@@ -10,7 +10,8 @@ from torch._dynamo.utils import counters
 
 import train_dpo
 import train_sft
-from helpers import DPO, SFT, launch, model, pairs, read, run, same, weights_of
+from model_helpers import model, pairs
+from run_helpers import DPO, SFT, launch, read, run, same, weights_of
 from zephyr import losses, packing
 from zephyr.distributed import fsdp
 from zephyr.run import checkpoint

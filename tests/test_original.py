@@ -4,7 +4,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from helpers import folder_of, model, packed, pieces, published, tokens
+from helpers import pieces
+from model_helpers import folder_of, model, packed, published, tokens
 from zephyr import files
 from zephyr.model import Mistral, rope, rotate
 from zephyr.weights import __main__ as weights_command

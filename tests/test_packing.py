@@ -6,7 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers import Limits, shared, token_arrays
+from helpers import Limits, shared
+from model_helpers import token_arrays
 from zephyr import config, packing
 from zephyr.data import arrays, batching
 from zephyr.data.arrays import Tokens

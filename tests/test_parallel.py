@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from helpers import WORKERS, close, folder_of, gradients, model, pairs, token_arrays, torchrun
+from helpers import WORKERS
+from model_helpers import close, folder_of, gradients, model, pairs, token_arrays
+from run_helpers import torchrun
 from zephyr import errors, losses, optim, reference
 from zephyr.data.batching import PairSteps
 from zephyr.distributed import fsdp, group

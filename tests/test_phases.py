@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_dpo
 import train_sft
-from helpers import DPO, SFT, model, pairs, run
+from model_helpers import model, pairs
+from run_helpers import DPO, SFT, run
 from zephyr import losses, optim
 from zephyr.distributed import fsdp, group
 from zephyr.metrics import phases

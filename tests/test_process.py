@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import GOOD, Limits, save, speak
+from helpers import GOOD, Limits, save
+from run_helpers import speak
 from zephyr import config, errors, feedback, files, generate, reference
 from zephyr.config import DPOConfig, SFTConfig
 from zephyr.data import arrays

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import kernels
-from helpers import model, packed, token_arrays
+from model_helpers import model, packed, token_arrays
 from zephyr import errors, reference
 from zephyr import reference as wanted
 from zephyr.data.arrays import Tokens

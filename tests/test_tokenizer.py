@@ -9,7 +9,7 @@ import sentencepiece
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from helpers import shared
+from helpers import shared, trained_tokenizer
 from zephyr.tokenizer import Tokenizer, conversation
 
 SYSTEM = [523, 28766, 6574, 28766, 28767, 13]
@@ -32,19 +32,7 @@ def mistral() -> Tokenizer:
 def small(tmp_path_factory) -> Tokenizer:
     """A model trained here, so that these properties hold for users' own too."""
     out = tmp_path_factory.mktemp("sp") / "tokenizer.model"
-    with out.open("wb") as file:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(["the cat sat on the mat", "a user and an assistant <|user|>"]),
-            model_writer=file,
-            vocab_size=300,
-            model_type="bpe",
-            byte_fallback=True,
-            remove_extra_whitespaces=False,
-            normalization_rule_name="identity",
-            minloglevel=2,
-            num_threads=1,
-        )
-    return Tokenizer(out)
+    return trained_tokenizer(out, "the cat sat on the mat", "a user and an assistant <|user|>")
 
 
 def test_golden_ids(mistral):

@@ -20,7 +20,7 @@ from transformers.optimization import get_cosine_schedule_with_warmup
 
 import train_dpo
 import train_sft
-from helpers import DPO, EVALUATED, SFT, launch, read, run, same, weights_of
+from run_helpers import DPO, EVALUATED, SFT, launch, read, run, same, weights_of
 from zephyr import reference, textbook
 from zephyr.run import checkpoint
 from zephyr.tokenizer import Tokenizer

@@ -12,7 +12,8 @@ import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from helpers import WORKERS, folder_of, model, packed, pieces, tokens
+from helpers import WORKERS, pieces
+from model_helpers import folder_of, model, packed, tokens
 from zephyr import files
 from zephyr.architecture import MistralConfig
 from zephyr.model import Mistral

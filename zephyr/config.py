@@ -12,7 +12,7 @@ import math
 import re
 import tomllib
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import NoneType
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
@@ -144,6 +144,7 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+@cache
 def comments(cls: type) -> dict[str, str]:
     """Return the comment behind each field, from the source of `cls` and its parent."""
     source = "".join(inspect.getsource(c) for c in reversed(cls.__mro__[:-1]))
