@@ -1,7 +1,7 @@
 """Fused ops for training on token log-probs, and the one rule that picks their implementation.
 
     from kernels import linear_logprob, dpo_loss, response_sums
-    from kernels import adamw_, split, join, rms_norm, swiglu
+    from kernels import adamw_, adamw_step, split, join, rms_norm, swiglu
 
 They know tensors, not language models: torch is all they need, and Triton on a GPU.
 ZEPHYR_KERNELS forces one of three implementations:
@@ -21,7 +21,7 @@ from torch import Tensor
 from kernels import fused_adamw, fused_dpo, fused_logprob, jit, reference
 from kernels.elementwise import rms_norm as rms_norm
 from kernels.elementwise import swiglu as swiglu
-from kernels.reference import Preference
+from kernels.reference import AdamWStep, Preference
 
 IMPLEMENTATIONS = ("triton", "torch", "reference")
 
@@ -143,42 +143,62 @@ def join(weight: Tensor, low: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def adamw_step(
+    number: Tensor,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    grad_scale: Tensor,
+    skip: Tensor,
+) -> AdamWStep:
+    """Return what all parameters share in one AdamW update: made once, so that each parameter's
+    `adamw_` is one launch.
+
+    `number` counts updates from 1. Gradients are divided by `grad_scale`: clipped by it, that is by
+    the factor that a global norm is above its limit, or 1. If `skip` is not 0, nothing will change.
+    The three are fp32 scalars on the device, and the host waits for none of them.
+    Raises ValueError if one is not.
+    """
+    for name, x in {"number": number, "grad_scale": grad_scale, "skip": skip}.items():
+        if x.dim() or x.dtype != torch.float32 or x.device != number.device:
+            raise ValueError(
+                f"{name} is {x.dtype} {list(x.shape)} on {x.device}; it is float32 [] "
+                f"on {number.device}"
+            )
+    return reference.adamw_step(number, lr, betas, eps, grad_scale, skip)
+
+
+@torch.no_grad()
 def adamw_(
     weight: Tensor,
     low: Tensor | None,
     m: Tensor,
     v: Tensor,
     grad: Tensor,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
     weight_decay: float,
-    step: Tensor,
-    skip: Tensor,
+    step: AdamWStep,
 ) -> None:
-    """One AdamW update of weight, low, m and v in place, by torch.optim.AdamW's formula.
+    """One AdamW update of weight, low, m and v in place, by torch.optim.AdamW's formula; `grad` is
+    used up.
 
     The weight is fp32 and `low` None, or the two are halves of an fp32 master (see `split`), which
     is what is updated. The moments m and v are fp32 or bf16; if bf16 they are rounded after the
     weight is updated with them, m to nearest, v by chance: up with the probability with which its
     mean stays what it is. With β₂ = 0.999 a step takes less off v than half its last place, so that
     rounded to nearest it would never fall. The chance is a hash of place and step: no state, and a
-    step taken again gives the same bits.
-
-    `step`, an fp32 scalar on the device, is the number of this update, from 1. If `skip`, another,
-    is not 0, nothing changes. The host waits for neither.
+    step taken again gives the same bits. `step` is what the parameters share: see `adamw_step`.
     Raises ValueError if dtypes, shapes or devices do not match, or if a tensor is not contiguous.
     """
-    _check_adamw(weight, low, m, v, grad, step, skip)
+    _check_adamw(weight, low, m, v, grad, step)
     run = {
         "triton": fused_adamw.in_triton,
         "torch": fused_adamw.in_torch,
         "reference": reference.adamw_,
     }[implementation(weight.device)]
-    run(weight, low, m, v, grad, lr, betas, eps, weight_decay, step, skip)
+    run(weight, low, m, v, grad, weight_decay, step)
 
 
-def _check_adamw(weight, low, m, v, grad, step, skip) -> None:
+def _check_adamw(weight, low, m, v, grad, step) -> None:
     halves = weight.dtype, None if low is None else low.dtype
     if halves not in ((torch.float32, None), (torch.bfloat16, torch.int16)):
         raise ValueError(
@@ -198,9 +218,5 @@ def _check_adamw(weight, low, m, v, grad, step, skip) -> None:
             )
         if not x.is_contiguous():
             raise ValueError(f"{name} is not contiguous")
-    for name, x in {"step": step, "skip": skip}.items():
-        if x.dim() or x.dtype != torch.float32 or x.device != weight.device:
-            raise ValueError(
-                f"{name} is {x.dtype} {list(x.shape)} on {x.device}; it is float32 [] "
-                f"on {weight.device}"
-            )
+    if step.number.device != weight.device:
+        raise ValueError(f"step is on {step.number.device} and weight on {weight.device}")

@@ -21,7 +21,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from kernels import fused_adamw, fused_dpo, fused_logprob
+from kernels import fused_adamw, fused_dpo, fused_logprob, reference
 from kernels.bench import fused_forward
 from kernels.jit import INTERPRETED, triton
 
@@ -75,9 +75,9 @@ def calls(arch: int) -> Iterator[tuple]:
     for weight, low in ((grad, None), (grad.bfloat16(), grad.to(torch.int16))):
         for name in ("bf16", "fp32"):
             m = v = grad.to(dtypes[name])
-            hyper = 5e-7, (0.9, 0.999), 1e-8, 0.0, one, one
+            step = reference.adamw_step(one, 5e-7, (0.9, 0.999), 1e-8, one, one)
             variant = f"{'fp32' if low is None else 'split'} m, v {name}"
-            yield variant, fused_adamw.in_triton, weight, low, m, v, grad, *hyper
+            yield variant, fused_adamw.in_triton, weight, low, m, v, grad, 0.0, step
 
 
 def launches() -> list[Launch]:

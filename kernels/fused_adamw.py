@@ -7,7 +7,8 @@ The maths is `reference.adamw_`'s. In fp32, with √ and / rounded to nearest, i
 
 Nothing is left for a compiler to contract, so any chip and the interpreter give equal bits. Torch's
 fused kernel for AVX CPUs has the same m and v; the same w too where λ is 0, and otherwise it first
-multiplies w by 1 - lr λ, rounded to fp32. What depends on t is formed on the device, in fp64.
+multiplies w by 1 - lr λ, rounded to fp32. g is the gradient over `grad_scale`, a quotient rounded
+to nearest, as torch's kernels have it: clipping takes no pass of its own over the gradients.
 
 N elements of a parameter, or of this rank's part of it  C chunk of them
 """
@@ -20,6 +21,7 @@ from torch.optim.adamw import adamw
 
 from kernels import reference
 from kernels.jit import jit, tl
+from kernels.reference import AdamWStep
 
 BLOCK = 1024  # with 4 warps 16 bytes or more per thread and load, of fp32 and of bf16
 CHUNK = 2**18  # elements that the torch implementation has in fp32 at a time: 1 MiB each
@@ -64,7 +66,6 @@ def adamw_kernel(
     grad_ptr,
     scalars_ptr,
     seed_ptr,
-    skip_ptr,
     N,
     decay,
     BETA1: tl.constexpr,
@@ -76,12 +77,13 @@ def adamw_kernel(
 ):
     """One program per BLOCK elements. SPLIT: the weight is bf16, with its lower half at low_ptr.
     NARROW: m and v are bf16."""
-    if tl.load(skip_ptr) != 0:
+    if tl.load(scalars_ptr + 3) != 0:
         return
     o_n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m_n = o_n < N
     step_size, correction = tl.load(scalars_ptr), tl.load(scalars_ptr + 1)
-    b_g = tl.load(grad_ptr + o_n, mask=m_n, other=0.0)
+    grad_scale = tl.load(scalars_ptr + 2)
+    b_g = tl.div_rn(tl.load(grad_ptr + o_n, mask=m_n, other=0.0), grad_scale)
     b_m = tl.load(m_ptr + o_n, mask=m_n, other=0.0).to(tl.float32)
     b_v = tl.load(v_ptr + o_n, mask=m_n, other=0.0).to(tl.float32)
     b_w = tl.load(weight_ptr + o_n, mask=m_n, other=0.0)
@@ -111,17 +113,11 @@ def in_triton(
     m: Tensor,
     v: Tensor,
     grad: Tensor,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
     weight_decay: float,
-    step: Tensor,
-    skip: Tensor,
+    step: AdamWStep,
 ) -> None:
     """Update as `kernels.adamw_` does, in Triton."""
-    N, split, t = weight.numel(), low is not None, step.double()
-    step_size, correction = lr / (1 - betas[0] ** t), (1 - betas[1] ** t).sqrt()
-    scalars_2 = torch.stack([step_size, correction]).float()
+    N, split = weight.numel(), low is not None
     if N:
         with torch.cuda.device_of(weight):
             adamw_kernel[(-(-N // BLOCK),)](
@@ -130,14 +126,13 @@ def in_triton(
                 m,
                 v,
                 grad,
-                scalars_2,
-                reference.seed(step),
-                skip,
+                step.scalars_4,
+                step.seed,
                 N,
-                lr * weight_decay,
-                BETA1=betas[0],
-                BETA2=betas[1],
-                EPS=eps,
+                step.lr * weight_decay,
+                BETA1=step.betas[0],
+                BETA2=step.betas[1],
+                EPS=step.eps,
                 SPLIT=split,
                 NARROW=m.dtype == torch.bfloat16,
                 BLOCK=BLOCK,
@@ -150,12 +145,8 @@ def in_torch(
     m: Tensor,
     v: Tensor,
     grad: Tensor,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
     weight_decay: float,
-    step: Tensor,
-    skip: Tensor,
+    step: AdamWStep,
 ) -> None:
     """Update as `kernels.adamw_` does, with torch's own fused kernel. With fp32 moments, every bit
     is that of torch.optim.AdamW(fused=True) on the masters. What is narrower is widened a chunk at
@@ -174,12 +165,13 @@ def in_torch(
             [wide_m_C],
             [wide_v_C],
             [],
-            [step - 1],
-            found_inf=(skip != 0).float(),
-            lr=lr,
-            beta1=betas[0],
-            beta2=betas[1],
-            eps=eps,
+            [step.number - 1],
+            grad_scale=step.grad_scale,
+            found_inf=(step.skip != 0).float(),
+            lr=step.lr,
+            beta1=step.betas[0],
+            beta2=step.betas[1],
+            eps=step.eps,
             weight_decay=weight_decay,
             fused=True,
             amsgrad=False,
@@ -190,5 +182,5 @@ def in_torch(
                 half_C.copy_(new_C)
         if m.dtype == torch.bfloat16:
             m_C.copy_(reference.nearest_bf16(wide_m_C))
-            up_C = reference.chance(k * CHUNK, len(v_C), step)
-            v_C.copy_(torch.where(skip == 0, reference.bf16_by_chance(wide_v_C, up_C), v_C))
+            up_C = reference.chance(k * CHUNK, len(v_C), step.number)
+            v_C.copy_(torch.where(step.skip == 0, reference.bf16_by_chance(wide_v_C, up_C), v_C))

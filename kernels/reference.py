@@ -12,6 +12,19 @@ from torch.nn import functional as F
 NAN = 0x7FC00000  # the bits of fp32's plain NaN
 
 
+class AdamWStep(NamedTuple):
+    """What all parameters share in one AdamW update; see `kernels.adamw_step`."""
+
+    number: Tensor
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    grad_scale: Tensor
+    skip: Tensor
+    scalars_4: Tensor  # fp32: lr / (1 - β₁ᵗ), √(1 - β₂ᵗ), grad_scale, skip
+    seed: Tensor  # int64, see `seed`
+
+
 class Preference(NamedTuple):
     """What a pair's tokens say of it; only `loss_P` carries a gradient. Odd entries of the 2P are
     rejected responses."""
@@ -117,34 +130,47 @@ def join(weight: Tensor, low: Tensor) -> Tensor:
     return (upper + low).view(torch.float32)
 
 
+def adamw_step(
+    number: Tensor,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    grad_scale: Tensor,
+    skip: Tensor,
+) -> AdamWStep:
+    """See `kernels.adamw_step`. What depends on the number is formed in fp64, on its device."""
+    t = number.double()
+    step_size, correction = lr / (1 - betas[0] ** t), (1 - betas[1] ** t).sqrt()
+    scalars_4 = torch.stack([step_size, correction, grad_scale, skip]).float()
+    return AdamWStep(number, lr, betas, eps, grad_scale, skip, scalars_4, seed(number))
+
+
 def adamw_(
     weight: Tensor,
     low: Tensor | None,
     m: Tensor,
     v: Tensor,
     grad: Tensor,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
     weight_decay: float,
-    step: Tensor,
-    skip: Tensor,
+    step: AdamWStep,
 ) -> None:
-    """Update t = `step`, in place, as `kernels.adamw_` has it: Algorithm 2 of arXiv:1711.05101.
+    """Update t = `step.number`, in place, as `kernels.adamw_` has it: Algorithm 2 of
+    arXiv:1711.05101, of the gradient g = grad / grad_scale.
 
     m ← β₁ m + (1 - β₁) g     v ← β₂ v + (1 - β₂) g²     w ← w - lr λ w - lr m̂ / (√v̂ + ε)
     m̂ = m / (1 - β₁ᵗ)         v̂ = v / (1 - β₂ᵗ)          λ = `weight_decay`, w = join(weight, low)
     """
-    w, t = weight if low is None else join(weight, low), step.double()
-    next_m = betas[0] * m.to(w.dtype) + (1 - betas[0]) * grad
-    next_v = betas[1] * v.to(w.dtype) + (1 - betas[1]) * grad.square()
-    hat_m, hat_v = next_m / (1 - betas[0] ** t), next_v / (1 - betas[1] ** t)
-    next_w = w - lr * weight_decay * w - lr * hat_m / (hat_v.sqrt() + eps)
+    w, t = weight if low is None else join(weight, low), step.number.double()
+    (beta1, beta2), lr, g = step.betas, step.lr, grad / step.grad_scale
+    next_m = beta1 * m.to(w.dtype) + (1 - beta1) * g
+    next_v = beta2 * v.to(w.dtype) + (1 - beta2) * g.square()
+    hat_m, hat_v = next_m / (1 - beta1**t), next_v / (1 - beta2**t)
+    next_w = w - lr * weight_decay * w - lr * hat_m / (hat_v.sqrt() + step.eps)
     halves = ((weight, next_w),)
     if low is not None:
         halves = zip((weight, low), split(next_w), strict=True)
     if m.dtype == torch.bfloat16:
         next_m = nearest_bf16(next_m)
-        next_v = bf16_by_chance(next_v, chance(0, v.numel(), step))
+        next_v = bf16_by_chance(next_v, chance(0, v.numel(), step.number))
     for old, new in (*halves, (m, next_m), (v, next_v)):
-        old.copy_(torch.where(skip == 0, new, old))
+        old.copy_(torch.where(step.skip == 0, new, old))

@@ -42,9 +42,13 @@ def master(weight, low):
     return weight if low is None else kernels.join(weight, low)
 
 
-def step(weight, low, m, v, grad, lr=1e-3, decay=0.1, t=1.0, skip=0.0, betas=BETAS):
-    t, skip = number(t, weight.device), number(skip, weight.device)
-    kernels.adamw_(weight, low, m, v, grad, lr, betas, EPS, decay, t, skip)
+def shared(lr=1e-3, t=1.0, skip=0.0, scale=1.0, device="cpu"):
+    t, scale, skip = (number(x, device) for x in (t, scale, skip))
+    return kernels.adamw_step(t, lr, BETAS, EPS, scale, skip)
+
+
+def step(weight, low, m, v, grad, lr=1e-3, decay=0.1, t=1.0, skip=0.0, scale=1.0):
+    kernels.adamw_(weight, low, m, v, grad, decay, shared(lr, t, skip, scale, weight.device))
 
 
 def truth(w, m, v, grad, lr=1e-3, decay=0.1, t=1):
@@ -264,8 +268,7 @@ def test_any_shape_and_chunk(split, implementation, monkeypatch):
         ({"grad": torch.zeros(5)}, r"^grad is \[5\] on cpu and weight \[4\] on cpu$"),
         ({"grad": torch.zeros(4, device="meta")}, r"^grad is \[4\] on meta and weight \[4\] on cp"),
         ({"grad": torch.zeros(8)[::2]}, "^grad is not contiguous$"),
-        ({"step": torch.ones(1)}, r"^step is torch.float32 \[1\] on cpu; it is float32 \[\] on"),
-        ({"skip": torch.tensor(False)}, r"^skip is torch.bool \[\] on cpu; it is float32 \[\] on "),
+        ({"step": shared(device="meta")}, "^step is on meta and weight on cpu$"),
     ],
 )
 def test_inputs_that_do_not_match(change, message, implementation):
@@ -276,15 +279,37 @@ def test_inputs_that_do_not_match(change, message, implementation):
         "m": m,
         "v": v,
         "grad": grad,
-        "lr": 1e-3,
-        "betas": BETAS,
-        "eps": EPS,
         "weight_decay": 0.0,
-        "step": number(1),
-        "skip": number(0),
+        "step": shared(),
     }
     with pytest.raises(ValueError, match=message):
         kernels.adamw_(**inputs | change)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"number": torch.ones(1)}, r"^number is torch.float32 \[1\] on cpu; it is float32"),
+        ({"skip": torch.tensor(False)}, r"^skip is torch.bool \[\] on cpu; it is float32 "),
+        ({"grad_scale": torch.ones((), device="meta")}, r"^grad_scale is torch.float32 \[\] on me"),
+    ],
+)
+def test_scalars_that_do_not_match(change, message):
+    inputs = dict.fromkeys(("number", "grad_scale", "skip"), number(1))
+    with pytest.raises(ValueError, match=message):
+        kernels.adamw_step(**inputs | change, lr=1e-3, betas=BETAS, eps=EPS)
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("split, moments", VARIANTS, ids=str)
+def test_a_gradient_and_its_scale_are_one_quotient(split, moments, device, implementation):
+    """Rounded to nearest, so that every bit is that of a gradient which was divided before."""
+    scaled = state(5003, split, moments, device=device)
+    divided = [None if x is None else x.clone() for x in scaled]
+    divided[4] /= 3.7
+    step(*scaled, t=3, scale=3.7), step(*divided, t=3)
+    for a, b in zip(scaled[:4], divided[:4], strict=True):
+        assert a is None or torch.equal(bits(a), bits(b))
 
 
 def test_halves_that_do_not_match():
@@ -309,10 +334,11 @@ def test_on_a_gpu_it_is_torchs_step_and_the_host_waits_for_nothing(split):
     right = optimizer.state[theirs]
     right |= {"step": number(0, "cuda"), "exp_avg": m.clone(), "exp_avg_sq": v.clone()}
     optimizer.step()
-    t, skip = number(1, "cuda"), number(0, "cuda")
+    t, one, skip = (number(x, "cuda") for x in (1, 1, 0))
     torch.cuda.set_sync_debug_mode("error")
     try:
-        kernels.adamw_(weight, low, m, v, grad, 1e-5, BETAS, EPS, 0.1, t, skip)
+        once = kernels.adamw_step(t, 1e-5, BETAS, EPS, one, skip)
+        kernels.adamw_(weight, low, m, v, grad, 0.1, once)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     w, size = master(weight, low), theirs.detach().abs().clamp(min=1e-3)

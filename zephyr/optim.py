@@ -41,33 +41,29 @@ class AdamW(torch.optim.Optimizer):
 
     def __init__(self, groups: list[dict], moments: torch.dtype):
         super().__init__(groups, {"lr": 0.0})
-        self.moments, self.found_inf = moments, None
+        self.moments, self.grad_scale, self.found_inf = moments, None, None
 
     @torch.no_grad()
     def step(self) -> None:
+        for p in _parameters(self):
+            if not self.state[p]:
+                self.state[p]["step"] = torch.zeros((), device=p.device)
+                for name in ("exp_avg", "exp_avg_sq"):
+                    self.state[p][name] = torch.zeros_like(p, dtype=self.moments)
+        counts = [self.state[p]["step"] for p in _parameters(self)]
+        torch._foreach_add_(counts, [1 - self.found_inf] * len(counts))
+        lr = self.param_groups[0]["lr"]  # that of the other group too
+        update = kernels.adamw_step(counts[0], lr, BETAS, EPS, self.grad_scale, self.found_inf)
         for group in self.param_groups:
             for p in group["params"]:
                 state = self.state[p]
-                if not state:
-                    state["step"] = torch.zeros((), device=p.device)
-                    for name in ("exp_avg", "exp_avg_sq"):
-                        state[name] = torch.zeros_like(p, dtype=self.moments)
-                state["step"] += 1 - self.found_inf
                 shards = (_local(x) for x in (p, state["exp_avg"], state["exp_avg_sq"], p.grad))
                 weight, m, v, grad = shards
-                kernels.adamw_(
-                    weight,
-                    lower_half(p),
-                    m,
-                    v,
-                    grad,
-                    group["lr"],
-                    BETAS,
-                    EPS,
-                    group["weight_decay"],
-                    state["step"],
-                    self.found_inf,
-                )
+                kernels.adamw_(weight, lower_half(p), m, v, grad, group["weight_decay"], update)
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def _local(x: Tensor) -> Tensor:
@@ -125,13 +121,15 @@ def step(
     """Clip the global gradient norm to `clip`, update the weights, clear the gradients; return the
     norm before clipping.
 
+    Clipping is a division in the update itself, by max(1, norm / clip): no pass over the gradients.
     Weights and moments stay as they are if the norm is not finite or `skip_if`, a flag on the
-    device, is not 0. That is decided on the device too: the host waits for nothing.
+    device, is not 0. All of that is decided on the device: the host waits for nothing.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = nn.utils.clip_grad_norm_(parameters, clip)
+    norm = nn.utils.get_total_norm([p.grad for p in _parameters(optimizer)])
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    optimizer.found_inf = (~norm.isfinite() | (skip_if != 0)).float()  # torch's name: fused AdamW's
+    # torch's names, which its fused AdamW obeys: it divides by the one and skips by the other
+    optimizer.grad_scale = ((norm + 1e-6) / clip).clamp(min=1.0).float()  # clip_grad_norm_'s
+    optimizer.found_inf = (~norm.isfinite() | (skip_if != 0)).float()
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
