@@ -1,7 +1,7 @@
 """Fused ops for training on token log-probs, and the one rule that picks their implementation.
 
     from kernels import linear_logprob, dpo_loss, response_sums
-    from kernels import adamw_, adamw_step, split, join, rms_norm, swiglu
+    from kernels import adamw_, adamw_step, split, join, linear, main_grad, rms_norm, swiglu
 
 They know tensors, not language models: torch is all they need, and Triton on a GPU.
 ZEPHYR_KERNELS forces one of three implementations:
@@ -21,6 +21,10 @@ from torch import Tensor
 from kernels import fused_adamw, fused_dpo, fused_logprob, jit, reference
 from kernels.elementwise import rms_norm as rms_norm
 from kernels.elementwise import swiglu as swiglu
+from kernels.linear import add_gradient as add_gradient
+from kernels.linear import clear as clear
+from kernels.linear import linear as linear
+from kernels.linear import main_grad as main_grad
 from kernels.reference import AdamWStep, Preference
 
 IMPLEMENTATIONS = ("triton", "torch", "reference")

@@ -41,8 +41,7 @@ def rotate(x_THE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention: H / K query heads share a key and a value head. `layout` knows which
-    keys each query sees."""
+    """Grouped-query attention: H / K query heads share a key and a value head."""
 
     def __init__(self, c: MistralConfig, layer: int):
         super().__init__()
@@ -52,12 +51,12 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=False)
         self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
 
+    def project(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.q_proj(x_TD), self.k_proj(x_TD), self.v_proj(x_TD)
+
     def forward(self, x_TD: Tensor, cos: Tensor, sin: Tensor, layout) -> Tensor:
-        heads = (len(x_TD), -1, self.head_dim)
-        q_THE = rotate(self.q_proj(x_TD).view(heads), cos, sin)
-        k_TKE = rotate(self.k_proj(x_TD).view(heads), cos, sin)
-        v_TKE = self.v_proj(x_TD).view(heads)
-        o_THE = layout.attend(q_THE, k_TKE, v_TKE, self.layer, self.window)
+        q, k, v = (x.unflatten(1, (-1, self.head_dim)) for x in self.project(x_TD))
+        o_THE = layout.attend(rotate(q, cos, sin), rotate(k, cos, sin), v, self.layer, self.window)
         return self.o_proj(o_THE.flatten(1))
 
 
@@ -70,8 +69,11 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
         self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
 
+    def project(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        return self.gate_proj(x_TD), self.up_proj(x_TD)
+
     def forward(self, x_TD: Tensor) -> Tensor:
-        return self.down_proj(kernels.swiglu(self.gate_proj(x_TD), self.up_proj(x_TD)))
+        return self.down_proj(kernels.swiglu(*self.project(x_TD)))
 
 
 class Block(nn.Module):
@@ -113,8 +115,7 @@ class Mistral(nn.Module):
 
     def __init__(self, config: MistralConfig):
         super().__init__()
-        self.config = config
-        self.model = Decoder(config)
+        self.config, self.model = config, Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight

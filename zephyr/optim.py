@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 import kernels
 from zephyr.config import Training
 from zephyr.distributed.group import Ranks
-from zephyr.weights.masters import lower_half
+from zephyr.weights.masters import clear_gradients, gradient, lower_half
 
 BETAS, EPS = (0.9, 0.999), 1e-8  # Zephyr's (model card of zephyr-7b-beta)
 
@@ -57,8 +57,8 @@ class AdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 state = self.state[p]
-                shards = (_local(x) for x in (p, state["exp_avg"], state["exp_avg_sq"], p.grad))
-                weight, m, v, grad = shards
+                tensors = p, state["exp_avg"], state["exp_avg_sq"], gradient(p)
+                weight, m, v, grad = (_local(x) for x in tensors)
                 kernels.adamw_(weight, lower_half(p), m, v, grad, group["weight_decay"], update)
 
 
@@ -125,7 +125,7 @@ def step(
     Weights and moments stay as they are if the norm is not finite or `skip_if`, a flag on the
     device, is not 0. All of that is decided on the device: the host waits for nothing.
     """
-    norm = nn.utils.get_total_norm([p.grad for p in _parameters(optimizer)])
+    norm = nn.utils.get_total_norm([gradient(p) for p in _parameters(optimizer)])
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     # torch's names, which its fused AdamW obeys: it divides by the one and skips by the other
     optimizer.grad_scale = ((norm + 1e-6) / clip).clamp(min=1.0).float()  # clip_grad_norm_'s
@@ -133,5 +133,5 @@ def step(
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
-    optimizer.zero_grad()
+    clear_gradients(_parameters(optimizer))
     return norm

@@ -30,9 +30,10 @@ from zephyr.weights.masters import attach_halves
 
 # attention's ops, by name: on a GPU, on a CPU, compiled on a CPU
 ATTENTION = ("torch_attn::_varlen_attn", "aten::_scaled_dot_product", compiled_attention.NAME)
-# a block's matmuls in the order of its forward; nothing in the backward needs the last one's output
+# a block's matmuls in the order of its forward, and those of masters.attach_halves; nothing in the
+# backward needs the last one's output
 MATMULS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-KEPT = MATMULS[:-1]
+JOINED = ("q_proj, k_proj, v_proj", "o_proj", "gate_proj, up_proj", "down_proj")
 
 
 def load(c: Training, shape: MistralConfig, ranks: Ranks) -> Mistral:
@@ -70,7 +71,8 @@ def build(
         model = Mistral(config)
     compiling = compiled == "on" or (compiled == "auto" and ranks.device.type == "cuda")
     for block in model.model.layers:
-        block.forward = wrapped(block, recompute, compiling)
+        matmuls = JOINED if masters == "split" else MATMULS
+        block.forward = wrapped(block, recompute, compiling, matmuls)
     if not plain:
         shard(model, ranks.mesh, precision, reshard != "never")
     elif masters == "split":
@@ -95,7 +97,9 @@ def shard(model: Mistral, mesh: DeviceMesh, precision: str, reshard: bool) -> No
         following.set_modules_to_backward_prefetch([block])
 
 
-def wrapped(block: torch.nn.Module, recompute: str, compiled: bool) -> Callable:
+def wrapped(
+    block: torch.nn.Module, recompute: str, compiled: bool, matmuls: tuple[str, ...] = MATMULS
+) -> Callable:
     """A block's forward that keeps less for its backward (activation checkpointing), and is
     compiled. By `recompute`, a block keeps for its backward:
 
@@ -106,20 +110,23 @@ def wrapped(block: torch.nn.Module, recompute: str, compiled: bool) -> Callable:
     """
     forward = block.forward
     if recompute != "none":
-        context = {"context_fn": matmuls_and_attention} if recompute == "elementwise" else {}
+        contexts = functools.partial(matmuls_and_attention, matmuls)
+        context = {"context_fn": contexts} if recompute == "elementwise" else {}
         forward = functools.partial(checkpoint, forward, use_reentrant=False, **context)
-    return one_graph(forward, block) if compiled else forward
+    return one_graph(forward) if compiled else forward
 
 
-def matmuls_and_attention() -> tuple[AbstractContextManager, AbstractContextManager]:
+def matmuls_and_attention(
+    matmuls: tuple[str, ...],
+) -> tuple[AbstractContextManager, AbstractContextManager]:
     """Return the contexts for a block's forward and for its recomputation. In them, the outputs of
-    the matmuls KEPT and of ATTENTION are saved. The matmuls are told apart by their order, which is
-    MATMULS."""
-    forward, again = iter(MATMULS), iter(MATMULS)
+    the matmuls but the last and of ATTENTION are saved. The matmuls are told apart by their order,
+    which is that of their names in `matmuls`."""
+    forward, again = iter(matmuls), iter(matmuls)
 
     def policy(context, op: OpOverload, *args, **kwargs) -> CheckpointPolicy:
         if op is torch.ops.aten.mm.default:
-            kept = next(again if context.is_recompute else forward) in KEPT
+            kept = next(again if context.is_recompute else forward) != matmuls[-1]
         else:
             kept = op.name().startswith(ATTENTION)
         return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
@@ -127,7 +134,7 @@ def matmuls_and_attention() -> tuple[AbstractContextManager, AbstractContextMana
     return create_selective_checkpoint_contexts(policy)
 
 
-def one_graph(forward: Callable, block: torch.nn.Module) -> Callable:
+def one_graph(forward: Callable) -> Callable:
     """A block's forward, compiled once for all layers, all numbers of tokens, and passes with and
     without a gradient.
 
@@ -156,19 +163,7 @@ def one_graph(forward: Callable, block: torch.nn.Module) -> Callable:
 
     def traced(x: Tensor, *args, **named) -> Tensor:
         # under FSDP with a gradient x is a view, which a graph asks after: let it be one always
-        args = x.view_as(x), *args
-        try:
-            return compiled(*args, **named)
-        except torch._dynamo.exc.Unsupported:
-            # in the middle of a step: it takes no bf16 weight that has a gradient in fp32
-            kept = [(p, p.grad) for p in block.parameters()]
-            for p, _ in kept:
-                p.grad = None
-            try:
-                return compiled(*args, **named)
-            finally:
-                for p, grad in kept:
-                    p.grad = grad
+        return compiled(x.view_as(x), *args, **named)
 
     return run
 

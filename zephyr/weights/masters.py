@@ -6,8 +6,10 @@ bf16, the masters can be split: the parameter is the upper half, which is a bf16
 lower half lies beside it (`kernels.split`). This file alone knows where.
 """
 
+from types import MethodType
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
@@ -16,10 +18,64 @@ from zephyr.model import Mistral
 
 
 def attach_halves(model: Mistral) -> None:
-    """Give each parameter, a bf16 one, an empty lower half, and gradients that add up in fp32."""
+    """Give each parameter, a bf16 one, an empty lower half, and an fp32 sum for its gradients.
+
+    The matmuls of the blocks add to those sums themselves (`kernels.linear`), and those that have
+    one input become one matmul: q, k and v; gate and up. Their weights, which keep their names,
+    are then parts of one tensor. The gradients of other parameters, a fiftieth of all, are added
+    as they arrive; none stays in `.grad`, where torch.compile would refuse fp32 beside bf16.
+    """
+    for block in model.model.layers:
+        attention, mlp = block.self_attn, block.mlp
+        _join(attention, attention.q_proj, attention.k_proj, attention.v_proj)
+        _join(mlp, mlp.gate_proj, mlp.up_proj)
+        for layer in (attention.o_proj, mlp.down_proj):
+            layer.weight.main_grad = kernels.main_grad(layer.weight)
+            layer.forward = MethodType(_linear, layer)
     for parameter in model.parameters():
-        parameter.grad_dtype = torch.float32
         parameter.low = torch.empty_like(parameter, dtype=torch.int16)
+        if not hasattr(parameter, "main_grad"):
+            parameter.main_grad = kernels.main_grad(parameter)
+            parameter.register_post_accumulate_grad_hook(_add)
+
+
+def _join(module: nn.Module, *layers: nn.Linear) -> None:
+    """Make one matmul of the layers that `module.project` applies to one input."""
+    module.widths = [layer.out_features for layer in layers]
+    module.joined = torch.cat([layer.weight.detach() for layer in layers])
+    module.joined.main_grad = torch.empty_like(module.joined, dtype=torch.float32)
+    weights, totals = (x.split(module.widths) for x in (module.joined, module.joined.main_grad))
+    kernels.clear(module.joined.main_grad)
+    for layer, weight, total in zip(layers, weights, totals, strict=True):
+        layer.weight = nn.Parameter(weight)
+        layer.weight.main_grad = total
+    module.project = MethodType(_project, module)
+
+
+def _project(self: nn.Module, x_TD: Tensor) -> tuple[Tensor, ...]:
+    return kernels.linear(x_TD, self.joined, self.joined.main_grad).split(self.widths, 1)
+
+
+def _linear(self: nn.Linear, x_TD: Tensor) -> Tensor:
+    return kernels.linear(x_TD, self.weight, self.weight.main_grad)
+
+
+def _add(parameter: Tensor) -> None:
+    kernels.add_gradient(parameter.main_grad, parameter.grad)
+    parameter.grad = None
+
+
+def gradient(parameter: Tensor) -> Tensor:
+    """The sum of a parameter's gradients since the last step, in fp32 for a split master."""
+    return getattr(parameter, "main_grad", parameter.grad)
+
+
+def clear_gradients(parameters: list[Tensor]) -> None:
+    """Forget all gradients, and free their memory."""
+    for parameter in parameters:
+        parameter.grad = None
+        if hasattr(parameter, "main_grad"):
+            kernels.clear(parameter.main_grad)
 
 
 def lower_half(parameter: Tensor) -> Tensor | None:
