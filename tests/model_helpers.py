@@ -131,7 +131,7 @@ def packed(*lengths: int) -> Layout:
     """Documents one after the other."""
     ends = torch.tensor([0, *lengths]).cumsum(0).int()
     position_T = torch.cat([torch.arange(n) for n in lengths])
-    return Layout(position_T, ends, ends, None, max(lengths), max(lengths))
+    return Layout(position_T, ends, ends, None, None, max(lengths), max(lengths))
 
 
 def batch(tokens_T, layout, predict_N, targets_N) -> SimpleNamespace:

@@ -31,7 +31,7 @@ LENGTHS = [(170, 320, 290)] * 5
 def attend(self, q_THE, k_TKE, v_TKE, layer, window):
     """As on a GPU: the one call of variable length."""
     if self.kv_rows_G is not None:
-        k_TKE, v_TKE = (x.index_select(0, self.kv_rows_G) for x in (k_TKE, v_TKE))
+        k_TKE, v_TKE = (attention.gathered(x, self) for x in (k_TKE, v_TKE))
     return self._flash(q_THE, k_TKE, v_TKE, window)
 
 

@@ -225,6 +225,7 @@ def test_activations_are_what_autograd_saves(as_on_a_gpu, shape, batch):
         b.predict_N,
         b.targets_N,
         b.layout.kv_rows_G,
+        b.layout.kv_inverse_2T,
         b.layout.cu_seqlens_q,
         b.layout.cu_seqlens_k,
     )

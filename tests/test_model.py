@@ -96,6 +96,7 @@ def test_shared_prompt_equals_two_sequences(window, tied):
         torch.tensor([0, 4, 6]).int(),
         torch.tensor([0, 4, 9]).int(),
         torch.tensor([0, 1, 2, 3, 0, 1, 2, 4, 5]),
+        torch.tensor([[0, 1, 2, 3, 7, 8], [4, 5, 6, -1, -1, -1]]),
         4,
         5,
     )

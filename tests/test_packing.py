@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from helpers import Limits, shared
 from model_helpers import token_arrays
-from zephyr import config, packing
+from zephyr import attention, config, packing
 from zephyr.data import arrays, batching
 from zephyr.data.arrays import Tokens
 from zephyr.packing import Pair
@@ -28,6 +28,7 @@ def test_the_worked_example_of_shared_prompts():
     assert batch.layout.cu_seqlens_q.tolist() == [0, 4, 6]
     assert batch.layout.cu_seqlens_k.tolist() == [0, 4, 9]
     assert batch.layout.kv_rows_G.tolist() == [0, 1, 2, 3, 0, 1, 2, 4, 5]
+    assert batch.layout.kv_inverse_2T.tolist() == [[0, 1, 2, 3, 7, 8], [4, 5, 6, -1, -1, -1]]
     assert (batch.layout.max_q, batch.layout.max_k) == (4, 5)
     assert batch.predict_N.tolist() == [2, 3, 2, 4, 5]
     assert batch.targets_N.tolist() == [p, q, x, y, z]
@@ -56,6 +57,23 @@ def test_responses_of_one_token_are_predicted_by_the_prompt_alone(c, r):
     assert int(np.diff(batch.layout.cu_seqlens_q).min()) > 0, "an empty segment"
     assert batch.layout.cu_seqlens_q[-1] == len(batch.tokens_T)
     assert batch.layout.cu_seqlens_k[-1] == len(batch.layout.kv_rows_G)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_of_gathered_keys_is_autograds(dtype):
+    """In every bit; of the keys of a prompt that only one branch sees, too (a response of one)."""
+    data = pairs([(5, 3, 4), (2, 4, 1), (7, 1, 1), (1, 2, 6)])
+    layout = packing.pack_pairs([data.pair(k) for k in range(4)], [0, 1, 2, 3]).layout
+    x, theirs = (torch.randn(len(layout.position_T), 2, 3).to(dtype) for _ in range(2))
+    theirs.copy_(x)
+    g = torch.randn(len(layout.kv_rows_G), 2, 3).to(dtype)
+    for leaf in (x, theirs):
+        leaf.requires_grad_()
+    ours = attention.gathered(x, layout)
+    ours.backward(g)
+    theirs.index_select(0, layout.kv_rows_G).backward(g)
+    assert torch.equal(ours, theirs[layout.kv_rows_G]) and torch.equal(x.grad, theirs.grad)
+    assert (layout.kv_inverse_2T[1] >= 0).sum() == 5 + 1
 
 
 sizes = st.lists(st.integers(1, 50), min_size=1, max_size=60)

@@ -37,6 +37,7 @@ class Layout:
     nothing, so the pack is a b c p x y:
 
         cu_seqlens_q 0 4 6    cu_seqlens_k 0 4 9    kv_rows 0 1 2 3 | 0 1 2 4 5
+        kv_inverse   0 1 2 3 7 8, and a second time 4 5 6 - - -
 
                       keys   a b c p | a b c x y        position of the query
         segment 0  query a   #                          0
@@ -54,6 +55,7 @@ class Layout:
     cu_seqlens_q: Tensor  # [S+1] int32
     cu_seqlens_k: Tensor  # [S+1] int32
     kv_rows_G: Tensor | None
+    kv_inverse_2T: Tensor | None  # where each place stands in kv_rows: once, and again or -1
     max_q: int  # queries of the longest segment
     max_k: int  # its keys
 
@@ -61,7 +63,7 @@ class Layout:
     def alone(cls, length: int) -> "Layout":
         """Return the layout of one causal sequence."""
         ends = torch.tensor([0, length], dtype=torch.int32)
-        return cls(torch.arange(length), ends, ends, None, length, length)
+        return cls(torch.arange(length), ends, ends, None, None, length, length)
 
     def attended(self, window: int | None) -> int:
         """Return the number of visible (query, key) pairs in the pack."""
@@ -71,7 +73,7 @@ class Layout:
     def attend(self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, layer: int, window: int | None):
         """Return softmax(q kᵀ / √E, over visible keys) v  [T, H, E]; the same for every `layer`."""
         if self.kv_rows_G is not None:
-            k_TKE, v_TKE = (x.index_select(0, self.kv_rows_G) for x in (k_TKE, v_TKE))
+            k_TKE, v_TKE = gathered(k_TKE, self), gathered(v_TKE, self)
         if q_THE.is_cuda and q_THE.dtype in (torch.bfloat16, torch.float16):
             return self._flash(q_THE, k_TKE, v_TKE, window)
         # fp32 at least: on a CPU attention in bf16 is slower and takes more memory
@@ -89,6 +91,29 @@ class Layout:
         left = -1 if window is None else window - 1
         lengths = self.cu_seqlens_q, self.cu_seqlens_k, self.max_q, self.max_k
         return varlen_attn(q_THE, k_GKE, v_GKE, *lengths, window_size=(left, 0), **GROUPED)
+
+
+def gathered(x_TKE: Tensor, layout: Layout) -> Tensor:
+    """The keys or values [G, K, E] at the places `kv_rows`.
+
+    No place is among them more than twice, so its gradient is the sum of two that are looked up.
+    Autograd's would be additions to zeros, by atomics: slower, and in no fixed order.
+    """
+    return _Gather.apply(x_TKE, layout.kv_rows_G, layout.kv_inverse_2T)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_TKE: Tensor, kv_rows_G: Tensor, kv_inverse_2T: Tensor) -> Tensor:
+        ctx.save_for_backward(kv_inverse_2T)
+        return x_TKE.index_select(0, kv_rows_G)
+
+    @staticmethod
+    def backward(ctx, g_GKE: Tensor):
+        once_T, again_T = ctx.saved_tensors[0]
+        second_TKE = g_GKE.index_select(0, again_T.clamp(min=0))
+        second_TKE = second_TKE.masked_fill(again_T[:, None, None] < 0, 0)
+        return g_GKE.index_select(0, once_T) + second_TKE, None, None
 
 
 def segment_by_segment(

@@ -97,11 +97,13 @@ class PackBuilder:
         self.response.append(np.full(len(targets), response))
 
     def batch(self, pairs: Sequence[int] = (), documents: Sequence[int] = ()) -> Batch:
+        kv_rows_G = _joined(self.kv_rows) if self.shares_prompts else None
         layout = Layout(
             position_T=_joined(self.position),
             cu_seqlens_q=torch.tensor(self.cu_seqlens_q, dtype=torch.int32),
             cu_seqlens_k=torch.tensor(self.cu_seqlens_k, dtype=torch.int32),
-            kv_rows_G=_joined(self.kv_rows) if self.shares_prompts else None,
+            kv_rows_G=kv_rows_G,
+            kv_inverse_2T=None if kv_rows_G is None else inverse(kv_rows_G),
             max_q=int(np.diff(self.cu_seqlens_q).max()),
             max_k=int(np.diff(self.cu_seqlens_k).max()),
         )
@@ -114,6 +116,16 @@ class PackBuilder:
             pairs=torch.tensor(pairs, dtype=torch.int64),
             documents=tuple(documents),
         )
+
+
+def inverse(kv_rows_G: Tensor) -> Tensor:
+    """Where each place stands in kv_rows [2, T]: the first time, and the second or -1."""
+    places_G, order_G = kv_rows_G.sort(stable=True)
+    first_T = torch.searchsorted(places_G, torch.arange(int(places_G[-1]) + 1))
+    again_T = torch.full_like(first_T, -1)
+    twice_G = places_G[1:] == places_G[:-1]
+    again_T[places_G[1:][twice_G]] = order_G[1:][twice_G]
+    return torch.stack([order_G[first_T], again_T])
 
 
 def _joined(parts: list) -> Tensor:
@@ -132,6 +144,7 @@ def pack_pairs(pairs: list[Pair], numbers: list[int]) -> Batch:
         cu_seqlens_q   0 4 6             queries 0..3, a causal document; 4..5, the rejected branch
         cu_seqlens_k   0 4 9
         kv_rows        0 1 2 3 | 0 1 2 4 5
+        kv_inverse     0 1 2 3 7 8 / 4 5 6 - - -
         predict        2 3 | 2 4 5
         targets        p q | x y z
         response       0 0 | 1 1 1
