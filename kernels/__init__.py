@@ -47,7 +47,7 @@ def implementation(device: torch.device) -> str:
     return choice
 
 
-def linear_logprob(h_ND: Tensor, w_VD: Tensor, targets_N: Tensor, workspace: int = 2**30) -> Tensor:
+def linear_logprob(h_ND: Tensor, w_VD: Tensor, targets_N: Tensor, workspace: int = 2**31) -> Tensor:
     """log p(target) per row [N], nats, p = softmax(h wᵀ); differentiable in h and w.
 
     fp32 for bf16, fp16 and fp32 inputs (fp64 for fp64): logits are never rounded to half precision.

@@ -26,7 +26,7 @@ from kernels.jit import jit, tl
 ONE_READ = 32768  # the widest row that a program holds in registers
 TILE = 8192  # what it takes at a time of a wider one
 ROWS = {"cuda": 4096}  # of a chunk; elsewhere 512, whose logits stay near the cache
-GRAIN = 128  # rows that a matmul's tile has
+GRAIN = {"cuda": 256}  # a chunk's rows are a multiple of it, so of a matmul's tile; elsewhere 128
 WIDENED = 2**24  # weights of a half-precision head that a CPU has in fp32 at a time: 64 MiB
 
 
@@ -217,9 +217,10 @@ def chunk_rows(N: int, V: int, h_ND: Tensor, workspace: int) -> int:
     wide = torch.promote_types(h_ND.dtype, torch.float32)
     kept = N * V * h_ND.dtype.itemsize if keeps(N, V, h_ND.dtype, workspace) else 0
     room = (workspace - kept) // (V * wide.itemsize)
-    most = max(1, min(ROWS.get(h_ND.device.type, 512), room, N))
+    kind = h_ND.device.type
+    most, grain = max(1, min(ROWS.get(kind, 512), room, N)), GRAIN.get(kind, 128)
     even = -(-N // -(-N // most)) if N else 1
-    return min(most, -(-even // GRAIN) * GRAIN)
+    return min(most, -(-even // grain) * grain)
 
 
 @torch.library.custom_op("zephyr_kernels::linear_logprob", mutates_args=())
@@ -285,7 +286,10 @@ def backward(
             dw_VD = torch.mm(g_NV.T, ch_ND) if need_w else None
         else:
             gw_ND, dw_VD = _by_block(h_ND, ch_ND, w_VD, targets_N, lse_N, workspace, need_h, triton)
-    dh_ND = gw_ND.mul_(scale_N1).to(h_ND.dtype) if need_h else h_ND.new_empty(0)
+    dh_ND = h_ND.new_empty(0)
+    if need_h:  # one pass, which rounds what is fp32
+        out_ND = gw_ND if gw_ND.dtype == h_ND.dtype else torch.empty_like(h_ND)
+        dh_ND = torch.mul(gw_ND, scale_N1, out=out_ND)
     return dh_ND, dw_VD if need_w else w_VD.new_empty(0)
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from zephyr.architecture import MistralConfig
 
-WORKSPACE, CHUNK = 2**30, 4096  # of kernels.linear_logprob: its default, its rows at a time
+WORKSPACE, CHUNK = 2**31, 4096  # of kernels.linear_logprob: its default, its rows at a time
 
 
 class Card(NamedTuple):
