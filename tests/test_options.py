@@ -202,8 +202,8 @@ def wide(place, tmp_path_factory):
 
 
 def test_split_masters_are_fp32_masters(place, tmp_path, wide):
-    """The weights that compute differ from a cast of the masters at ties alone, see test_parallel;
-    these sharp weights make much of one."""
+    """The weights that compute differ from a cast of the masters at ties alone, as test_distributed
+    shows; these sharp weights make much of one."""
     rows = run(train_dpo, place, tmp_path / "run", *BF16, "--masters", "split")
     same(rows, wide[0], rel=0.02, abs=0.01)
     masters = weights_of(tmp_path / "run")
