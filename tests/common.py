@@ -12,7 +12,7 @@ from transformers import MistralForCausalLM
 import train_dpo
 from benchmarks import fuzz, tiny
 from helpers import trained_tokenizer
-from model_helpers import SMALL, flash, flash_backward
+from model_helpers import SMALL, flash, flash_backward, folder_of, model
 from run_helpers import DPO, SHAPE, run, sentence, weights_of
 from zephyr import attention
 from zephyr.architecture import MistralConfig
@@ -113,3 +113,9 @@ def as_on_a_gpu(monkeypatch):
 def ranks():
     yield group.start()
     group.finish()
+
+
+@pytest.fixture
+def good(tmp_path):
+    """A model folder with which nothing is wrong."""
+    return folder_of(model(), tmp_path / "good")

@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -16,7 +17,7 @@ from zephyr.attention import Layout
 from zephyr.data.arrays import Tokens
 from zephyr.model import Mistral
 from zephyr.packing import Pair
-from zephyr.weights import config_json, locate
+from zephyr.weights import base, config_json, hub, locate
 
 MISTRAL_7B = {
     "architectures": ["MistralForCausalLM"],
@@ -194,3 +195,22 @@ def flash(q, k, v, *rest):
 
 def flash_backward(g, q, k, v, *rest):
     return tuple(map(torch.empty_like, (q, k, v)))
+
+
+def put(folder: Path, **contents: bytes | str | dict) -> Path:
+    """Write files, `__` in a name for a point, and make what folders they need."""
+    for name, content in contents.items():
+        path = folder / name.replace("__", ".")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = json.dumps(content) if isinstance(content, dict) else content
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return folder
+
+
+def refused(folder: Path) -> str:
+    """Return the line that a run from this folder ends with."""
+    with pytest.raises(ValueError) as raised:
+        shape = base.open_folder(folder).shape
+        hub.load(folder, Mistral(shape))
+    assert str(raised.value).isprintable()
+    return str(raised.value)

@@ -6,13 +6,12 @@ Kernels are compiled in other processes, since the tests of this one run them in
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.tools
+from helpers import ROOT, WORKERS
 
-ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.tools
 
 
 def python(*arguments, **env) -> subprocess.CompletedProcess:
@@ -39,30 +38,11 @@ def test_every_kernel_compiles_for_every_chip(cache):
     assert table == {(name, chip) for name in defined for chip in ("sm_80", "sm_90", "sm_100")}
 
 
-BAD = """
-import sys
-from kernels import aot
-
-def bad(kernel, variant, arch, **options):
-    wanted = (kernel, variant, arch)
-    launch = next(x for x in launches if (x.kernel.__name__, x.variant, x.arch) == wanted)
-    launch.options.update(options)
-    return launch
-
-launches = aot.launches()
-# a row of 32768 in 4 warps is 256 registers a thread; there are 255
-wrong = aot.check([
-    *(bad("row_kernel", "V=32000 G bf16", arch, num_warps=4) for arch in (80, 90, 100)),
-    bad("tile_kernel", "h, w bf16", 90, num_stages=6),
-    bad("sums_kernel", "", 80, STEPS="many"),
-])
-print(*wrong, sep="\\n", file=sys.stderr)
-"""
-
-
 def test_what_is_wrong_is_named(cache):
     """A spill on every chip, too much shared memory, and what does not compile."""
-    ran = python("-W", "ignore", "-c", BAD, TRITON_CACHE_DIR=cache)
+    ran = python(
+        "-W", "ignore", WORKERS / "bad_launches.py", TRITON_CACHE_DIR=cache, PYTHONPATH=ROOT
+    )
     table, wrong = ran.stdout.splitlines()[1:], ran.stderr.splitlines()
     assert (ran.returncode, len(table), len(wrong)) == (0, 4, 5), ran.stderr
     for arch, line, error in zip((80, 90, 100), table, wrong, strict=False):

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import kernels
 from benchmarks import facts, gpu
+from helpers import WORKERS
 from kernels import jit, reference
 from kernels.bench import __main__ as bench
 from kernels.bench import budget, cases, peers, report, timing
@@ -337,16 +338,11 @@ def test_mistaken_flags_of_the_gpu_run(argv, capsys):
     assert stop.value.code == 2 and error.startswith("benchmarks.gpu: ") and error.count("\n") == 1
 
 
-SLOW = """
-import time
-try: time.sleep(60)
-except KeyboardInterrupt: print("saved")
-"""
 ENDS = [
     (("-c", "print('done')"), (), "ok", "done\n"),
     (("-c", "raise SystemExit(3)"), (), "failed: exit status 3", ""),
     (("-c", "pass"), ("torch", "no_such_module"), "left out: it needs no_such_module", ""),
-    (("-c", SLOW + "raise SystemExit(1)"), (), "stopped at 2 s", "saved\n"),
+    ((str(WORKERS / "interrupted.py"),), (), "stopped at 2 s", "saved\n"),
 ]
 
 

@@ -458,3 +458,14 @@ def test_the_other_kernels_package_is_refused_where_it_hides_ours(tmp_path):
     (theirs / "kernels" / "__init__.py").unlink()  # of a half removed one nothing hides anything
     (theirs / "kernels").rmdir()
     assert run(theirs, ours)[:2] == (0, "ran\n")
+
+
+@STAGES
+def test_the_empty_system_message_in_flags_and_recipes(cls, tmp_path):
+    own = ["--model", "m", "--data", "d", "--out", "o"]
+    for flags, value in (([], None), (["--empty-system"], True), (["--no-empty-system"], False)):
+        c, _ = config.parse(cls, own + flags)
+        assert c.empty_system is value
+        path = tmp_path / "again.toml"
+        path.write_text(config.to_toml(dataclasses.replace(c, empty_system=value)))
+        assert config.parse(cls, [str(path)])[0] == c

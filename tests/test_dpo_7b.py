@@ -195,14 +195,7 @@ def test_a_peer_that_is_not_installed_is_left_out(table):
 
 
 @pytest.mark.parametrize(
-    "other, precision, right",
-    [
-        (0.50009, "fp32", True),
-        (0.50011, "fp32", False),
-        (0.504, "bf16", True),
-        (0.506, "bf16", False),
-        (math.nan, "bf16", False),
-    ],
+    "other, precision, right", [(0.50011, "fp32", False), (0.504, "bf16", True)]
 )
 def test_losses_that_differ_fail(table, other, precision, right):
     results = {

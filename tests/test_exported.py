@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-from helpers import pieces, shared
+from helpers import ROOT, WORKERS, pieces, shared
 from zephyr.architecture import MistralConfig
 from zephyr.model import Mistral
 from zephyr.tokenizer import Tokenizer
@@ -223,20 +223,6 @@ def test_a_tokenizer_whose_ids_no_file_gives_is_refused(tmp_path, options):
         tokenizer_json.build(Tokenizer(tmp_path))
 
 
-READER = """
-import json, sys
-sys.path.insert(0, sys.argv[1])
-import transformers
-assert transformers.__version__.startswith("4.57."), transformers.__version__
-sys.path += sys.argv[2:4]
-from test_exported import compare
-from zephyr.tokenizer import Tokenizer
-theirs = transformers.AutoTokenizer.from_pretrained(sys.argv[4])
-compare(theirs, Tokenizer(sys.argv[4]), json.load(sys.stdin))
-print("equal")
-"""
-
-
 @pytest.fixture(scope="session")
 def transformers_4(tmp_path_factory) -> Path:
     """transformers 4.57, installed beside the one that the other tests use."""
@@ -248,21 +234,19 @@ def transformers_4(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 def test_transformers_4_gives_the_same_ids(folder, transformers_4):
-    root = Path(__file__).parent.parent
     done = subprocess.run(
         [
             sys.executable,
-            "-c",
-            READER,
+            WORKERS / "transformers_4.py",
             str(transformers_4),
-            str(root),
-            str(root / "tests"),
+            str(ROOT),
+            str(ROOT / "tests"),
             str(folder),
         ],
         input=json.dumps(conversations()),
         capture_output=True,
         text=True,
-        cwd=root,
+        cwd=ROOT,
         env=os.environ | {"USE_TORCH": "0"},
     )
     assert done.stdout.endswith("equal\n"), done.stderr

@@ -23,6 +23,7 @@ import train_dpo
 from benchmarks import tiny
 from benchmarks.chaos import Saves, faulty
 from run_helpers import run
+from workers import troubled
 from zephyr import optim
 from zephyr.distributed import fsdp, group
 from zephyr.errors import BadCheckpoint, Storage
@@ -90,14 +91,14 @@ server.set_forkserver_preload(["train_dpo", "torch._dynamo", "tensorboard"])
 
 
 class Process:
-    """train_dpo.py in a process of its own, after `before`, as rank `rank` of `ranks`."""
+    """train_dpo.py in a process of its own, with `trouble`, as rank `rank` of `ranks`."""
 
     def __init__(
         self,
         place: Path,
         out: Path,
         *flags: str,
-        before: str = "",
+        trouble: Callable[[], None] | None = None,
         rank: int = 0,
         ranks: int = 1,
         port: int = 0,
@@ -123,23 +124,8 @@ class Process:
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
             }
-        code = f"""
-import os, sys, time
-out = os.open({str(self.log)!r}, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-os.dup2(out, 1), os.dup2(out, 2)
-os.environ |= {own}
-sys.argv = {argv}
-import train_dpo
-from zephyr import optim
-from zephyr.metrics import log
-from zephyr.run import checkpoint, exits
-def hang(*_, **__):
-    print("it hangs", flush=True)
-    time.sleep(60)
-{before}
-exits.call(train_dpo.main)
-"""
-        self.process = server.Process(target=exec, args=(code, {}))
+        arguments = (self.log, own, argv, trouble)
+        self.process = server.Process(target=troubled.train, args=arguments)
         self.log.write_text("")
         self.process.start()
 
@@ -168,24 +154,6 @@ exits.call(train_dpo.main)
         return lines[0]
 
 
-# what the run does from some moment on is hang, for the kill to come there
-IN_A_STEP = """
-schedule = optim.schedule
-optim.schedule = lambda kind, step, *rest: step == 8 and hang() or schedule(kind, step, *rest)
-"""
-IN_A_SAVE = """
-finish = checkpoint.Writer.finish
-checkpoint.Writer.finish = lambda self, *rest, **named: (
-    hang() if self.state["step"] == 4 else finish(self, *rest, **named))
-"""
-IN_AN_EVALUATION = "log.Log.evaluation = hang"
-IN_THE_EXPORT = """from zephyr.weights import safetensor_files
-
-write = safetensor_files.write_shards
-safetensor_files.write_shards = lambda *rest: (write(*rest), hang())
-"""
-
-
 # --- the end of the process
 
 
@@ -194,15 +162,15 @@ def test_killed_in_a_save_an_evaluation_a_step_and_the_export(place, straight, t
     out = tmp_path / "run"
     now = "--no-save-async"  # else a save may be under way, or may just have ended
     for moment, steps in (
-        (IN_A_SAVE, [2]),
-        (IN_AN_EVALUATION, [2]),
-        (IN_A_SAVE, [2]),
-        (IN_A_STEP, [6, 8]),
-        (IN_THE_EXPORT, [8, 10]),
+        (troubled.hang_in_a_save, [2]),
+        (troubled.hang_in_an_evaluation, [2]),
+        (troubled.hang_in_a_save, [2]),
+        (troubled.hang_in_a_step, [6, 8]),
+        (troubled.hang_in_the_export, [8, 10]),
     ):
-        process = Process(place, out, now, before=moment)
+        process = Process(place, out, now, trouble=moment)
         process.says("it hangs")
-        if moment == IN_A_SAVE:
+        if moment == troubled.hang_in_a_save:
             (part,) = out.glob("checkpoints/*.part")
             assert part.name == "step-000004.part" and len(list(part.iterdir())) == 1
         process.kill()
@@ -312,7 +280,7 @@ def test_one_of_two_ranks_is_killed(place, straight, tmp_path):
             place,
             out,
             "--no-save-async",
-            before=IN_A_STEP if rank else "",
+            trouble=troubled.hang_in_a_step if rank else None,
             rank=rank,
             ranks=2,
             port=port,
@@ -332,8 +300,7 @@ def test_one_of_two_ranks_is_killed(place, straight, tmp_path):
 
 def test_a_reader_that_goes_away_ends_nothing(place, straight, tmp_path):
     """As in `train_dpo.py ... 2>&1 | head`."""
-    closed = "end, pipe = os.pipe(); os.close(end); os.dup2(pipe, 1); os.dup2(pipe, 2)"
-    assert Process(place, tmp_path / "run", before=closed).ends() == 0
+    assert Process(place, tmp_path / "run", trouble=troubled.no_reader).ends() == 0
     alike(tmp_path / "run", straight)
 
 
@@ -390,9 +357,8 @@ def test_a_checkpoint_gets_its_name_once_all_of_it_is_on_the_disk(place, tmp_pat
 def test_a_full_disk_ends_training_with_a_line_wherever_it_shows(place, straight, killed):
     """Bytes per file are limited instead, to what each file has: the line of the metrics, then the
     checkpoint."""
-    full = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0}))"
     for limit in ((killed / "metrics.jsonl").stat().st_size, 100_000):
-        process = Process(place, killed, before=full.format(limit))
+        process = Process(place, killed, trouble=partial(troubled.no_file_beyond, limit))
         assert process.ends() == Storage.code, process.said()
         assert "File too large" in process.line()
         assert [checkpoint.verified(p)["step"] for p in checkpoint.complete(killed)] == [4, 6]
@@ -634,7 +600,7 @@ def test_a_second_run_on_a_folder_refuses_and_the_lock_goes_with_the_first(
     place, straight, tmp_path
 ):
     out = tmp_path / "run"
-    first = Process(place, out, "--no-save-async", before=IN_A_STEP)
+    first = Process(place, out, "--no-save-async", trouble=troubled.hang_in_a_step)
     first.says("it hangs")
     before = tree(out)
     holder = f"process {first.process.pid} on {socket.gethostname()}"

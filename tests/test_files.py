@@ -381,3 +381,24 @@ def test_where_nothing_can_be_written(tmp_path):
     with pytest.raises(ValueError, match="b: cannot write: No space left"), atomic(tmp_path / "b"):
         raise OSError(28, "No space left on device")
     assert sorted(os.listdir(tmp_path)) == ["file", "folder.jsonl"]
+
+
+def test_json_that_is_none(tmp_path):
+    path = tmp_path / "config.json"
+    with pytest.raises(ValueError, match=r"config\.json: cannot read: No such file"):
+        files.read_json(path)
+    for text, message in {
+        '{"a": 1,': "malformed JSON",
+        "3": "holds a JSON int, not an object",
+        "[" * 100_000: "malformed JSON: nested too deeply$",
+    }.items():
+        path.write_text(text)
+        with pytest.raises(ValueError, match=f"config.json.*{message}"):
+            files.read_json(path)
+    path.write_bytes(b'{"\xff": 1}')
+    with pytest.raises(ValueError, match="malformed JSON"):
+        files.read_json(path)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match="config.json: cannot read: it is not a file"):
+        files.read_json(path)

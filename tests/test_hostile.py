@@ -16,14 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import fuzz
-from helpers import Limits
+from helpers import ROOT, WORKERS, Limits
 from zephyr import config
 from zephyr.data import arrays, readers
 
 pytestmark = pytest.mark.tools
 
 NAMES = pytest.mark.parametrize("name", fuzz.TARGETS)
-ROOT = Path(__file__).parent.parent
 
 
 @cache
@@ -67,38 +66,12 @@ def test_the_mutations_reach_both_ends():
         assert found == {True, False}, name
 
 
-LONG_RUN = """
-import os, signal, sys, time
-from benchmarks import fuzz
-
-def traceback(path): {}["key"] if path.read_bytes()[:1] == b"x" else None
-def verbose(path): int("x" * 1000) if path.read_bytes()[:1] == b"x" else None
-def killed(path): os.kill(os.getpid(), signal.SIGSEGV) if path.read_bytes()[:1] == b"x" else None
-def endless(path): time.sleep(60) if path.read_bytes()[:1] == b"x" else None
-def greedy(path): bytes(1 << 30) if path.read_bytes()[:1] == b"x" else None
-def astray(path): (path.parent.parent / "other").touch() if path.stat().st_size > 1 else None
-
-codes = []
-def no_seeds(): {}["no seed"]
-
-for target in (no_seeds, traceback, verbose, killed, endless, greedy, astray, None):
-    name = target.__name__ if target else "recipe"
-    if target:
-        shape = lambda seeds, rng: rng.choice([b"a", b"xy"])
-        valid = no_seeds if target is no_seeds else lambda: [b"a"]
-        fuzz.TARGETS[name] = fuzz.Target("file", valid, target, shape)
-    try:
-        fuzz.main([name, "--seconds", "1", "--limit", "1", "--memory", "100"])
-    except SystemExit as end:
-        codes.append(end.code)
-sys.exit(codes != [1] * 7 + [0])
-"""
-
-
 def test_the_long_run_keeps_the_bytes_of_a_failure(tmp_path):
     about = {"capture_output": True, "text": True, "cwd": tmp_path, "timeout": 100}
     done = subprocess.run(
-        [sys.executable, "-c", LONG_RUN], env=os.environ | {"PYTHONPATH": ROOT}, **about
+        [sys.executable, WORKERS / "failing_parsers.py"],
+        env=os.environ | {"PYTHONPATH": ROOT},
+        **about,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     first = done.stdout.splitlines()[0]

@@ -6,7 +6,6 @@ The Triton kernels run interpreted where there is no GPU, and as they are under 
 import os
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,6 +17,7 @@ from torch.nn import functional as F
 from torch.profiler import profile
 
 import kernels
+from helpers import ROOT, WORKERS
 from kernels import fused_logprob, jit, reference
 
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
@@ -339,25 +339,9 @@ def test_g_is_kept_while_it_leaves_an_eighth_of_the_workspace(n, kept):
 
 def test_peak_memory_stays_under_the_workspace():
     """Mistral's vocabulary on a CPU: what forward and backward take beside inputs and gradients."""
-    program = f"""
-import resource, torch
-from torch import randn
-torch.set_num_threads(2)
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-import kernels
-N, D, V = 128, 1024, 32000
-h, w = (torch.empty(n, D, dtype=torch.bfloat16).normal_().requires_grad_() for n in (N, V))
-targets = torch.arange(N)
-kernels.linear_logprob(h[:2], w[:50], targets[:2]).sum().backward()
-h.grad, w.grad = torch.zeros_like(h), torch.zeros_like(w)
-before = peak()
-kernels.linear_logprob(h, w, targets, {2**27}).sum().backward()
-print(peak() - before)
-"""
-    env = {**os.environ, "ZEPHYR_KERNELS": "torch"}
+    env = {**os.environ, "ZEPHYR_KERNELS": "torch", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=Path(__file__).parent.parent,
+        [sys.executable, WORKERS / "head_memory.py", str(2**27)],
         env=env,
         capture_output=True,
         text=True,
@@ -478,18 +462,6 @@ def test_without_triton_a_gpu_says_so_and_a_cpu_needs_none(monkeypatch):
 
 def test_the_package_needs_neither_triton_nor_zephyr():
     """`from kernels import ...` where Triton cannot be imported, as on macOS."""
-    program = """
-import sys
-sys.modules["triton"] = None
-import torch
-from kernels import dpo_loss, linear_logprob, response_sums
-h, w = torch.randn(4, 3, requires_grad=True), torch.randn(7, 3)
-response = torch.tensor([0, 0, 1, 1])
-logprob = linear_logprob(h, w, torch.arange(4))
-dpo_loss(logprob, response, response_sums(logprob, response, 2), 0.1).loss_P.sum().backward()
-assert h.grad.isfinite().all() and not any(m.startswith("zephyr") for m in sys.modules)
-"""
     env = {k: v for k, v in os.environ.items() if not k.startswith(("ZEPHYR", "TRITON"))}
-    subprocess.run(
-        [sys.executable, "-c", program], cwd=Path(__file__).parent.parent, env=env, check=True
-    )
+    env["PYTHONPATH"] = str(ROOT)
+    subprocess.run([sys.executable, WORKERS / "without_triton.py"], env=env, check=True)

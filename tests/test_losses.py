@@ -249,10 +249,6 @@ def test_a_constant_on_the_reference_changes_nothing_and_a_swap_negates_the_marg
     torch.testing.assert_close(swapped["rewards/margins"], -base["rewards/margins"])
 
 
-def test_sft_is_the_sum():
-    assert float(losses.sft(torch.tensor([-1.0, -2.5]))) == 3.5
-
-
 def settings(loss: str) -> DPOConfig:
     return DPOConfig(
         model="", data=("",), out="", loss=loss, beta=0.1, precision="fp32", label_smoothing=0.0

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from helpers import WORKERS, pieces
-from model_helpers import folder_of, model, packed, tokens
+from model_helpers import folder_of, model, packed, refused, tokens
 from zephyr import files
 from zephyr.architecture import MistralConfig
 from zephyr.model import Mistral
@@ -242,3 +242,18 @@ def test_three_ranks_equal_one(tmp_path):
     hub.save(m, tmp_path / "one", base, shard_bytes=20_000)
     assert hub.digest(tmp_path / "out") == hub.digest(tmp_path / "one")
     assert not [p.name for p in tmp_path.iterdir() if p.name.startswith(".out")]
+
+
+def test_a_tied_model_whose_file_has_another_head(tmp_path):
+    tied = model(tie_word_embeddings=True)
+    same, other = tied.model.embed_tokens.weight.detach().clone(), torch.ones(101, 32)
+    head = "lm_head.weight"
+    folder = folder_of(tied, tmp_path / "same", **{head: same})
+    hub.load(folder, Mistral(config_json.read(folder)))
+    for k, odd in enumerate((other, same[:, :16].clone(), same + 1e-3)):
+        line = refused(folder_of(tied, tmp_path / f"other{k}", **{head: odd}))
+        assert line == (
+            f"{tmp_path}/other{k}: its config says tie_word_embeddings, yet lm_head.weight is "
+            "another than model.embed_tokens.weight; write tie_word_embeddings false, or leave "
+            "lm_head.weight out of the file"
+        )

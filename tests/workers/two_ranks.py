@@ -1,4 +1,4 @@
-"""What each of two ranks finds, for test_parallel.py: python two_ranks.py FOLDER, under torchrun"""
+"""What each of two ranks finds, for test_distributed.py: torchrun two_ranks.py FOLDER"""
 
 import os
 import sys

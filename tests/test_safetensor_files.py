@@ -164,27 +164,6 @@ def test_no_weights_or_two_kinds(tmp_path):
         read(tmp_path)
 
 
-def test_json_that_is_none(tmp_path):
-    path = tmp_path / "config.json"
-    with pytest.raises(ValueError, match=r"config\.json: cannot read: No such file"):
-        files.read_json(path)
-    for text, message in {
-        '{"a": 1,': "malformed JSON",
-        "3": "holds a JSON int, not an object",
-        "[" * 100_000: "malformed JSON: nested too deeply$",
-    }.items():
-        path.write_text(text)
-        with pytest.raises(ValueError, match=f"config.json.*{message}"):
-            files.read_json(path)
-    path.write_bytes(b'{"\xff": 1}')
-    with pytest.raises(ValueError, match="malformed JSON"):
-        files.read_json(path)
-    path.unlink()
-    os.mkfifo(path)
-    with pytest.raises(ValueError, match="config.json: cannot read: it is not a file"):
-        files.read_json(path)
-
-
 def test_split():
     sizes = {"a": 3, "b": 4, "c": 9, "d": 1, "e": 7, "f": 7}
     assert safetensor_files.group_by_size(sizes, 8) == [["a", "b"], ["c"], ["d", "e"], ["f"]]
