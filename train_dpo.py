@@ -66,13 +66,12 @@ def main() -> None:
                 journal.end(norm, rate)
                 if held_out and folder.due(step + 1, c.eval_every, steps):
                     with journal.evaluation() as means:
-                        for batch in held_out.epoch():
-                            here = batch.to(ranks.device)
+                        for here in held_out.epoch(ranks.device):
                             values = loss(policy(here), here.response_N, on_held_out(here))
-                            means.add(len(batch.pairs), values)
+                            means.add(len(here.pairs), values)
                 run.after(step + 1, steps, policy, optimizer, journal)
         run.export(policy)
-        ranks.say(journal.summary())
+        ranks.say(journal.summary(on_train.seconds))
     group.finish()
 
 

@@ -57,9 +57,8 @@ def main() -> None:
                 journal.end(norm, rate)
                 if held_out and folder.due(step + 1, c.eval_every, steps):
                     with journal.evaluation() as means:
-                        for batch in held_out.epoch():
-                            loss = losses.sft(model(batch.to(ranks.device)))
-                            means.add(len(batch.targets_N), {"loss": loss})
+                        for here in held_out.epoch(ranks.device):
+                            means.add(len(here.targets_N), {"loss": losses.sft(model(here))})
                 run.after(step + 1, steps, model, optimizer, journal)
         run.export(model)
         ranks.say(journal.summary())

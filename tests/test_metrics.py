@@ -6,6 +6,7 @@ import math
 import stat
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,11 +16,14 @@ import torch.multiprocessing as mp
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import MistralConfig, MistralForCausalLM
 
+from zephyr import packing
 from zephyr.metrics import __main__ as metrics_command
 from zephyr.metrics import plots
+from zephyr.metrics.journal import Journal
 from zephyr.metrics.log import Log, read
 from zephyr.metrics.means import Means, peak_flops
 from zephyr.metrics.plots import smooth
+from zephyr.plan.__main__ import MODELS
 from zephyr.plan.costs import model_flops
 
 
@@ -144,10 +148,31 @@ def test_throughput_leaves_pauses_out(log, clock, tmp_path):
             with run.paused():
                 clock[0] += 50
         run.step(step)
+    assert run.seconds_per_step() == 3
     for row in read(tmp_path / "run"):
         assert row["tokens_per_second"] == 1200 / 6
         assert row["pairs_per_second"] == 16 / 6
         assert row["mfu"] == pytest.approx(2e12 / 6 / 2e12)
+
+
+def test_a_finished_run_says_what_passes_without_an_update_took(ranks, clock, tmp_path):
+    """Beside an epoch of training, which is 5 steps of 4 s here; evaluations take 3, 1 and 2 s."""
+    settings = {"out": tmp_path / "run", "log_every": 1, "profile": None, "on_nonfinite": "stop"}
+    run = SimpleNamespace(c=SimpleNamespace(**settings), ranks=ranks, start=0, kept={})
+    data = SimpleNamespace(steps_per_epoch=5, data=SimpleNamespace(where=str))
+    with Journal(run, MODELS["mistral-7b"], ["loss"], data, 3) as journal:
+        for step, seconds in enumerate((3, 1, 2), start=1):
+            journal.begin(step)
+            journal.saw(packing.nothing(), {"loss": torch.zeros(())}, 0)
+            clock[0] += 4
+            journal.broken()
+            journal.end(torch.tensor(1.0), 1e-3)
+            with journal.evaluation():
+                clock[0] += seconds
+        said = "20 s of training; beside it {}evaluation 2 s, 10%"
+        for reference, words in ((0.0, ""), (7.0, "reference pass 7 s, 35%, ")):
+            (line,) = (x for x in journal.summary(reference).splitlines() if "an epoch" in x)
+            assert line.split(maxsplit=2)[2] == said.format(words)
 
 
 def test_without_pairs_or_a_known_peak_their_names_are_absent(log, tmp_path):

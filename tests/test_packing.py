@@ -187,6 +187,22 @@ def test_mistakes_cost_one_line():
         )
 
 
+def test_what_is_packed_ahead_is_what_the_steps_hold():
+    """Of any steps, in their order; none of no steps; and a mistake in the thread is not lost."""
+    data = pairs([(3, 2, 4)] * 9)
+    plan = batching.PairSteps(data, 3, 20, 0, 0, 1)
+    for steps in ([], [2], [2, 0, 1]):
+        found = list(batching.packed_ahead(plan, steps, torch.device("cpu")))
+        for batches, step in zip(found, steps, strict=True):
+            expected = plan.microbatches(step)
+            for a, b in zip(batches, expected, strict=True):
+                assert torch.equal(a.tokens_T, b.tokens_T) and torch.equal(a.pairs, b.pairs)
+    packed = batching.packed_ahead(plan, [0, "x"], torch.device("cpu"))
+    next(packed)
+    with pytest.raises(TypeError):
+        next(packed)
+
+
 def test_moving_a_batch_keeps_it():
     batch = packing.pack_pairs([pairs([(2, 3, 4)]).pair(0)], [0])
     moved = batch.to(torch.device("meta"))

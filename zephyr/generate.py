@@ -94,7 +94,7 @@ def prefill(model: Mistral, prompts: list[list[int]], new: int) -> tuple[Cache, 
     )
     cache.place(position_T[kept_T], owner_T[kept_T])
     tokens_T = torch.tensor([i for prompt in prompts for i in prompt], device=head.device)
-    layout = Prefill(position_T, cu, cu, None, longest, longest, cache, kept_T)
+    layout = Prefill(position_T, cu, cu, None, None, longest, longest, cache, kept_T)
     return cache, model.logits(tokens_T, layout, (ends[1:] - 1).to(head.device))
 
 

@@ -11,6 +11,7 @@ import contextlib
 import io
 import json
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import sha256
@@ -24,7 +25,7 @@ from tqdm import tqdm
 
 import kernels
 from zephyr import files
-from zephyr.data.batching import PairSteps
+from zephyr.data.batching import PairSteps, packed_ahead
 from zephyr.data.cache import CHOOSE, cache_folder
 from zephyr.distributed import group, signals
 from zephyr.distributed.group import Ranks
@@ -41,11 +42,13 @@ class Reference:
     """Called with a batch, the reference's summed log-probs of its responses [2P].
 
     `exact`: those of step 0 were computed in this process and in the step's own micro-batches, so
-    that the policy, before any update, must give the same bits.
+    that the policy, before any update, must give the same bits. `seconds` is what its pass over the
+    pairs took, 0 where it was cached before, or is live.
     """
 
     sums: Callable[[Batch], Tensor]
     exact: bool
+    seconds: float = 0.0
 
     def __call__(self, batch: Batch) -> Tensor:
         return self.sums(batch)
@@ -85,7 +88,7 @@ def cached(
         for s in range(min(steps, plan.steps_per_epoch))
         if table_P2[torch.from_numpy(plan.step(s)).to(device)].isnan().any()
     ]
-    reference = live(model)
+    reference, began = live(model), time.perf_counter()
     hidden = True if ranks.rank else None  # None: shown on a terminal only
     with tqdm(
         total=len(missing), desc="reference log-probs", delay=3, leave=False, disable=hidden
@@ -101,7 +104,8 @@ def cached(
                         "the same command goes on from there"
                     )
                 )
-    return Reference(lambda batch: table_P2[batch.pairs].flatten(), exact=0 in missing)
+    seconds = (time.perf_counter() - began) * bool(missing)
+    return Reference(lambda batch: table_P2[batch.pairs].flatten(), 0 in missing, seconds)
 
 
 def _read(path: Path, pairs: int) -> Tensor:
@@ -136,9 +140,8 @@ def _fill(
 ) -> None:
     """Write the pairs of `steps` into the table, on every rank."""
     sums_P2, done_P = torch.zeros_like(table_P2), torch.zeros_like(table_P2[:, 0])
-    for step in steps:
-        for batch in plan.microbatches(step):
-            batch = batch.to(ranks.device)
+    for batches in packed_ahead(plan, steps, ranks.device):
+        for batch in (batch.to(ranks.device) for batch in batches):
             sums_P2[batch.pairs] = reference(batch).view(len(batch.pairs), 2)
             done_P[batch.pairs] = 1
     dist.all_reduce(sums_P2)

@@ -3,7 +3,7 @@
 What a step holds depends on (seed, step) alone; the token budget and the number of ranks only cut
 it into micro-batches (gradient accumulation)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -18,6 +18,8 @@ from zephyr.data.arrays import Tokens
 from zephyr.distributed.group import Ranks
 from zephyr.packing import Batch, nothing, pack_documents, pack_pairs
 
+CPU = torch.device("cpu")
+
 
 class Journal(Protocol):
     """What `prefetch` tells: see zephyr/metrics/journal.py."""
@@ -29,8 +31,21 @@ class Journal(Protocol):
 def prefetch(
     data: "PairSteps | DocumentSteps", steps: range, device: torch.device, journal: Journal
 ) -> Iterator[tuple[int, list[Batch]]]:
-    """(step, this rank's micro-batches of it) for each of `steps`; while one is used, a thread
-    packs the next. Time spent waiting for the thread is the phase `data`."""
+    """(step, this rank's micro-batches of it) for each of `steps`, packed ahead. Time spent waiting
+    for them is the phase `data`."""
+    packed = packed_ahead(data, steps, device)
+    for step in steps:
+        with journal.phase("data"):
+            batches = next(packed)
+        journal.begin(step + 1)
+        yield step, batches
+
+
+def packed_ahead(
+    data: "PairSteps | DocumentSteps", steps: Sequence[int], device: torch.device
+) -> Iterator[list[Batch]]:
+    """This rank's micro-batches of each of `steps`, for a GPU in pinned memory; while those of one
+    step are used, a thread packs the next one's."""
 
     def make(step: int) -> list[Batch]:
         made = data.microbatches(step)
@@ -40,14 +55,11 @@ def prefetch(
     # a thread starts on the first GPU, and pinning there would take memory of it
     start = {"initializer": torch.cuda.set_device, "initargs": (device,)} if cuda else {}
     with ThreadPoolExecutor(1, **start) as pool:
-        coming = pool.submit(make, steps.start) if steps else None
-        for step in steps:
-            with journal.phase("data"):
-                batches = coming.result()
-            if step + 1 in steps:
-                coming = pool.submit(make, step + 1)
-            journal.begin(step + 1)
-            yield step, batches
+        coming = None
+        for step in [*steps, None]:
+            made, coming = coming, None if step is None else pool.submit(make, step)
+            if made is not None:
+                yield made.result()
 
 
 def bins(lengths: np.ndarray, budget: int, multiple: int = 1) -> list[list[int]]:
@@ -133,9 +145,10 @@ class PairSteps:
         mine = [numbers[group].tolist() for group in groups[self.rank :: self.world]]
         return [pack_pairs([self.data.pair(k) for k in m], m) if m else nothing() for m in mine]
 
-    def epoch(self) -> Iterator[Batch]:
-        """Yield this rank's micro-batches of one pass over the data."""
-        return (b for step in range(self.steps_per_epoch) for b in self.microbatches(step))
+    def epoch(self, device: torch.device = CPU) -> Iterator[Batch]:
+        """Yield this rank's micro-batches of one pass over the data, on `device`."""
+        for batches in packed_ahead(self, range(self.steps_per_epoch), device):
+            yield from (batch.to(device) for batch in batches)
 
 
 @dataclass(frozen=True)
@@ -207,9 +220,10 @@ class DocumentSteps:
             for group in groups[self.rank :: self.world]
         ]
 
-    def epoch(self) -> Iterator[Batch]:
-        """Yield this rank's micro-batches of one pass over the data."""
-        return (b for step in range(self.steps_per_epoch) for b in self.microbatches(step))
+    def epoch(self, device: torch.device = CPU) -> Iterator[Batch]:
+        """Yield this rank's micro-batches of one pass over the data, on `device`."""
+        for batches in packed_ahead(self, range(self.steps_per_epoch), device):
+            yield from (batch.to(device) for batch in batches)
 
 
 def _enough(batch: int, world: int) -> None:

@@ -1,6 +1,8 @@
 """The journal of a run: what each step was, and whether it could be taken."""
 
 import contextlib
+import statistics
+import time
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -53,7 +55,7 @@ class Journal:
             profile=c.profile,
         )
         self.guard = Guard(c.on_nonfinite, data.data.where, ranks, run.kept.get("guard", ()))
-        self.phase, self.paused, self.summary = self.log.phase, self.log.paused, self.log.summary
+        self.phase, self.paused, self.evaluated = self.log.phase, self.log.paused, []
 
     def begin(self, step: int) -> None:
         """Start optimizer step `step`, counted from 1."""
@@ -87,10 +89,22 @@ class Journal:
     def evaluation(self) -> Iterator[Means]:
         """Means to add held-out batches to, without gradients; their line is written at the end.
         Its time counts as no training time."""
-        means = Means(self.keys, self.ranks.device)
+        means, began = Means(self.keys, self.ranks.device), time.perf_counter()
         with self.log.paused(), torch.no_grad():
             yield means
             self.log.evaluation(self.step, means.reduce())
+        self.evaluated.append(time.perf_counter() - began)
+
+    def summary(self, reference: float = 0.0) -> str:
+        """What a finished run ends with: see `Log.summary`; and how long the passes without an
+        update took beside an epoch of training: the `reference` pass, in seconds, and the median
+        evaluation."""
+        epoch = self.log.seconds_per_step() * self.per_epoch
+        evaluation = statistics.median(self.evaluated) if self.evaluated else 0.0
+        passes = {"reference pass": reference, "evaluation": evaluation}
+        parts = [f"{name} {s:.3g} s, {s / epoch:.0%}" for name, s in passes.items() if s and epoch]
+        text = f"{epoch:.3g} s of training; beside it {', '.join(parts)}"
+        return self.log.summary({"an epoch": text} if parts else {})
 
     def state(self) -> dict[str, dict]:
         """What a checkpoint keeps of this rank's share, as JSON."""

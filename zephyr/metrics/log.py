@@ -60,7 +60,7 @@ class Log:
         cuda = self.device.type == "cuda"
         self.peak = peak_flops(torch.cuda.get_device_name(self.device)) if cuda else None
         self.totals = dict.fromkeys(("tokens", "unshared", "pairs", "flops"), 0.0)
-        self.phase, self.written = Phases(self.device), start_step
+        self.phase, self.written, self.trained = Phases(self.device), start_step, 0.0
         self.trace = Trace(profile, self.folder, rank, cuda)
         self.last: dict[str, float] = {}
         self.bar = self.writer = self.file = None
@@ -136,6 +136,7 @@ class Log:
             row |= {name: float(value) for name, value in scalars.items()}
             now = time.perf_counter()
             seconds, self.since = now - self.since, now
+            self.trained += seconds
             shared = total["tokens"] < total["unshared"]
             names = ["tokens", *["unshared"] * shared, "pairs"]
             row |= {f"{name}_per_second": total[name] / seconds for name in names if total[name]}
@@ -210,12 +211,17 @@ class Log:
             left = tqdm.format_interval(pace * (self.total_steps - step))
             self._say(f"step {step}/{self.total_steps}  {text}  {left} left")
 
-    def summary(self) -> str:
-        """Return what a finished run ends with: the last value of everything logged, and where the
-        results are."""
+    def seconds_per_step(self) -> float:
+        """Return the mean over the steps that have a line of this process, pauses left out."""
+        return self.trained / max(1, self.written - self.start_step)
+
+    def summary(self, more: Mapping[str, str]) -> str:
+        """Return what a finished run ends with: the last value of everything logged, `more`, and
+        where the results are."""
         width = max(map(len, self.last), default=0)
         values = [f"  {name:{width}}  {value:.6g}" for name, value in self.last.items()]
         places = [
+            *(f"  {name:{width}}  {text}" for name, text in more.items()),
             f"  {'model':{width}}  {self.folder / 'model'}",
             f"  {'curves':{width}}  python -m zephyr.metrics {self.folder}",
         ]
