@@ -1,7 +1,8 @@
 """Fused ops for training on token log-probs, and the one rule that picks their implementation.
 
     from kernels import linear_logprob, dpo_loss, response_sums
-    from kernels import adamw_, adamw_step, split, join, linear, main_grad, rms_norm, swiglu
+    from kernels import rms_norm, swiglu, linear, swiglu_linear, main_grad
+    from kernels import adamw_, adamw_step, split, join
 
 They know tensors, not language models: torch is all they need, and Triton on a GPU.
 ZEPHYR_KERNELS forces one of three implementations:
@@ -18,13 +19,13 @@ import os
 import torch
 from torch import Tensor
 
-from kernels import fused_adamw, fused_dpo, fused_logprob, jit, reference
+from kernels import fused_adamw, fused_dpo, fused_linear, fused_logprob, jit, reference
 from kernels.elementwise import rms_norm as rms_norm
 from kernels.elementwise import swiglu as swiglu
-from kernels.linear import add_gradient as add_gradient
-from kernels.linear import clear as clear
-from kernels.linear import linear as linear
-from kernels.linear import main_grad as main_grad
+from kernels.fused_linear import add_gradient as add_gradient
+from kernels.fused_linear import clear as clear
+from kernels.fused_linear import linear as linear
+from kernels.fused_linear import main_grad as main_grad
 from kernels.reference import AdamWStep, Preference
 
 IMPLEMENTATIONS = ("triton", "torch", "reference")
@@ -60,6 +61,13 @@ def linear_logprob(h_ND: Tensor, w_VD: Tensor, targets_N: Tensor, workspace: int
     if choice == "reference":
         return reference.linear_logprob(h_ND, w_VD, targets_N)
     return fused_logprob.linear_logprob(h_ND, w_VD, targets_N, workspace, choice == "triton")
+
+
+def swiglu_linear(gate_up_T2F: Tensor, w_DF: Tensor, total_DF: Tensor) -> Tensor:
+    """(silu(gate) ∘ up) wᵀ [T, D] of the two halves of gate_up; its backward adds dw to `total_DF`,
+    as that of `linear`. See kernels/linear.py."""
+    triton = implementation(w_DF.device) == "triton"
+    return fused_linear.swiglu_linear(gate_up_T2F, w_DF, total_DF, triton)
 
 
 def response_sums(logprob_N: Tensor, response_N: Tensor, responses: int) -> Tensor:

@@ -21,12 +21,12 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from kernels import fused_adamw, fused_dpo, fused_logprob, reference
+from kernels import elementwise, fused_adamw, fused_dpo, fused_logprob, reference
 from kernels.bench import fused_forward
 from kernels.jit import INTERPRETED, triton
 
 SHARED = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes that a program may have on sm_80, ...
-MODULES = (fused_logprob, fused_dpo, fused_forward, fused_adamw)
+MODULES = (fused_logprob, fused_dpo, fused_forward, fused_adamw, elementwise)
 
 
 class Launch(NamedTuple):
@@ -71,6 +71,8 @@ def calls(arch: int) -> Iterator[tuple]:
     for name in ("bf16", "fp32"):
         h_ND, w_VD = (torch.empty(n, 4096, dtype=dtypes[name]) for n in (1, 32_000))
         yield f"h, w {name}", fused_forward.launch, h_ND, w_VD, token_N, arch, 132
+    gate_up, g_TF = (torch.empty(1, n, dtype=torch.bfloat16) for n in (2 * 14_336, 14_336))
+    yield "bf16", elementwise.swiglu_gradient, gate_up, g_TF, True
     one, grad = torch.ones(()), torch.empty(4096)
     for weight, low in ((grad, None), (grad.bfloat16(), grad.to(torch.int16))):
         for name in ("bf16", "fp32"):

@@ -8,6 +8,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
+import kernels
 from helpers import WORKERS
 from model_helpers import close, folder_of, gradients, model, pairs, token_arrays
 from run_helpers import torchrun
@@ -166,8 +167,10 @@ def test_split_masters_compute_as_cast_ones_do(ranks, inputs, tmp_path):
     folder = folder_of(m, tmp_path / "base")
     cast, split = (fsdp.build(m.config, ranks, "bf16", masters=x) for x in ("fp32", "split"))
     for block in cast.model.layers:
-        for module in (block.self_attn, block.mlp):
-            module.project = project(module)
+        block.self_attn.project, gate_up = project(block.self_attn), project(block.mlp)
+        block.mlp.forward = lambda x, mlp=block.mlp, gate_up=gate_up: mlp.down_proj(
+            kernels.swiglu(*gate_up(x))
+        )
     optimizers = []
     for built in (cast, split):
         hub.load(folder, built)

@@ -41,7 +41,8 @@ def rotate(x_THE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention: H / K query heads share a key and a value head."""
+    """Grouped-query attention: H / K query heads share a key and a value head. `layout` knows which
+    keys each query sees."""
 
     def __init__(self, c: MistralConfig, layer: int):
         super().__init__()
@@ -69,11 +70,8 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
         self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
 
-    def project(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        return self.gate_proj(x_TD), self.up_proj(x_TD)
-
     def forward(self, x_TD: Tensor) -> Tensor:
-        return self.down_proj(kernels.swiglu(*self.project(x_TD)))
+        return self.down_proj(kernels.swiglu(self.gate_proj(x_TD), self.up_proj(x_TD)))
 
 
 class Block(nn.Module):
@@ -115,7 +113,8 @@ class Mistral(nn.Module):
 
     def __init__(self, config: MistralConfig):
         super().__init__()
-        self.config, self.model = config, Decoder(config)
+        self.config = config
+        self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 import kernels
-from zephyr.model import Mistral
+from zephyr.model import MLP, Attention, Mistral
 
 
 def attach_halves(model: Mistral) -> None:
@@ -27,11 +27,13 @@ def attach_halves(model: Mistral) -> None:
     """
     for block in model.model.layers:
         attention, mlp = block.self_attn, block.mlp
-        _join(attention, attention.q_proj, attention.k_proj, attention.v_proj)
-        _join(mlp, mlp.gate_proj, mlp.up_proj)
         for layer in (attention.o_proj, mlp.down_proj):
             layer.weight.main_grad = kernels.main_grad(layer.weight)
-            layer.forward = MethodType(_linear, layer)
+        _join(attention, attention.q_proj, attention.k_proj, attention.v_proj)
+        _join(mlp, mlp.gate_proj, mlp.up_proj)
+        attention.project = MethodType(_project, attention)
+        attention.o_proj.forward = MethodType(_linear, attention.o_proj)
+        mlp.forward = MethodType(_mlp, mlp)
     for parameter in model.parameters():
         parameter.low = torch.empty_like(parameter, dtype=torch.int16)
         if not hasattr(parameter, "main_grad"):
@@ -40,7 +42,7 @@ def attach_halves(model: Mistral) -> None:
 
 
 def _join(module: nn.Module, *layers: nn.Linear) -> None:
-    """Make one matmul of the layers that `module.project` applies to one input."""
+    """Let the weights of layers that `module` applies to one input be parts of `module.joined`."""
     module.widths = [layer.out_features for layer in layers]
     module.joined = torch.cat([layer.weight.detach() for layer in layers])
     module.joined.main_grad = torch.empty_like(module.joined, dtype=torch.float32)
@@ -49,11 +51,16 @@ def _join(module: nn.Module, *layers: nn.Linear) -> None:
     for layer, weight, total in zip(layers, weights, totals, strict=True):
         layer.weight = nn.Parameter(weight)
         layer.weight.main_grad = total
-    module.project = MethodType(_project, module)
 
 
-def _project(self: nn.Module, x_TD: Tensor) -> tuple[Tensor, ...]:
+def _project(self: Attention, x_TD: Tensor) -> tuple[Tensor, ...]:
     return kernels.linear(x_TD, self.joined, self.joined.main_grad).split(self.widths, 1)
+
+
+def _mlp(self: MLP, x_TD: Tensor) -> Tensor:
+    gate_up = kernels.linear(x_TD, self.joined, self.joined.main_grad)
+    down = self.down_proj.weight
+    return kernels.swiglu_linear(gate_up, down, down.main_grad)
 
 
 def _linear(self: nn.Linear, x_TD: Tensor) -> Tensor:

@@ -4,11 +4,14 @@ Autograd would round dw to the weight's bf16, write it, copy it to fp32, and add
 bytes a weight. Here a matmul accumulates into the sum (Megatron-LM's `main_grad`), which is read
 and written once: 8 bytes.
 
-T tokens  D width in  F width out
+T tokens  D width in  F width out; of `swiglu_linear`, D out and F in
 """
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+
+from kernels import elementwise
 
 
 def main_grad(weight: Tensor) -> Tensor:
@@ -60,20 +63,64 @@ class _Linear(torch.autograd.Function):
         return backward(g_TF, *ctx.saved_tensors), None, None
 
 
-# The schema does not say that the sum changes: a compiler that knew would copy the sum, and copy it
-# back. Nothing else in a backward reads it, and no compiler leaves out an op whose dx is used.
+# Here and below the schema does not say that the sum changes: a compiler that knew would copy the
+# sum, and copy it back. Nothing else in a backward reads it, and no compiler leaves out an op whose
+# result is used.
 @torch.library.custom_op("zephyr_kernels::linear_backward", mutates_args=())
 def backward(g_TF: Tensor, x_TD: Tensor, w_FD: Tensor, total_FD: Tensor) -> Tensor:
     """Add gᵀ x to the total, and return dx = g w."""
-    if not g_TF.is_cuda or g_TF.dtype == torch.float32:
-        add_gradient(total_FD, torch.mm(g_TF.T, x_TD))
-    elif _has_memory(total_FD):
-        torch.addmm(total_FD, g_TF.T, x_TD, out_dtype=torch.float32, out=total_FD)
-    else:
-        torch.mm(g_TF.T, x_TD, out_dtype=torch.float32, out=total_FD)
+    add_product(total_FD, g_TF, x_TD)
     return torch.mm(g_TF, w_FD)
 
 
 @backward.register_fake
 def _(g_TF, x_TD, w_FD, total_FD):
     return g_TF.new_empty(x_TD.shape)
+
+
+def add_product(total_FD: Tensor, g_TF: Tensor, x_TD: Tensor) -> None:
+    """total ← total + gᵀ x."""
+    if not g_TF.is_cuda or g_TF.dtype == torch.float32:
+        add_gradient(total_FD, torch.mm(g_TF.T, x_TD))
+    elif _has_memory(total_FD):
+        torch.addmm(total_FD, g_TF.T, x_TD, out_dtype=torch.float32, out=total_FD)
+    else:
+        torch.mm(g_TF.T, x_TD, out_dtype=torch.float32, out=total_FD)
+
+
+def swiglu_linear(gate_up_T2F: Tensor, w_DF: Tensor, total_DF: Tensor, triton: bool) -> Tensor:
+    """(silu(gate) ∘ up) wᵀ [T, D] of the two halves of gate_up; `total_DF` as in `linear`.
+
+    With p = silu(gate) ∘ up, and g the gradient that arrives, total ← total + gᵀ p, and dp = g w
+    gives the gradients of gate and up. One pass over gate, up and dp makes those gradients, side
+    by side as their matmul takes them, and p, which is not kept.
+    """
+    return _SwiGLULinear.apply(gate_up_T2F, w_DF, total_DF, triton)
+
+
+class _SwiGLULinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate_up_T2F: Tensor, w_DF: Tensor, total_DF: Tensor, triton: bool):
+        ctx.triton = triton
+        ctx.save_for_backward(gate_up_T2F, w_DF, total_DF)
+        gate_TF, up_TF = gate_up_T2F.chunk(2, 1)
+        return torch.mm(functional.silu(gate_TF) * up_TF, w_DF.T)
+
+    @staticmethod
+    def backward(ctx, g_TD: Tensor):
+        return swiglu_backward(g_TD, *ctx.saved_tensors, ctx.triton), None, None, None
+
+
+@torch.library.custom_op("zephyr_kernels::swiglu_linear_backward", mutates_args=())
+def swiglu_backward(
+    g_TD: Tensor, gate_up_T2F: Tensor, w_DF: Tensor, total_DF: Tensor, triton: bool
+) -> Tensor:
+    """Add gᵀ p to the total, and return the gradients of gate and up side by side."""
+    d_gate_up_T2F, p_TF = elementwise.swiglu_gradient(gate_up_T2F, torch.mm(g_TD, w_DF), triton)
+    add_product(total_DF, g_TD, p_TF)
+    return d_gate_up_T2F
+
+
+@swiglu_backward.register_fake
+def _(g_TD, gate_up_T2F, w_DF, total_DF, triton):
+    return torch.empty_like(gate_up_T2F)

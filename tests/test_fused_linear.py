@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from torch.nn import functional as F
+from torch.nn import functional
 
 import kernels
+from kernels import elementwise
 from model_helpers import model, pairs
 from zephyr import optim
 from zephyr.weights import masters
@@ -30,9 +31,9 @@ def test_two_micro_batches_of_odd_shapes(dtype, device):
     for seed, T in enumerate((7, 3)):
         x, g = drawn(T, D, dtype, device, seed)
         out = kernels.linear(x, w, total)
-        assert torch.equal(out, F.linear(x, w))
+        assert torch.equal(out, functional.linear(x, w))
         (dx,) = torch.autograd.grad(out, x, g)
-        assert torch.equal(dx, torch.autograd.grad(F.linear(x, w), x, g)[0])
+        assert torch.equal(dx, torch.autograd.grad(functional.linear(x, w), x, g)[0])
         exact += g.double().T @ x.detach().double()
         size += g.double().abs().T @ x.detach().double().abs()
     assert total.dtype == torch.float32 and w.grad is None
@@ -54,6 +55,35 @@ def test_a_sum_has_memory_from_the_first_gradient_until_it_is_cleared():
     kernels.add_gradient(total, torch.ones(4, 8).bfloat16())
     kernels.add_gradient(total, torch.full((4, 8), 2.0**-12).bfloat16())
     assert torch.equal(part, torch.full((2, 8), 1 + 2.0**-12)), "added in fp32"
+
+
+@pytest.mark.parametrize("implementation", ["torch", "triton"])
+@pytest.mark.parametrize("T, F", [(1, 1), (3, 5), (2, 1025), (4, 2048)])
+def test_swiglu_and_its_matmul_against_float64(T, F, implementation, monkeypatch):
+    monkeypatch.setenv("ZEPHYR_KERNELS", implementation)
+    generator = torch.Generator().manual_seed(T)
+    shapes = (T, 2 * F), (7, F), (T, 7)
+    gate_up, w, g = (torch.randn(shape, generator=generator) for shape in shapes)
+    leaf, weight = gate_up.double().requires_grad_(), w.double().requires_grad_()
+    exact = (functional.silu(leaf[:, :F]) * leaf[:, F:]) @ weight.T
+    exact.backward(g.double())
+    gate_up.requires_grad_(), w.requires_grad_()
+    total = kernels.main_grad(w)
+    out = kernels.swiglu_linear(gate_up, w, total)
+    out.backward(g)
+    assert w.grad is None
+    for ours, right in ((out, exact), (gate_up.grad, leaf.grad), (total, weight.grad)):
+        assert (ours - right).norm() <= 1e-6 * right.norm()
+
+
+@pytest.mark.gpu
+def test_swiglus_gradient_in_bf16_is_within_two_roundings():
+    gate_up, g = (torch.randn(33, n, device="cuda").bfloat16() for n in (2 * 1500, 1500))
+    leaf = gate_up.double().requires_grad_()
+    p = functional.silu(leaf[:, :1500]) * leaf[:, 1500:]
+    (exact,) = torch.autograd.grad(p, leaf, g.double())
+    for ours, right in zip(elementwise.swiglu_gradient(gate_up, g, True), (exact, p), strict=True):
+        assert ((ours - right).abs() <= 2.0**-8 * right.abs() + 1e-4).all()
 
 
 def test_weights_that_share_a_matmul_keep_names_and_shapes():
