@@ -85,7 +85,7 @@ def swiglu_kernel(gate_up_ptr, g_ptr, d_gate_up_ptr, p_ptr, F, BLOCK: tl.constex
 
 def swiglu_gradient(gate_up_T2F: Tensor, g_TF: Tensor, triton: bool) -> tuple[Tensor, Tensor]:
     """Return the gradients of gate and up, side by side [T, 2F], and p = silu(gate) ∘ up [T, F],
-    given the gradient g at p. With σ = sigmoid(gate) and silu = gate σ:
+    given the gradient g at p, whose memory p may take. With σ = sigmoid(gate) and silu = gate σ:
 
     dgate = g ∘ up ∘ (σ + silu (1 - σ))        dup = g ∘ silu
     """
@@ -98,7 +98,7 @@ def swiglu_gradient(gate_up_T2F: Tensor, g_TF: Tensor, triton: bool) -> tuple[Te
 
 
 def _in_triton(gate_up_T2F: Tensor, g_TF: Tensor) -> tuple[Tensor, Tensor]:
-    (T, width), grad_T2F, p_TF = g_TF.shape, torch.empty_like(gate_up_T2F), torch.empty_like(g_TF)
+    (T, width), grad_T2F, p_TF = g_TF.shape, torch.empty_like(gate_up_T2F), g_TF
     with torch.cuda.device_of(g_TF):
         grid = T, -(-width // BLOCK)
         swiglu_kernel[grid](gate_up_T2F, g_TF, grad_T2F, p_TF, width, BLOCK=BLOCK)

@@ -82,7 +82,8 @@ def test_swiglus_gradient_in_bf16_is_within_two_roundings():
     leaf = gate_up.double().requires_grad_()
     p = functional.silu(leaf[:, :1500]) * leaf[:, 1500:]
     (exact,) = torch.autograd.grad(p, leaf, g.double())
-    for ours, right in zip(elementwise.swiglu_gradient(gate_up, g, True), (exact, p), strict=True):
+    found = elementwise.swiglu_gradient(gate_up, g.clone(), True)
+    for ours, right in zip(found, (exact, p), strict=True):
         assert ((ours - right).abs() <= 2.0**-8 * right.abs() + 1e-4).all()
 
 
