@@ -124,10 +124,10 @@ def attention(
     """Causal attention of the segments of a pack [T, H, E]; differentiable in q, k and v.
 
     Segment s has the queries cu_seqlens_q[s] : cu_seqlens_q[s + 1], `max_q` of them at most, and
-    the keys cu_seqlens_k[s] : cu_seqlens_k[s + 1] of the places `kv_rows_G`: its prefix, a run of
-    places of the last segment that had none, and its own places. None means that no segment has a
-    prefix. A query sees the last `window` keys up to its own, or all with None. Prompt a b c, then
-    p of one response, and x y of the other, which shares the prompt:
+    the keys cu_seqlens_k[s] : cu_seqlens_k[s + 1] of the places `kv_rows_G`: its prefix, which is
+    the beginning of the last segment that had none, and its own places. None means that no segment
+    has a prefix. A query sees the last `window` keys up to its own; without a window, all of them.
+    Prompt a b c, then p of one response, and x y of the other, which shares the prompt:
 
         place          0 1 2 3 4 5           a b c p x y
         cu_seqlens_q   0 4 6                 segments a b c p and x y, max_q 4
@@ -135,10 +135,10 @@ def attention(
         kv_rows        0 1 2 3 | 0 1 2 4 5   a b c p | a b c x y
         x sees         a b c x               with a window of 2: c x
 
-    Query head h reads key head h // (H / K). Neither keys nor heads are copied in Triton, and two
-    runs give equal bits. Raises ValueError if shapes or dtypes do not match and, in Triton, if the
-    head width is none of 16, 32, 64, 128 or, on a CPU, if kv_rows are not such places; on a GPU
-    looking would stall it.
+    Query head h reads key head h // (H / K). In Triton neither keys nor heads are copied, and two
+    runs give equal bits; elsewhere the specification runs, which has all scores [H, T, G] at once.
+    Raises ValueError if shapes or dtypes do not match and, in Triton, if the head width is none of
+    16, 32, 64, 128 or kv_rows are not such places (unseen on a GPU, where looking would stall it).
     """
     shapes = [list(x.shape) for x in (q_THE, k_TKE, v_TKE)]
     fits = len(shapes[0]) == len(shapes[1]) == 3 and shapes[1] == shapes[2]

@@ -1,7 +1,7 @@
 """Attention over a pack of segments, which reads keys and values where they lie.
 
-A segment is a run of queries. It sees the keys of its prefix, a run of places laid down before (a
-prompt that it shares), and then its own keys, causally, within a window of W positions:
+A segment is a run of queries. It sees the keys of its prefix, the first tokens of a segment before
+it (a prompt that both continue), and then its own keys, causally, in a window of W positions:
 
     s_ij = q_i · k_j / √E,  i - W < j <= i      lse_i = log Σ_j exp s_ij
     p_ij = exp(s_ij - lse_i)                    o_i = Σ_j p_ij v_j
@@ -85,17 +85,17 @@ def key_block(b, blocks, start, queries, first, prefix, BN: tl.constexpr):
 def hide(
     b_s, i, j, end, window, BM: tl.constexpr, BN: tl.constexpr, TRANSPOSED: tl.constexpr = False
 ):
-    """Return scores [BM, BN] with -inf where a query does not see a key, or where the key is none
-    of 0..end-1. The first query's position is i, the first key's j. TRANSPOSED ones are [BN, BM].
+    """Return scores [BM, BN] with -inf where a query does not see a key, or where the key is
+    beyond `end`. The first query's position is i, the first key's j. TRANSPOSED ones are [BN, BM].
     """
     # most blocks lie wholly in sight
-    if (j < 0) | (j + BN > end) | (j + BN - 1 > i) | (j <= i + BM - 1 - window):
+    if (j + BN > end) | (j + BN - 1 > i) | (j <= i + BM - 1 - window):
         o_m, o_n = i + tl.arange(0, BM), j + tl.arange(0, BN)
         if TRANSPOSED:
             o_m, o_n = o_m[None, :], o_n[:, None]
         else:
             o_m, o_n = o_m[:, None], o_n[None, :]
-        m_s = (o_n >= 0) & (o_n < end) & (o_n <= o_m) & (o_n > o_m - window)
+        m_s = (o_n < end) & (o_n <= o_m) & (o_n > o_m - window)
         b_s = tl.where(m_s, b_s, float("-inf"))
     return b_s
 
@@ -233,7 +233,7 @@ def dkdv_kernel(
     """One program per segment, block of its own keys and key head: dk and dv.
 
     Readers of the block are the segment itself, and those that follow it as long as their prefix
-    lies in it. Scores stand transposed, [BN, BM].
+    is its beginning. Scores stand transposed, [BN, BM].
     """
     s, i_n, i_k = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     start, own, first, prefix = segment(cu_q_ptr, cu_k_ptr, rows_ptr, s)
@@ -273,8 +273,8 @@ def dkdv_kernel(
         reads = r < tl.num_programs(0)
         if reads:
             q_start, queries, first, prefix = segment(cu_q_ptr, cu_k_ptr, rows_ptr, r)
-            j, end = place - first, prefix
-            reads = (first >= start) & (first < start + own)
+            j, end = i_n * BN, prefix
+            reads = first == start
     b_dk *= scale * 0.6931471805599453  # ln 2: the scale without log₂e
     tl.store(dk_ptr + o_k, b_dk.to(dk_ptr.dtype.element_ty), mask=m_k)
     tl.store(dv_ptr + o_k, b_dv.to(dv_ptr.dtype.element_ty), mask=m_k)
@@ -339,12 +339,11 @@ def check_rows(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, kv_rows_G: Tensor | N
     whole = range(0)  # the places of the last segment that has no prefix
     for s in range(len(ends_q) - 1):
         own, keys = range(*ends_q[s : s + 2]), rows_G[slice(*ends_k[s : s + 2])]
-        prefix = keys[: len(keys) - len(own)]
+        prefix = len(keys) - len(own)
         whole = whole if prefix else own
-        run = whole[prefix[0] - whole.start :][: len(prefix)] if prefix else range(0)
-        if keys != [*run, *own]:
+        if keys != [*whole[:prefix], *own]:
             raise ValueError(
-                f"kv_rows of segment {s} are not a run of places of the last segment without such "
+                f"kv_rows of segment {s} are not the first places of the last segment without such "
                 "a prefix, and then the segment's own places"
             )
 

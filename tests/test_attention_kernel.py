@@ -18,7 +18,7 @@ from model_helpers import gradients, model
 from zephyr import attention
 from zephyr.attention import Layout
 from zephyr.distributed import fsdp
-from zephyr.packing import Batch, Pair, pack_documents, pack_pairs
+from zephyr.packing import Batch, PackBuilder, Pair, pack_documents, pack_pairs
 
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
 PAIRS = [(37, 6, 21), (1, 1, 2), (3, 5, 1), (16, 1, 17)]  # prompt, chosen, rejected
@@ -45,8 +45,20 @@ def batch(*lengths) -> Batch:
     if isinstance(lengths[0], int):
         pieces = [rng.integers(0, 101, n + 1) for n in lengths]
         return pack_documents([(ids, np.ones(len(ids), bool), 0) for ids in pieces])
+    if len(lengths[0]) > 3:
+        return branches(*lengths[0])
     made = [Pair(*(rng.integers(0, 101, n) for n in three)) for three in lengths]
     return pack_pairs(made, list(range(len(made))))
+
+
+def branches(prompt: int, *responses: int) -> Batch:
+    """A pack of one prompt that any number of responses continue."""
+    pack = PackBuilder(shares_prompts=True)
+    document = pack.segment(np.arange(prompt + responses[0]))
+    for n in responses[1:]:
+        pack.segment(np.arange(n), prompt, document[:prompt])
+    pack.predict(document, document)
+    return pack.batch()
 
 
 def tensors(T: int, H: int, K: int, E: int) -> list[Tensor]:
@@ -93,6 +105,7 @@ def errors(got: list[Tensor], right: list[Tensor]) -> list[float]:
         (PAIRS, 2, 1, 16, 20),  # some queries of a branch see the prompt's end, the last ones none
         (PAIRS, 1, 1, 32, 39),
         ([(1, 1, 1)], 4, 1, 16, 1),
+        ([(18, 2, 17, 1, 3)], 2, 1, 16, 30),  # four responses
         (DOCUMENTS, 4, 2, 16, None),
         (DOCUMENTS, 1, 1, 128, 17),
         ([1] * 5, 2, 1, 16, None),

@@ -14,16 +14,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import attention
 from torch.nn import functional as F
+from torch.nn.attention import activate_flash_attention_impl, current_flash_attention_impl
 from torch.nn.attention.varlen import varlen_attn
 
 import kernels
 
 # torch 2.12 made grouped queries a flag; 2.11 accepts them without one
 GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-
-
 BACK_ENDS = ("flash2", "flash3", "triton")
 
 
@@ -31,16 +29,18 @@ def back_end() -> str:
     """Return the back end that ZEPHYR_ATTENTION names, by default flash2."""
     name = os.environ.get("ZEPHYR_ATTENTION") or "flash2"
     if name not in BACK_ENDS:
-        raise ValueError(f"ZEPHYR_ATTENTION={name} is none of {', '.join(BACK_ENDS)}")
+        raise ValueError(
+            f"ZEPHYR_ATTENTION={name} is none of {', '.join(BACK_ENDS)}; unset it for flash2"
+        )
     return name
 
 
 def prepare_back_end() -> None:
     """Check ZEPHYR_ATTENTION and, for flash3, let torch's variable-length attention be that. To be
     called once, before the first pass."""
-    if back_end() == "flash3" and attention.current_flash_attention_impl() != "FA3":
+    if back_end() == "flash3" and current_flash_attention_impl() != "FA3":
         try:
-            attention.activate_flash_attention_impl("FA3")
+            activate_flash_attention_impl("FA3")
         except (ImportError, RuntimeError) as error:
             raise ValueError(
                 f"ZEPHYR_ATTENTION=flash3: FlashAttention 3 is not installed ({error}); build it "
