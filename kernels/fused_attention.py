@@ -34,7 +34,8 @@ from kernels.jit import jit, tl, triton
 
 LOG2E = 1.4426950408889634
 EVERYTHING = 2**30  # a window that no sequence fills
-BLOCKS = {  # of half precision, by chip: BM, BN, warps, stages
+BLOCKS = {  # by dtype or, of half precision, by chip: BM, BN, warps, stages
+    "fp32": {"attention": (16, 16, 4, 2), "dq": (16, 16, 4, 2), "dkdv": (16, 16, 4, 1)},
     80: {"attention": (128, 64, 8, 2), "dq": (64, 64, 4, 2), "dkdv": (32, 64, 8, 3)},
     90: {"attention": (128, 64, 8, 3), "dq": (128, 64, 8, 3), "dkdv": (32, 128, 8, 3)},
     100: {"attention": (128, 64, 8, 3), "dq": (128, 64, 8, 3), "dkdv": (64, 64, 8, 3)},
@@ -284,7 +285,7 @@ def settings(kernel: str, dtype: torch.dtype, capability: int) -> dict:
     """Return a kernel's blocks, warps and stages, of what registers and shared memory hold."""
     # consumer chips, 120 and on, have less shared memory than those of data centres
     chip = 80 if capability < 90 or capability >= 120 else 90 if capability < 100 else 100
-    chosen = (16, 16, 4, 2) if dtype == torch.float32 else BLOCKS[chip][kernel]
+    chosen = BLOCKS["fp32" if dtype == torch.float32 else chip][kernel]
     return dict(zip(("BM", "BN", "num_warps", "num_stages"), chosen, strict=True))
 
 
