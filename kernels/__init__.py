@@ -1,6 +1,6 @@
 """Fused ops for training on token log-probs, and the one rule that picks their implementation.
 
-    from kernels import linear_logprob, dpo_loss, response_sums
+    from kernels import linear_logprob, dpo_loss, response_sums, attention
     from kernels import rms_norm, swiglu, linear, swiglu_linear, main_grad
     from kernels import adamw_, adamw_step, split, join
 
@@ -12,6 +12,7 @@ ZEPHYR_KERNELS forces one of three implementations:
     reference  the specification, kernels/reference.py
 
 N predicting rows  D width  V vocabulary  P pairs  2P responses
+T tokens of a pack  G gathered keys  S segments  H query heads  K key heads  E head width
 """
 
 import os
@@ -19,7 +20,15 @@ import os
 import torch
 from torch import Tensor
 
-from kernels import fused_adamw, fused_dpo, fused_linear, fused_logprob, jit, reference
+from kernels import (
+    fused_adamw,
+    fused_attention,
+    fused_dpo,
+    fused_linear,
+    fused_logprob,
+    jit,
+    reference,
+)
 from kernels.elementwise import rms_norm as rms_norm
 from kernels.elementwise import swiglu as swiglu
 from kernels.fused_linear import add_gradient as add_gradient
@@ -120,6 +129,52 @@ def dpo_loss(
         )
     run = fused_dpo if implementation(logprob_N.device) == "triton" else reference
     return run.dpo_loss(logprob_N, response_N, reference_2P, beta, smoothing, objective)
+
+
+def attention(
+    q_THE: Tensor,
+    k_TKE: Tensor,
+    v_TKE: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    kv_rows_G: Tensor | None,
+    max_q: int,
+    window: int | None,
+) -> Tensor:
+    """Causal attention of the segments of a pack [T, H, E]; differentiable in q, k and v.
+
+    Segment s has the queries cu_seqlens_q[s] : cu_seqlens_q[s + 1], `max_q` of them at most, and
+    the keys cu_seqlens_k[s] : cu_seqlens_k[s + 1] of the places `kv_rows_G`: its prefix, which is
+    the beginning of the last segment that had none, and its own places. None means that no segment
+    has a prefix. A query sees the last `window` keys up to its own; without a window, all of them.
+    Prompt a b c, then p of one response, and x y of the other, which shares the prompt:
+
+        place          0 1 2 3 4 5           a b c p x y
+        cu_seqlens_q   0 4 6                 segments a b c p and x y, max_q 4
+        cu_seqlens_k   0 4 9
+        kv_rows        0 1 2 3 | 0 1 2 4 5   a b c p | a b c x y
+        x sees         a b c x               with a window of 2: c x
+
+    Query head h reads key head h // (H / K). In Triton neither keys nor heads are copied, and two
+    runs give equal bits; elsewhere the specification runs, which has all scores [H, T, G] at once.
+    Raises ValueError if shapes or dtypes do not match and, in Triton, if the head width is none of
+    16, 32, 64, 128 or kv_rows are not such places (unseen on a GPU, where looking would stall it).
+    """
+    shapes = [list(x.shape) for x in (q_THE, k_TKE, v_TKE)]
+    fits = len(shapes[0]) == len(shapes[1]) == 3 and shapes[1] == shapes[2]
+    if not fits or shapes[0][::2] != shapes[1][::2] or shapes[0][1] % shapes[1][1]:
+        raise ValueError(
+            f"q, k and v are {shapes[0]}, {shapes[1]} and {shapes[2]}; they are [T, H, E], "
+            "[T, K, E] and [T, K, E], H a multiple of K"
+        )
+    if not q_THE.dtype == k_TKE.dtype == v_TKE.dtype:
+        raise ValueError(
+            f"q, k and v are {q_THE.dtype}, {k_TKE.dtype} and {v_TKE.dtype}; they are of one dtype"
+        )
+    where = cu_seqlens_q, cu_seqlens_k, kv_rows_G
+    if implementation(q_THE.device) == "triton":
+        return fused_attention.attention(q_THE, k_TKE, v_TKE, *where, max_q, window=window)
+    return reference.attention(q_THE, k_TKE, v_TKE, *where, window)
 
 
 def split(master: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ spills, or if it needs more shared memory than the chip has. Shapes are Mistral-
 settings are the launch code's own, which runs here with a recorder in the place of each kernel.
 
 N predicting rows  V vocabulary  B block of the vocabulary  P pairs  2P responses
+T tokens  H query heads  K key heads  E head width
 """
 
 import contextlib
@@ -21,12 +22,12 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from kernels import elementwise, fused_adamw, fused_dpo, fused_logprob, reference
+from kernels import elementwise, fused_adamw, fused_attention, fused_dpo, fused_logprob, reference
 from kernels.bench import fused_forward
 from kernels.jit import INTERPRETED, triton
 
 SHARED = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes that a program may have on sm_80, ...
-MODULES = (fused_logprob, fused_dpo, fused_forward, fused_adamw, elementwise)
+MODULES = (fused_logprob, fused_dpo, fused_forward, fused_adamw, fused_attention, elementwise)
 
 
 class Launch(NamedTuple):
@@ -80,6 +81,13 @@ def calls(arch: int) -> Iterator[tuple]:
             step = reference.adamw_step(one, 5e-7, (0.9, 0.999), 1e-8, one, one)
             variant = f"{'fp32' if low is None else 'split'} m, v {name}"
             yield variant, fused_adamw.in_triton, weight, low, m, v, grad, 0.0, step
+    ends, lse_HT = torch.zeros(2, dtype=torch.int32), torch.empty(32, 1)
+    for name in ("bf16", "fp32"):
+        q_THE, k_TKE = (torch.empty(1, heads, 128, dtype=dtypes[name]) for heads in (32, 8))
+        where = ends, ends, token_N, 1, 4096, arch
+        yield name, fused_attention.launch_forward, q_THE, k_TKE, k_TKE, *where
+        tensors = q_THE, q_THE, k_TKE, k_TKE, q_THE, lse_HT
+        yield name, fused_attention.launch_backward, *tensors, *where
 
 
 def launches() -> list[Launch]:

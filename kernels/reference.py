@@ -1,6 +1,7 @@
 """The specification of every fused op: plain PyTorch, any dtype, one page. Tests compare with it.
 
 N predicting rows  D width  V vocabulary  P pairs  2P responses
+T tokens of a pack  G gathered keys  S segments  H query heads  K key heads  E head width
 """
 
 from typing import NamedTuple
@@ -86,6 +87,43 @@ def dpo_loss(
     else:
         loss_P = -(1 - smoothing) * F.logsigmoid(z_P) - smoothing * F.logsigmoid(-z_P)
     return Preference(loss_P, logprob_2P.detach(), beta * ratio_2P.detach(), z_P.detach())
+
+
+def seen_keys(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, window: int | None) -> Tensor:
+    """Return which of the gathered keys each query sees [T, G]: those j of its own segment with
+    i - window < j <= i. i and j are positions, which count from a segment's first key on; its last
+    query and its last key have the same."""
+    device = cu_seqlens_q.device
+    queries_S, keys_S = cu_seqlens_q.diff(), cu_seqlens_k.diff()
+    segments_S = torch.arange(len(queries_S), device=device)
+    segment_T, segment_G = (torch.repeat_interleave(segments_S, n) for n in (queries_S, keys_S))
+    i_T = torch.arange(len(segment_T), device=device) - (cu_seqlens_q[1:] - keys_S)[segment_T]
+    j_G = torch.arange(len(segment_G), device=device) - cu_seqlens_k[segment_G]
+    seen_TG = (segment_T[:, None] == segment_G) & (j_G <= i_T[:, None])
+    return seen_TG if window is None else seen_TG & (j_G > i_T[:, None] - window)
+
+
+def attention(
+    q_THE: Tensor,
+    k_TKE: Tensor,
+    v_TKE: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    kv_rows_G: Tensor | None,
+    window: int | None,
+) -> Tensor:
+    """Attention of the segments of a pack [T, H, E], as `kernels.attention` has it.
+
+    o_i = Σ_j p_ij v_j,   p_ij = exp s_ij / Σ_l exp s_il,   s_ij = q_i · k_j / √E,   over the keys j
+    that `seen_keys` has for query i. Inputs narrower than fp32 are widened first.
+    """
+    if kv_rows_G is not None:
+        k_TKE, v_TKE = k_TKE[kv_rows_G], v_TKE[kv_rows_G]
+    wide, group = torch.promote_types(q_THE.dtype, torch.float32), q_THE.shape[1] // k_TKE.shape[1]
+    k_GHE, v_GHE = (x.to(wide).repeat_interleave(group, 1) for x in (k_TKE, v_TKE))
+    s_HTG = torch.einsum("the,ghe->htg", q_THE.to(wide), k_GHE) / q_THE.shape[2] ** 0.5
+    s_HTG = s_HTG.masked_fill(~seen_keys(cu_seqlens_q, cu_seqlens_k, window), -torch.inf)
+    return torch.einsum("htg,ghe->the", s_HTG.softmax(-1), v_GHE).to(q_THE.dtype)
 
 
 def nearest_bf16(x: Tensor) -> Tensor:

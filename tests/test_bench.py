@@ -8,6 +8,7 @@ import subprocess
 import sys
 from types import ModuleType, SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -18,6 +19,7 @@ from helpers import WORKERS
 from kernels import jit, reference
 from kernels.bench import __main__ as bench
 from kernels.bench import budget, cases, peers, report, timing
+from zephyr.packing import Pair, pack_pairs
 
 pytestmark = pytest.mark.tools
 
@@ -245,7 +247,7 @@ def test_responses_are_whole_pairs(N):
 
 
 def test_rates():
-    head = SimpleNamespace(N=10, D=20, V=30, leaves=2)
+    head = SimpleNamespace(flops=2 * 6000, leaves=2)
     ms = {"ours": 2.0, "limit": 1.5}
     assert bench.rate(head, ms, "ours", 0) == {
         "rate": pytest.approx(6 * 6000 / 2e-3 / 1e12),
@@ -254,7 +256,7 @@ def test_rates():
     }
     head.leaves = 0
     assert bench.rate(head, ms, "ours", 0)["rate"] == pytest.approx(2 * 6000 / 2e-3 / 1e12)
-    loss = SimpleNamespace(N=10**6, V=None)
+    loss = SimpleNamespace(N=10**6, flops=None)
     assert bench.rate(loss, ms, "ours", 16.0) == {"rate": 8.0, "unit": "GB/s", "limit": 0.5}
 
 
@@ -435,3 +437,35 @@ def test_linear_layers_are_mistrals():
         "down": (mlp, width),
         "head": (width, vocabulary),
     }
+
+
+def test_attention_of_a_pack_of_pairs():
+    """Its segments are zephyr.packing's, each contender is within the budget, and FLOPs are those
+    of the keys that are seen."""
+    case = cases.attention("fp32", 60, CPU, (7, 9, 5), (2, 1, 16))
+    batch = pack_pairs([Pair(*(np.zeros(n, np.int64) for n in (7, 9, 5)))] * 3, [0, 1, 2])
+    assert case.N == len(batch.tokens_T) == 57
+    assert case.flops == 4 * 2 * 16 * batch.layout.attended(None)
+    tensors, c = case.draw(), torch.randn(case.outputs)
+    for name, run in case.contenders.items():
+        found = budget.whole_errors(case, run, tensors, c)
+        for what, most in budget.allowed(case, tensors, c).items():
+            assert found[what] <= most, (name, what)
+    attended = batch.layout.attend(*tensors, 0, None).flatten()
+    torch.testing.assert_close(case.contenders["ours"](*tensors), attended)
+
+
+def test_attention_is_timed(monkeypatch):
+    monkeypatch.setattr(bench, "SIDE", 8)
+    o = bench.parse([*TINY, "--op", "response_sums"])
+    rows = bench.measure(cases.attention("fp32", 1, CPU, (3, 2, 2), (2, 1, 4)), o, 1.0)
+    assert [row["implementation"] for row in rows] == ["ours (torch)", "plain"]
+    for row in rows:
+        assert row["forward_ms"] > 0 and row["both_ms"] > 0 and row["unit"] == "TFLOP/s"
+
+
+def test_attention_needs_a_gpu(capsys):
+    with pytest.raises(SystemExit):
+        bench.main(["--op", "attention"])
+    message = "kernels.bench: --op attention needs a GPU: on a CPU attention is torch's own\n"
+    assert capsys.readouterr().err == message

@@ -1,18 +1,51 @@
-"""The one mask (causal × window × document × shared prompt) and its two back ends.
+"""The one mask (causal × window × document × shared prompt) and its back ends.
+
+On a GPU torch's variable-length attention computes it, which is FlashAttention 2. ZEPHYR_ATTENTION
+chooses another: flash3, FlashAttention 3 where that is installed, or triton, the kernels of
+kernels/fused_attention.py, which read a shared prompt's keys in place. On a CPU, and in fp32 unless
+triton is chosen, segments are computed one by one.
 
 T tokens of the pack  G gathered keys  S segments  H query heads  K key/value heads  E head width
 """
 
 import inspect
+import os
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import activate_flash_attention_impl, current_flash_attention_impl
 from torch.nn.attention.varlen import varlen_attn
+
+import kernels
 
 # torch 2.12 made grouped queries a flag; 2.11 accepts them without one
 GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+BACK_ENDS = ("flash2", "flash3", "triton")
+
+
+def back_end() -> str:
+    """Return the back end that ZEPHYR_ATTENTION names, by default flash2."""
+    name = os.environ.get("ZEPHYR_ATTENTION") or "flash2"
+    if name not in BACK_ENDS:
+        raise ValueError(
+            f"ZEPHYR_ATTENTION={name} is none of {', '.join(BACK_ENDS)}; unset it for flash2"
+        )
+    return name
+
+
+def prepare_back_end() -> None:
+    """Check ZEPHYR_ATTENTION and, for flash3, let torch's variable-length attention be that. To be
+    called once, before the first pass."""
+    if back_end() == "flash3" and current_flash_attention_impl() != "FA3":
+        try:
+            activate_flash_attention_impl("FA3")
+        except (ImportError, RuntimeError) as error:
+            raise ValueError(
+                f"ZEPHYR_ATTENTION=flash3: FlashAttention 3 is not installed ({error}); build it "
+                "from hopper/ of github.com/Dao-AILab/flash-attention, or unset ZEPHYR_ATTENTION"
+            ) from None
 
 
 def visible(i: Tensor, j: Tensor, window: int | None) -> Tensor:
@@ -72,6 +105,8 @@ class Layout:
 
     def attend(self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, layer: int, window: int | None):
         """Return softmax(q kᵀ / √E, over visible keys) v  [T, H, E]; the same for every `layer`."""
+        if back_end() == "triton":
+            return self._in_place(q_THE, k_TKE, v_TKE, window)
         if self.kv_rows_G is not None:
             k_TKE, v_TKE = gathered(k_TKE, self), gathered(v_TKE, self)
         if q_THE.is_cuda and q_THE.dtype in (torch.bfloat16, torch.float16):
@@ -84,6 +119,16 @@ class Layout:
         return segment_by_segment(
             q_THE, k_TKE, v_TKE, self.position_T, position_G, *ends, window
         ).to(dtype)
+
+    def _in_place(self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, window: int | None) -> Tensor:
+        """Attend with kernels that gather no keys."""
+        if kernels.implementation(q_THE.device) == "torch":
+            raise ValueError(
+                f"ZEPHYR_ATTENTION=triton: no Triton kernel runs on {q_THE.device.type}; unset it "
+                "(tests set ZEPHYR_KERNELS=triton and TRITON_INTERPRET=1)"
+            )
+        places = self.cu_seqlens_q, self.cu_seqlens_k, self.kv_rows_G
+        return kernels.attention(q_THE, k_TKE, v_TKE, *places, self.max_q, window)
 
     def _flash(self, q_THE: Tensor, k_GKE: Tensor, v_GKE: Tensor, window: int | None) -> Tensor:
         """Attend with one variable-length call; its left window counts the keys before the query's

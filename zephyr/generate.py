@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from zephyr import files
+from zephyr import attention, files
 from zephyr.architecture import MistralConfig
 from zephyr.attention import Layout, visible
 from zephyr.distributed import machine
@@ -161,6 +161,7 @@ def load(folder: str) -> tuple[Mistral, Tokenizer]:
     shape, tokenizer, _, notes = base.open_folder(folder)
     for note in [*notes, *machine.tune_allocators()]:
         print(note, file=sys.stderr)
+    attention.prepare_back_end()
     cuda = torch.cuda.is_available()
     # of one query against a masked cache cuDNN's attention, torch's first choice, is untried here
     torch.backends.cuda.enable_cudnn_sdp(False)

@@ -78,8 +78,11 @@ class PackBuilder:
     def segment(
         self, tokens: Sequence[int], first_position: int = 0, prefix: np.ndarray = NOWHERE
     ) -> np.ndarray:
-        """Append tokens that see the places `prefix`, laid down before, and then each other,
-        causally. Returns their places; no tokens make no segment."""
+        """Append tokens that see the places `prefix`, and then each other, causally. Returns their
+        places; no tokens make no segment.
+
+        A prefix is the beginning of the last segment that had none: kernels.attention needs that.
+        """
         start, count = self.cu_seqlens_q[-1], len(tokens)
         own = np.arange(start, start + count)
         if count:

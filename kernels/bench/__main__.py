@@ -12,7 +12,7 @@ import importlib.util
 import itertools
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from torch import Tensor
 import kernels
 from kernels import fused_logprob, jit
 from kernels.bench import budget, peers, report, timing
-from kernels.bench.cases import DTYPES, HEADS, LOSSES, Case
+from kernels.bench.cases import DTYPES, HEADS, LOSSES, Case, attention
 from kernels.bench.report import Row
 
 ABOUT = """Nothing is timed before our error, against float64, is within its budget at every size:
@@ -44,7 +44,9 @@ REPEAT = {"cuda": 50, "cpu": 9}
 COPIED = {"cuda": 2**32, "cpu": 2**28}  # bytes, to find the bandwidth
 TILES = [8192, 4096, 16384, 32768]  # of a row kernel that reads twice
 WARPS = [16, 8, 32]
-OPS = (*HEADS, *LOSSES, "row_kernel")
+PACK = 16384  # the n of attention
+SIDE = 4096  # width of the matmuls that bound it
+OPS = (*HEADS, *LOSSES, "attention", "row_kernel")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -64,9 +66,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         choices=OPS,
         default=OPS,
         metavar="OP",
-        help=f"of {', '.join(OPS)}, the last on a GPU only [all]",
+        help=f"of {', '.join(OPS)}, the last two on a GPU only [all]",
     )
-    add("--n", nargs="+", type=int, help=f"rows or tokens {sizes['n']}, of losses {TOKENS[kind]}")
+    add(
+        "--n",
+        nargs="+",
+        type=int,
+        help=f"rows or tokens {sizes['n']}, of losses {TOKENS[kind]}, of attention {PACK}",
+    )
     add("--d", nargs="+", type=int, default=sizes["d"], help=f"width {sizes['d']}")
     add("--v", nargs="+", type=int, default=sizes["v"], help=f"vocabulary {sizes['v']}")
     add(
@@ -86,7 +93,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
     parser.error = error
     o = parser.parse_args(argv)
-    o.tokens, o.n, o.device = o.n or TOKENS[kind], o.n or sizes["n"], torch.device(kind)
+    o.tokens, o.packs, o.n = o.n or TOKENS[kind], o.n or [PACK], o.n or sizes["n"]
+    o.device = torch.device(kind)
     for flag, least in (("n", 2), ("d", 1), ("v", 2), ("repeat", 1)):
         values = [o.repeat] if flag == "repeat" else getattr(o, flag)
         if min(values) < least:
@@ -96,6 +104,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             raise ValueError(f"--{flag} {path}: there is no folder {path.parent}")
     if o.plot and not importlib.util.find_spec("matplotlib"):
         raise ValueError("--plot needs matplotlib: pip install zephyr-dpo[plot]")
+    if kind == "cpu" and "attention" in o.op and o.op is not OPS:
+        raise ValueError("--op attention needs a GPU: on a CPU attention is torch's own")
     if kernels.implementation(o.device) == "triton" and jit.INTERPRETED:
         raise ValueError(
             "TRITON_INTERPRET=1: the interpreter's times say nothing about a GPU's; unset it"
@@ -111,6 +121,9 @@ def cases(o: argparse.Namespace) -> Iterator[Case]:
     for op, make in LOSSES.items():
         if op in o.op:
             yield from (make(N, o.device) for N in o.tokens)
+    if "attention" in o.op and o.device.type == "cuda":
+        for dtype, N in itertools.product(o.dtype, o.packs):
+            yield attention(dtype, N, o.device)
 
 
 def verify(case: Case, device: torch.device) -> dict[str, float]:
@@ -167,8 +180,8 @@ def measure(case: Case, o: argparse.Namespace, copy_gbs: float) -> list[Row]:
             rows[name]["failed"] = f"{type(error).__name__}: {error}".splitlines()[0]
             continue
         forward[name], both[name] = calls
-    if case.V is not None:
-        forward["limit"], both["limit"] = timing.matmuls(*first[:2])
+    if case.flops:
+        forward["limit"], both["limit"] = bound(case, first)
     forward_ms = timing.medians(forward, sets, o.repeat)
     both_ms = timing.medians(both, sets, o.repeat) if case.leaves else {}
     for name in forward.keys() & rows.keys():
@@ -186,16 +199,27 @@ def back(run, leaves: int, c: Tensor, *tensors: Tensor) -> None:
     budget.results(run, list(tensors), leaves, c)
 
 
+def bound(case: Case, tensors: list[Tensor]) -> tuple[Callable, Callable]:
+    """The bare matmuls that an op has in it or, for attention, has the FLOPs of."""
+    if case.V:
+        return timing.matmuls(*tensors[:2])
+    rows = max(1, case.flops // (2 * SIDE * SIDE))
+    h_ND, w_VD = (tensors[0].new_empty(n, SIDE).normal_() for n in (rows, SIDE))
+    one, three = timing.matmuls(h_ND, w_VD)
+    return lambda *_: one(h_ND, w_VD), lambda *_: three(h_ND, w_VD)
+
+
 def rate(case: Case, ms: dict[str, float], name: str, copy_gbs: float) -> Row:
     """What was reached per second, and its share of the limit.
 
-    A head is 2NDV FLOPs, 6NDV with its backward. A loss must read 12 bytes of each token (its
-    log-prob, its response), and its backward write 4.
+    A head is 2NDV FLOPs, and attention 4E for each pair of a query and a key that it sees in each
+    head; three times that with the backward. A loss must read 12 bytes of each token (its log-prob,
+    its response), and its backward write 4.
     """
-    if case.V is None:
+    if case.flops is None:
         gbs = 16 * case.N / ms[name] / 1e6
         return {"rate": gbs, "unit": "GB/s", "limit": gbs / copy_gbs}
-    flops = (6 if case.leaves else 2) * case.N * case.D * case.V
+    flops = (3 if case.leaves else 1) * case.flops
     return {"rate": flops / ms[name] / 1e9, "unit": "TFLOP/s", "limit": ms["limit"] / ms[name]}
 
 

@@ -1,6 +1,7 @@
 """What `kernels.bench` measures: an op at a size, its inputs, its specification, its contenders.
 
 N rows or tokens  D width  V vocabulary  R responses
+T tokens of a pack  G gathered keys  H query heads  K key heads  E head width
 """
 
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from kernels.bench.peers import BETA, LENGTH, Contenders
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BLOCK = 512  # rows of which float64 logits exist at a time
+PAIR = (170, 320, 290)  # tokens of UltraFeedback's prompts, chosen and rejected responses, about
+HEADS_OF_7B, WINDOW = (32, 8, 128), 4096  # Mistral's: query heads, key heads, their width
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +34,7 @@ class Case:
     results: tuple[str, ...]  # what is compared with float64: the output, gradients of inputs
     exact: Callable  # kernels/reference.py's
     contenders: Contenders  # ours first
+    flops: int | None = None  # of the forward, where matmuls bound the op; else bytes do
 
     def __str__(self) -> str:
         return f"{self.op} {self.dtype} N {self.N}" + (f" D {self.D} V {self.V}" if self.V else "")
@@ -44,6 +48,7 @@ def linear_logprob(dtype: str, N: int, D: int, V: int, device: torch.device) -> 
         N=N,
         D=D,
         V=V,
+        flops=2 * N * D * V,
         leaves=2,
         outputs=N,
         draw=lambda: hidden(dtype, N, D, V, device),
@@ -64,6 +69,7 @@ def no_grad(dtype: str, N: int, D: int, V: int, device: torch.device) -> Case:
         N=N,
         D=D,
         V=V,
+        flops=2 * N * D * V,
         leaves=0,
         outputs=N,
         draw=lambda: [x.detach() for x in hidden(dtype, N, D, V, device)],
@@ -103,6 +109,7 @@ def linear_dpo(dtype: str, N: int, D: int, V: int, device: torch.device) -> Case
         N=N,
         D=D,
         V=V,
+        flops=2 * N * D * V,
         leaves=2,
         outputs=1,
         draw=draw,
@@ -162,6 +169,67 @@ def response_sums(N: int, device: torch.device) -> Case:
         results=("sum", "dlogprob"),
         exact=of(reference.response_sums),
         contenders={"ours": of(kernels.response_sums), "plain": of(peers.plain_sums)},
+    )
+
+
+def attention(
+    dtype: str,
+    N: int,
+    device: torch.device,
+    lengths: tuple[int, int, int] = PAIR,
+    heads: tuple[int, int, int] = HEADS_OF_7B,
+) -> Case:
+    """Attention over a pack of about N tokens, of pairs with these lengths of prompt, chosen and
+    rejected response, and back."""
+    (prompt, chosen, rejected), (H, K, E) = lengths, heads
+    # a response's last token is no input; the branch sees the prompt's keys and its own
+    document, branch = prompt + chosen - 1, rejected - 1
+    T, G = document + branch, document + prompt + branch
+    own = torch.arange(T)
+    pair = (
+        torch.tensor([0, document, T], dtype=torch.int32),
+        torch.tensor([0, document, G], dtype=torch.int32),
+        torch.cat([own[:document], own[:prompt], own[document:]]),
+    )
+    max_q, max_k = max(document, branch), max(document, prompt + branch)
+    seen_TG, pairs = reference.seen_keys(*pair[:2], WINDOW), max(1, N // T)
+    # the ends of pair n lie n pairs further on
+    pack = [
+        torch.cat([x[:skip], *(x[skip:] + n * step for n in range(pairs))]).to(device)
+        for x, skip, step in zip(pair, (1, 1, 0), (T, G, T), strict=True)
+    ]
+    flops = 4 * H * E * int(seen_TG.sum()) * pairs
+    *pair, seen_TG = (x.to(device) for x in (*pair, seen_TG))
+
+    def draw() -> list[Tensor]:
+        shapes = [(pairs * T, n, E) for n in (H, K, K)]
+        return [torch.randn(x, device=device, dtype=DTYPES[dtype]).requires_grad_() for x in shapes]
+
+    def by_pair(attend: Callable) -> Callable:
+        def run(*qkv: Tensor) -> Tensor:
+            parts = zip(*(x.split(T) for x in qkv), strict=True)
+            return torch.cat([attend(*part) for part in parts]).flatten()
+
+        return run
+
+    def ours(*qkv: Tensor) -> Tensor:
+        return kernels.attention(*qkv, *pack, max_q, WINDOW).flatten()
+
+    return Case(
+        op="attention",
+        dtype=dtype,
+        N=pairs * T,
+        flops=flops,
+        leaves=3,
+        outputs=pairs * T * H * E,
+        draw=draw,
+        results=("o", "dq", "dk", "dv"),
+        exact=by_pair(lambda *qkv: reference.attention(*qkv, *pair, WINDOW)),
+        contenders={
+            "ours": ours,
+            "plain": by_pair(lambda *qkv: peers.plain_attention(*qkv, pair[2], seen_TG)),
+        }
+        | peers.attention(device, *pack, max_q, max_k, WINDOW),
     )
 
 

@@ -2,12 +2,14 @@
 
 A linear one takes (h_ND, w_VD, targets_N) and returns log p(target) per row, or -Σ log p as a loss.
 A DPO one takes (h_ND, w_VD, targets_N, response_N) and returns the mean loss of the pairs, whose
-reference log-probs are all 0.
+reference log-probs are all 0. An attention takes (q_THE, k_TKE, v_TKE).
 
-N rows  D width  V vocabulary  B sequences  T tokens of each  R responses
+N rows  D width  V vocabulary  B sequences  T tokens of each, or of a pack  R responses
+G gathered keys  H query heads  K key heads  E head width
 """
 
 import importlib.util
+import inspect
 import os
 import shutil
 from collections.abc import Callable
@@ -15,6 +17,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.varlen import varlen_attn
 
 LENGTH, BETA = 256, 0.1  # tokens of a response, where N has that many
 LIGER_ROWS = 4096  # of a chunk, in the larger of its two settings
@@ -57,6 +61,50 @@ def plain_dpo(logprob_N: Tensor, response_N: Tensor, reference_R: Tensor) -> Ten
     """The loss of each pair [P]."""
     ratio_R = plain_sums(logprob_N, response_N, len(reference_R)) - reference_R
     return -F.logsigmoid(BETA * (ratio_R[0::2] - ratio_R[1::2]))
+
+
+def plain_attention(
+    q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, rows_G: Tensor, seen_TG: Tensor
+) -> Tensor:
+    """PyTorch's own formula, with a mask."""
+    q_HTE, k_KGE, v_KGE = (
+        x.transpose(0, 1)[None] for x in (q_THE, k_TKE.index_select(0, rows_G), v_TKE[rows_G])
+    )
+    with sdpa_kernel(SDPBackend.MATH):
+        o_HTE = F.scaled_dot_product_attention(q_HTE, k_KGE, v_KGE, seen_TG, enable_gqa=True)[0]
+    return o_HTE.transpose(0, 1)
+
+
+def attention(
+    device: torch.device,
+    ends_q: Tensor,
+    ends_k: Tensor,
+    rows_G: Tensor,
+    max_q: int,
+    max_k: int,
+    window: int,
+) -> Contenders:
+    """FlashAttention on gathered keys, the gathering counted: torch's own version and, if it is
+    installed, version 3."""
+    if device.type != "cuda":
+        return {}
+    grouped = inspect.signature(varlen_attn).parameters
+    gqa = {"enable_gqa": True} if "enable_gqa" in grouped else {}  # 2.11 accepts it without
+    lengths, left = (ends_q, ends_k, max_q, max_k), (window - 1, 0)
+
+    def gathered(attend: Callable, **options) -> Callable:
+        def run(q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor) -> Tensor:
+            k_GKE, v_GKE = (x.index_select(0, rows_G) for x in (k_TKE, v_TKE))
+            return attend(q_THE, k_GKE, v_GKE, *lengths, window_size=left, **options).flatten()
+
+        return run
+
+    found = {"flash2": gathered(varlen_attn, **gqa)}
+    if importlib.util.find_spec("flash_attn_interface"):
+        from flash_attn_interface import flash_attn_varlen_func
+
+        found["flash3"] = gathered(flash_attn_varlen_func, causal=True)
+    return found
 
 
 def linear(device: torch.device) -> Contenders:
@@ -105,6 +153,8 @@ def missing(device: torch.device) -> list[str]:
         lines.append("liger: not installed; pip install zephyr-dpo[peers]")
     elif device.type != "cuda":
         lines.append("liger: its cross-entropy needs a GPU; its DPO loss runs uncompiled")
+    if device.type == "cuda" and not importlib.util.find_spec("flash_attn_interface"):
+        lines.append("flash3: FlashAttention 3 is not installed")
     return lines
 
 

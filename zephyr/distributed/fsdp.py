@@ -28,8 +28,13 @@ from zephyr.model import Mistral
 from zephyr.weights import hub
 from zephyr.weights.masters import attach_halves
 
-# attention's ops, by name: on a GPU, on a CPU, compiled on a CPU
-ATTENTION = ("torch_attn::_varlen_attn", "aten::_scaled_dot_product", compiled_attention.NAME)
+# attention's ops, by name: on a GPU, there in Triton, on a CPU, compiled on a CPU
+ATTENTION = (
+    "torch_attn::_varlen_attn",
+    "zephyr_kernels::attention",
+    "aten::_scaled_dot_product",
+    compiled_attention.NAME,
+)
 # a block's matmuls in the order of its forward, and those of masters.attach_halves; nothing in the
 # backward needs the last one's output
 MATMULS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from zephyr import attention
 from zephyr.distributed import machine, signals
 from zephyr.errors import Storage, kind, shared
 
@@ -61,6 +62,7 @@ def start(replicas: int = 1, masters: str = "fp32", deterministic: bool = False)
             "master takes the same 4 bytes, and is cast as it is gathered: leave it "
             "out"
         )
+    attention.prepare_back_end()
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
