@@ -31,6 +31,6 @@ setup(
             "matplotlib>=3.8",
             "tensorboard>=2.16",
         ],
-        "peers": ["trl>=0.29", "liger-kernel>=0.6", "datasets>=3"],
+        "peers": ["trl>=1.15", "liger-kernel>=0.6", "datasets>=3"],
     },
 )

@@ -1,12 +1,15 @@
-"""DPO of a random Mistral-7B on one GPU, three ways side by side: `make bench-7b`.
+"""DPO of a random Mistral-7B on one GPU, side by side with others: `make bench-7b`.
 
     python -m benchmarks.dpo_7b                                     one H200, under ten minutes
+    python -m benchmarks.dpo_7b --contenders trl-tuned              as long again
     python -m benchmarks.dpo_7b --shape tiny --steps 3 --batch 4    a CPU, in two or three
 
     ours      train_dpo.py from its command line
     control   the same, with transformers' Mistral, each response behind a prompt of its own, and
               logits, log_softmax and loss as a textbook has them: what our tricks are worth
-    trl       DPOTrainer: padded, recomputing, bf16 autocast over fp32 weights
+    trl       DPOTrainer with its defaults, of which the fused head is one since 1.15: padded,
+              recomputing, bf16 autocast over fp32 weights
+    trl-tuned the same, with the pairs of a step in the order of their lengths: less is padded
 
 All get the same starting weights, and in the same batches the same pairs: random ids, of the
 lengths that UltraFeedback has. Losses that differ at any step fail the run; running out of memory
@@ -61,7 +64,9 @@ CONTENDERS = {  # each with the modules without which it is left out, and second
     "ours": Part("train_dpo.py", 210, ()),
     "control": Part("transformers' Mistral in train_dpo.py", 210, (), ("transformers",)),
     "trl": Part("DPOTrainer", 330, (), ("trl", "datasets")),
+    "trl-tuned": Part("DPOTrainer, pairs by length", 330, (), ("trl", "datasets")),
 }
+DEFAULT = ["ours", "control", "trl"]  # what ten minutes are enough for
 COLUMNS = {
     "pairs/s": ("pairs_per_second", 3),
     "tokens/s": ("tokens_per_second", 0),
@@ -106,7 +111,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     usual = "bf16" if torch.cuda.is_available() else "fp32"  # many a CPU has no bf16 to speak of
     add("--precision", choices=TOLERANCE, default=usual, help=f"[{usual}]")
     add("--lr", type=float, help="constant [1e-5 / 256 x width: the losses move, none flies off]")
-    add("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="[all]")
+    add("--contenders", nargs="+", choices=CONTENDERS, default=DEFAULT, help="[all but trl-tuned]")
     add("--ours", help=f"more flags of train_dpo.py, in quotes [at 7b {OWN['7b']}]")
     add("--control", help="likewise [as --ours]")
     add("--trl-pairs", type=int, help="per_device_train_batch_size [4, or --batch if less]")
@@ -330,12 +335,16 @@ def trl(o: argparse.Namespace, place: Path) -> dict:
     trl.trainer.dpo_trainer.hash_module = lambda _: "random"
     data = tokens(o.steps * o.batch)
     order, cached = plan(o, data), o.trl_reference == "cached"
+    batches = [[data.pair(k) for k in order.step(step)] for step in range(o.steps)]
+    if o.contenders[0] == "trl-tuned":
+        # a sequence is padded to the longest of its micro-batch; a step's pairs stay the same
+        batches = [sorted(b, key=lambda p: len(p[0]) + max(map(len, p[1:]))) for b in batches]
     words = Tokenizer(WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2}, "<unk>"))
     return vs_trl.trainer(
         o,
         build(),
         PreTrainedTokenizerFast(tokenizer_object=words, pad_token="</s>"),
-        [[data.pair(k) for k in order.step(step)] for step in range(o.steps)],
+        batches,
         None if cached else build(),
         output_dir=str(place / "run"),
         bf16=o.precision == "bf16",
@@ -354,7 +363,8 @@ def child(o: argparse.Namespace) -> None:
         (place / "base").mkdir()
         config_json.write_config(place / "base", vs_trl.architecture(o.shape), "float32", {})
         try:
-            side = {"ours": ours, "control": control, "trl": trl}[o.contenders[0]]
+            name = o.contenders[0]
+            side = trl if name.startswith("trl") else {"ours": ours, "control": control}[name]
             cuda = torch.cuda.is_available()
             peak = means.peak_flops(torch.cuda.get_device_name()) if cuda else None
             found = rates(o, side(o, place), peak)
@@ -382,7 +392,8 @@ def rates(o: argparse.Namespace, r: dict, peak: float | None) -> dict:
 
 def about(o: argparse.Namespace, name: str, machine: dict) -> dict:
     """What a contender's result depends on: one whose `about` is equal stands for a new run."""
-    own = f"{o.trl_pairs} pairs, {o.trl_reference}" if name == "trl" else getattr(o, name)
+    trls = f"{o.trl_pairs} pairs, {o.trl_reference}"
+    own = trls if name.startswith("trl") else getattr(o, name)
     # the host of a GPU may be another the next time
     same = {k: v for k, v in machine.items() if not (machine["gpu"] and k in ("cpu", "cores"))}
     given = {k: getattr(o, k) for k in ("shape", "steps", "batch", "precision", "lr")}

@@ -224,6 +224,10 @@ def trainer(
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import DPOConfig, DPOTrainer
+    from trl.trainer import utils
+
+    if not hasattr(utils, "add_fused_lm_head"):
+        raise ValueError("this TRL has no fused head, its default since 1.15: pip install -U trl")
 
     clock, spent, calls, pairs = [], [], [], own["per_device_train_batch_size"]
 

@@ -155,14 +155,14 @@ def test_rates_and_hours(monkeypatch):
 
 
 def test_what_has_a_result_is_not_run_again(table, tmp_path, capsys):
-    good = {name: result([0.69, 0.5]) for name in dpo_7b.CONTENDERS}
+    good = {name: result([0.69, 0.5]) for name in dpo_7b.DEFAULT}
     with pytest.raises(SystemExit, match="dpo_7b: trl stopped at 30 s"):
         table(good | {"trl": "stopped at 30 s"})
     assert table(good) == ["trl"], "the others have theirs"
     assert table(good) == []
     assert table(good, "--ours", "--recompute full", "--control", "") == ["ours"]
     assert table(good, "--again", "--contenders", "control", "trl") == ["control", "trl"]
-    assert table(good, "--lr", "3e-6") == list(dpo_7b.CONTENDERS)
+    assert table(good, "--lr", "3e-6") == list(dpo_7b.DEFAULT)
     capsys.readouterr()
     (tmp_path / "out" / dpo_7b.FILE).rename(tmp_path / "moved")
     (tmp_path / "kept").mkdir()
@@ -186,7 +186,7 @@ def test_out_of_memory_is_a_result(table, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "trl              failed: out of memory: tried 2 GiB" in said
     rows = [json.loads(x) for x in (tmp_path / "out" / dpo_7b.FILE).read_text().splitlines()]
-    assert [row["about"]["contender"] for row in rows] == list(dpo_7b.CONTENDERS)
+    assert [row["about"]["contender"] for row in rows] == list(dpo_7b.DEFAULT)
 
 
 def test_a_peer_that_is_not_installed_is_left_out(table):
