@@ -179,8 +179,8 @@ def main() -> None:
     if o.json:
         with o.json.open("a") as file:
             file.write(json.dumps(figures) + "\n")
-    group.finish()
     shutil.rmtree(place)
+    group.finish()
 
 
 if __name__ == "__main__":

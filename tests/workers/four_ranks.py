@@ -68,5 +68,7 @@ for replicas in (1, 2, 4):
         except ValueError as error:
             results["not shared"] = error.code, str(error)
         results["left over"] = [p.name for p in where.rglob(".seen*")]
-    group.finish()
+    else:
+        group.leave()
 torch.save(results, where / f"{rank}.pt")
+group.finish()
