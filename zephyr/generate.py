@@ -35,11 +35,11 @@ class Cache:
     token sees all that its sequence then holds, in slots 0 .. min(position, S - 1).
     """
 
-    def __init__(self, c: MistralConfig, last_B: Tensor, slots: int, like: Tensor):
-        shape = (c.num_hidden_layers, len(last_B), slots, c.num_key_value_heads, c.head_dim)
+    def __init__(self, c: MistralConfig, lengths: Tensor, slots: int, like: Tensor):
+        shape = (c.num_hidden_layers, len(lengths), slots, c.num_key_value_heads, c.head_dim)
         self.k, self.v = like.new_zeros(shape), like.new_zeros(shape)
-        self.slots, self.fused = slots, fused(like)
-        self.position_T = last_B  # of each sequence's last token so far
+        self.slots, self.longest, self.fused = slots, int(lengths.max()), fused(like)
+        self.position_T = (lengths - 1).to(like.device)  # of each sequence's last token so far
 
     def advance(self) -> None:
         """Move each sequence on to its next position, and work out what is the same for all layers:
@@ -56,7 +56,10 @@ class Cache:
             cu_q, cu_k = (F.pad(ends.int(), (1, 0)) for ends in (ends_q, ends_k))
             self.layout = Layout(position_B, cu_q, cu_k, None, 1, S)
         else:
-            seen_BS = torch.arange(S, device=start_B.device) < held_B[:, None]
+            self.longest += 1
+            # no slots beyond the longest sequence, unless a graph is to serve for later steps, too
+            some = S if captures(start_B.device) else min(self.longest, S)
+            seen_BS = torch.arange(some, device=start_B.device) < held_B[:, None]
             self.bias_BS = torch.where(seen_BS, 0.0, -torch.inf).to(self.k.dtype)
 
     def store(self, k_TKE: Tensor, v_TKE: Tensor, layer: int) -> tuple[Tensor, Tensor]:
@@ -72,8 +75,8 @@ class Cache:
             return self.layout.flash(q_BHE, k, v, None)
         # the heads that share a key head are as many queries of it: no key is repeated for them
         q_BKGE = q_BHE.unflatten(1, (k_BKE.shape[1], -1))
-        k_BKSE, v_BKSE = (x[layer].transpose(1, 2) for x in (self.k, self.v))
-        bias = self.bias_BS[:, None, None]
+        some, bias = self.bias_BS.shape[1], self.bias_BS[:, None, None]
+        k_BKSE, v_BKSE = (x[layer][:, :some].transpose(1, 2) for x in (self.k, self.v))
         return F.scaled_dot_product_attention(q_BKGE, k_BKSE, v_BKSE, bias).flatten(1, 2)
 
     def keep(self, rows: list[int]) -> None:
@@ -112,11 +115,10 @@ def prefill(model: Mistral, prompts: list[list[int]], new: int) -> tuple[Cache, 
     kept_T = torch.nonzero(position_T >= (lengths - slots)[owner_T]).flatten()
     place_T = (owner_T * slots + position_T % slots)[kept_T]
     ends = F.pad(lengths.cumsum(0), (1, 0))
-    cu, kept_T, position_T, place_T, last_B = (
-        x.to(head.device) for x in (ends.int(), kept_T, position_T, place_T, lengths - 1)
+    cache = Cache(model.config, lengths, slots, head)
+    cu, kept_T, position_T, cache.place_T = (
+        x.to(head.device) for x in (ends.int(), kept_T, position_T, place_T)
     )
-    cache = Cache(model.config, last_B, slots, head)
-    cache.place_T = place_T
     tokens_T = torch.tensor([i for prompt in prompts for i in prompt], device=head.device)
     layout = Prefill(position_T, cu, cu, None, longest, longest, cache, kept_T)
     return cache, model.logits(tokens_T, layout, (ends[1:] - 1).to(head.device))
