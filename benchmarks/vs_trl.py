@@ -32,8 +32,13 @@ from zephyr.weights import config_json, hub
 ROOT = Path(__file__).resolve().parent.parent
 BETA, LENGTH, WARM_UP, VOCABULARY = 0.1, 1024, 2, 32000
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-3}  # largest difference of two contenders' losses in a step
-# width, MLP width, layers, heads, key/value heads: 20 M, 1.1 B and 7.2 B parameters
-SIZES = {"tiny": (256, 896, 4, 8, 4), "1b": (2048, 5632, 22, 32, 4), "7b": (4096, 14336, 32, 32, 8)}
+# width, MLP width, layers, heads, key/value heads: 20 M, 61 M, 1.1 B and 7.2 B parameters
+SIZES = {
+    "tiny": (256, 896, 4, 8, 4),
+    "small": (512, 1792, 8, 8, 4),
+    "1b": (2048, 5632, 22, 32, 4),
+    "7b": (4096, 14336, 32, 32, 8),
+}
 CONTENDERS = {
     "ours-cached": "train_dpo.py, the reference's log-probs computed once and timed apart",
     "ours-live": "train_dpo.py --reference live",

@@ -102,7 +102,7 @@ def as_on_a_gpu(monkeypatch):
     def attend(self, q, k, v, layer, window):
         if self.kv_rows_G is not None:
             k, v = attention.gathered(k, self), attention.gathered(v, self)
-        return self._flash(q, k, v, window)
+        return self.flash(q, k, v, window)
 
     varlen._varlen_attn.register_kernel("cpu")(flash)
     varlen._varlen_attn_backward.register_kernel("cpu")(flash_backward)

@@ -32,7 +32,7 @@ def attend(self, q_THE, k_TKE, v_TKE, layer, window):
     """As on a GPU: the one call of variable length."""
     if self.kv_rows_G is not None:
         k_TKE, v_TKE = (attention.gathered(x, self) for x in (k_TKE, v_TKE))
-    return self._flash(q_THE, k_TKE, v_TKE, window)
+    return self.flash(q_THE, k_TKE, v_TKE, window)
 
 
 def main(model: str, ranks: int, replicas: int, recompute: str) -> dict:

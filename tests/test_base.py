@@ -42,8 +42,8 @@ def test_rows_above_the_pieces_are_kept_and_never_sampled(tmp_path):
         wide.lm_head.weight[101:] = 9 * wide.lm_head.weight.abs().sum(0)
         wide.model.norm.weight.abs_()
     prompt = [[1, 5, 6]]
-    free = torch.stack(list(generate.stream(wide, prompt, 40, seed=3)))
-    kept = torch.stack(list(generate.stream(wide, prompt, 40, seed=3, pieces=101)))
+    free = torch.tensor(list(generate.stream(wide, prompt, 40, seed=3)))
+    kept = torch.tensor(list(generate.stream(wide, prompt, 40, seed=3, pieces=101)))
     assert (free >= 101).any() and (kept < 101).all()
 
 

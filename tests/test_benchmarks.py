@@ -1,10 +1,11 @@
 """The pure parts of the benchmarks: what they refuse, compute and print. No peer is needed."""
 
+import json
 import math
 
 import pytest
 
-from benchmarks import vs_trl
+from benchmarks import generate, vs_trl
 
 pytestmark = pytest.mark.tools
 
@@ -102,3 +103,11 @@ def test_losses_that_differ_are_not_the_same_work(other, precision, right):
     assert (said == "") == right
     if not right:
         assert said.startswith(f"{precision}: at step 2 the loss is {other:.6f} in trl, 0.5")
+
+
+def test_decoding_is_timed_where_it_gives_the_same_tokens(tmp_path, capsys):
+    line = f"--shape tiny --batches 2 --prompt 5 --new 4 --rounds 1 --static --json {tmp_path}/out"
+    generate.main(line.split())
+    row = json.loads((tmp_path / "out").read_text())
+    assert row["batch"] == 2 and min(row[name] for name in ("ours", "transformers", "static")) > 0
+    assert capsys.readouterr().out.count("tokens/s") == 3

@@ -1,17 +1,23 @@
 """Cached decoding against the training forward and transformers; sampling; the chat."""
 
+import gc
 import io
 import sys
+import weakref
 
 import pytest
 import torch
 import transformers
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from model_helpers import SMALL, batch, model, packed, tokens
 from run_helpers import speak
-from zephyr import generate
+from zephyr import attention, generate
+from zephyr.model import Mistral
 from zephyr.tokenizer import Tokenizer
 
 LENGTHS = (3, 9, 17, 1)
@@ -47,7 +53,7 @@ def test_every_step_sees_what_training_sees(changes, monkeypatch):
         return forced_BN[:, len(seen) - 1]
 
     monkeypatch.setattr(generate, "choose", choose)
-    said = torch.stack(list(generate.stream(m, prompts(), new)), 1)
+    said = torch.tensor(list(generate.stream(m, prompts(), new))).T
     assert torch.equal(said, forced_BN)
     for k, prompt in enumerate(prompts()):
         x = torch.tensor(prompt + forced_BN[k].tolist())
@@ -86,20 +92,174 @@ def test_greedy_equals_transformers_and_each_prompt_alone(window):
     assert len({tuple(answer) for answer in together}) == len(LENGTHS), "the oracle says nothing"
 
 
-def test_answers_end_before_their_eos(monkeypatch):
-    steps = torch.tensor([[5, 6, 2], [2, 7, 8], [9, 2, 2], [2, 2, 2], [1, 1, 1]])
-    monkeypatch.setattr(generate, "stream", lambda m, prompts, new: taken(steps[:new]))
-    left = []
+def greedy(m: Mistral, asked: list[list[int]], new: int, eos: int) -> list[list[int]]:
+    return generate.generate(m, asked, new, eos, temperature=0.0)
 
-    def taken(rows):
-        for row in rows:
-            left.append(row)
-            yield row
 
-    assert generate.generate(None, [[1]] * 3, 5, eos=2) == [[5], [6, 7], []]
-    assert len(left) == 3, "goes on after every answer has ended"
-    assert generate.generate(None, [[1]] * 3, 2, eos=2) == [[5], [6, 7], []]
-    assert generate.generate(None, [[1]] * 3, 4, eos=0) == steps[:4].T.tolist()
+def up_to(eos: int, answer: list[int]) -> list[int]:
+    return answer[: answer.index(eos)] if eos in answer else answer
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_answers_end_before_their_eos_and_leave_the_others_alone(window, captures):
+    """Each token of the longest answers plays the EOS once: rows leave early, late, together and
+    never, long after the window has moved on. Batches of 1, 3 and 4 rows."""
+    m, new, sizes = model(sliding_window=window), 24, set()
+    keep = generate.Cache.keep
+    captures.setattr(
+        generate.Cache, "keep", lambda cache, rows: sizes.add(len(rows)) or keep(cache, rows)
+    )
+    for asked in (prompts(), prompts()[1:], prompts()[:1]):
+        whole = [greedy(m, [prompt], new, eos=-1)[0] for prompt in asked]
+        for eos in {token for answer in whole for token in answer} | {-1}:
+            expected = [up_to(eos, answer) for answer in whole]
+            assert greedy(m, asked, new, eos) == expected, f"EOS {eos}"
+    assert sizes >= {1, 2}
+
+
+def test_nothing_is_computed_after_the_last_end(monkeypatch):
+    m, steps = model(), []
+    eager = generate.Step.eager
+    monkeypatch.setattr(
+        generate.Step, "eager", lambda step: steps.append(len(step.token_B)) or eager(step)
+    )
+    whole = greedy(m, prompts(), 9, eos=-1)
+    assert steps == [4] * 8, "the last token's successor is not asked for"
+    steps.clear()
+    eos = whole[2][3]
+    lengths = [len(answer) for answer in greedy(m, prompts(), 9, eos)]
+    assert steps == [sum(k < n for n in lengths) for k in range(min(8, max(lengths)))]
+    steps.clear()
+    assert greedy(m, [prompts()[0]], 9, eos=whole[0][0]) == [[]] and not steps
+
+
+class Recording(TorchDispatchMode):
+    """Plays a CUDA graph on a CPU: what is captured runs at every replay, on the same memory. A
+    write waits for the first replay, and a read of a value, for which a GPU would have to be waited
+    for, fails."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func is not torch.ops.aten._local_scalar_dense.default, "the host reads a value"
+        kwargs = kwargs or {}
+        result = args[0] if func._schema.is_mutable else func(*args, **kwargs)
+        self.calls.append((func, args, kwargs, result))
+        return result
+
+    def replay(self) -> None:
+        for func, args, kwargs, result in self.calls:
+            again = func(*args, **kwargs)
+            for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+def recorded(step):
+    with Recording() as recording:
+        result = step()
+    return lambda: recording.replay() or result
+
+
+@pytest.fixture(params=["eager", "captured"])
+def captures(request, monkeypatch):
+    """Steps as they are, and as replays of the first."""
+    if request.param == "captured":
+        monkeypatch.setattr(generate, "captures", lambda device: True)
+        monkeypatch.setattr(generate, "captured", recorded)
+    return monkeypatch
+
+
+def test_a_captured_batch_shrinks_by_halves(monkeypatch):
+    """Of four answers one ends after the other; two rows and then one are worth a capture."""
+    sizes, said = [], iter([[1, 1, 1, 1], [0, 1, 1, 1], [1, 1, 0, 1], [1, 1], [0, 1], [1], [0]])
+
+    def captured(step):
+        sizes.append(len(step.__self__.token_B))
+        return step
+
+    monkeypatch.setattr(generate, "captures", lambda device: True)
+    monkeypatch.setattr(generate, "captured", captured)
+    monkeypatch.setattr(generate, "choose", lambda *_: torch.tensor(next(said)))
+    assert generate.generate(model(), prompts(), 9, eos=0) == [[1], [1] * 4, [1] * 2, [1] * 6]
+    assert sizes == [4, 2, 1]
+
+
+def test_what_leaves_does_not_change_the_chances_of_the_rest():
+    """Of many copies of a prompt some sample the EOS first and leave; the others' next tokens have
+    the model's probabilities."""
+    m, n, prompt = model(), 4000, prompts()[1]
+    with torch.inference_mode():
+        _, logits_BV = generate.prefill(m, [prompt], 1)
+        eos, first = logits_BV[0].topk(2).indices.tolist()
+        _, logits_BV = generate.prefill(m, [[*prompt, first]], 1)
+    answers = generate.generate(m, [prompt] * n, 2, eos, temperature=1.0)
+    assert n / 10 < sum(answer == [] for answer in answers), "too few leave"
+    after = [answer[1:] or [eos] for answer in answers if answer[:1] == [first]]
+    shares = logits_BV[0].softmax(-1) * len(after)
+    counts = torch.tensor(after).flatten().bincount(minlength=len(shares))
+    assert len(after) > n / 20
+    assert ((counts - shares).abs() <= 5 + 5.5 * shares.sqrt()).all()
+
+
+def test_both_back_ends_see_the_same_keys(monkeypatch):
+    """The lengths that the GPU's attention gets, read as varlen_attn reads them."""
+
+    def varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, window_size, **grouped):
+        assert window_size == (-1, 0) and cu_q.dtype == cu_k.dtype == torch.int32
+        assert max_q >= cu_q.diff().max() and max_k >= cu_k.diff().max()
+        out = []
+        for a, b, c, d in zip(cu_q, cu_q[1:], cu_k, cu_k[1:], strict=False):
+            assert b - a <= 1  # so that causal, at the bottom right, is all
+            heads = (x.transpose(0, 1)[None] for x in (q[a:b], k[c:d], v[c:d]))
+            if a < b:
+                out.append(F.scaled_dot_product_attention(*heads, enable_gqa=True)[0])
+        return torch.cat(out, 1).transpose(0, 1)
+
+    m = model(sliding_window=5)
+    expected = greedy(m, prompts(), 9, eos=-1)
+    monkeypatch.setattr(attention, "varlen_attn", varlen_attn)
+    monkeypatch.setattr(generate, "fused", lambda x: True)
+    assert greedy(m, prompts(), 9, eos=-1) == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_captured_step_equals_an_eager_one(dtype, monkeypatch):
+    """In every bit, while the batch shrinks from 4 rows to 2 and 1."""
+    m = model(sliding_window=6).to("cuda", dtype)
+    seen, choose = [], generate.choose
+    monkeypatch.setattr(
+        generate, "choose", lambda x_BV, *how: seen.append(x_BV.clone()) or choose(x_BV, *how)
+    )
+    for eos in {token for answer in greedy(m, prompts(), 12, eos=-1) for token in answer}:
+        seen.clear()
+        captured = greedy(m, prompts(), 12, eos), seen[:]
+        seen.clear()
+        with monkeypatch.context() as eagerly:
+            eagerly.setattr(generate, "captured", lambda step: step)
+            assert greedy(m, prompts(), 12, eos) == captured[0]
+        assert all(map(torch.equal, seen, captured[1]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype, most", [(torch.float32, 1e-3), (torch.bfloat16, 0.5)], ids=str)
+def test_a_gpu_decodes_as_a_cpu(dtype, most, monkeypatch):
+    """Logits along given continuations, within and beyond the window. Their spread is 1.5, and a
+    CPU's in bf16 are up to 0.23 from those in fp32."""
+    seen, forced_NB = [], tokens(12 * len(LENGTHS), seed=4).view(12, -1)
+
+    def choose(logits_BV, *sampling):
+        seen.append(logits_BV.cpu())
+        return forced_NB[(len(seen) - 1) % 12].to(logits_BV.device)
+
+    monkeypatch.setattr(generate, "choose", choose)
+    for m in (model(sliding_window=6), model(sliding_window=6).to("cuda", dtype)):
+        list(generate.stream(m, prompts(), 12))
+    expected, found = torch.stack(seen).chunk(2)
+    torch.testing.assert_close(found, expected, rtol=0, atol=most)
 
 
 def sampled(probabilities: list[float], n: int, temperature=1.0, top_p=1.0, seed=0):
@@ -167,16 +327,53 @@ def test_the_seed_decides():
 
 
 def test_a_position_takes_the_slot_of_the_one_that_left_the_window(monkeypatch):
-    def store(cache, k_TKE, v_TKE, layer):
-        taken = cache.owner_T * cache.slots + cache.position_T % cache.slots
-        assert len(taken.unique()) == len(taken) == len(k_TKE), "a slot is written twice"
+    store = generate.Cache.store
 
-    monkeypatch.setattr(generate.Cache, "store", store)
+    def watched(cache, k_TKE, v_TKE, layer):
+        assert len(cache.place_T.unique()) == len(k_TKE), "a slot is written twice"
+        return store(cache, k_TKE, v_TKE, layer)
+
+    monkeypatch.setattr(generate.Cache, "store", watched)
     m = model(sliding_window=4)
-    cache, _ = generate.prefill(m, [[1, 2, 3, 4, 5, 6]], 10)
-    assert cache.slots == 4 and cache.held_BS.tolist() == [[4, 5, 2, 3]]
-    cache.place(torch.tensor([6]), torch.tensor([0]))
-    assert cache.held_BS.tolist() == [[4, 5, 6, 3]]
+    with torch.inference_mode():
+        cache, _ = generate.prefill(m, [[1], [1, 2, 3, 4, 5, 6]], 10)
+        assert cache.slots == 4 and cache.place_T.tolist() == [0, 6, 7, 4, 5]
+        seen = []
+        for _ in range(4):
+            cache.advance()
+            seen.append((cache.place_T.tolist(), cache.bias_BS.isfinite().sum(1).tolist()))
+    assert seen == [([1, 6], [2, 4]), ([2, 7], [3, 4]), ([3, 4], [4, 4]), ([0, 5], [4, 4])]
+
+
+def test_those_that_stay_take_their_keys_along():
+    m = model()
+    with torch.inference_mode():
+        cache, _ = generate.prefill(m, prompts(), 10)
+        k, v, positions, memory = cache.k, cache.v, cache.position_T, cache.k.data_ptr()
+        k, v = k.clone(), v.clone()
+        cache.keep([1, 3])
+    assert torch.equal(cache.k, k[:, [1, 3]]) and torch.equal(cache.v, v[:, [1, 3]])
+    assert cache.position_T.tolist() == positions[[1, 3]].tolist() == [8, 0]
+    assert cache.k.data_ptr() == memory, "a second cache is made"
+
+
+def test_a_cache_goes_with_its_answer(captures):
+    """At once: a cycle of references would hold it until Python looks for garbage, beside the next
+    answer's cache."""
+    caches, prefill = [], generate.prefill
+
+    def watched(*args):
+        cache, logits_BV = prefill(*args)
+        caches.append(weakref.ref(cache))
+        return cache, logits_BV
+
+    captures.setattr(generate, "prefill", watched)
+    gc.disable()
+    try:
+        greedy(model(), prompts(), 5, eos=-1)
+        assert caches[0]() is None
+    finally:
+        gc.enable()
 
 
 def spoken(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -192,7 +389,7 @@ def script(monkeypatch):
     def stream(model, prompts, new, **sampling):
         asked.append((prompts[0], new, sampling))
         for token in answers.pop(0)[:new]:
-            yield torch.tensor([token])
+            yield [token]
 
     monkeypatch.setattr(generate, "stream", stream)
     return asked, answers

@@ -58,6 +58,11 @@ def visible(i: Tensor, j: Tensor, window: int | None) -> Tensor:
     return (j <= i) if window is None else (j <= i) & (j > i - window)
 
 
+def fused(x: Tensor) -> bool:
+    """Return True where attention of such tensors is one variable-length call."""
+    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
+
+
 @dataclass(frozen=True)
 class Layout:
     """Who sees whom in a pack of T tokens, by segments.
@@ -109,8 +114,8 @@ class Layout:
             return self._in_place(q_THE, k_TKE, v_TKE, window)
         if self.kv_rows_G is not None:
             k_TKE, v_TKE = gathered(k_TKE, self), gathered(v_TKE, self)
-        if q_THE.is_cuda and q_THE.dtype in (torch.bfloat16, torch.float16):
-            return self._flash(q_THE, k_TKE, v_TKE, window)
+        if fused(q_THE):
+            return self.flash(q_THE, k_TKE, v_TKE, window)
         # fp32 at least: on a CPU attention in bf16 is slower and takes more memory
         wide = torch.promote_types(q_THE.dtype, torch.float32)
         position_G = self.position_T if self.kv_rows_G is None else self.position_T[self.kv_rows_G]
@@ -130,7 +135,7 @@ class Layout:
         places = self.cu_seqlens_q, self.cu_seqlens_k, self.kv_rows_G
         return kernels.attention(q_THE, k_TKE, v_TKE, *places, self.max_q, window)
 
-    def _flash(self, q_THE: Tensor, k_GKE: Tensor, v_GKE: Tensor, window: int | None) -> Tensor:
+    def flash(self, q_THE: Tensor, k_GKE: Tensor, v_GKE: Tensor, window: int | None) -> Tensor:
         """Attend with one variable-length call; its left window counts the keys before the query's
         own."""
         left = -1 if window is None else window - 1

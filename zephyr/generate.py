@@ -3,12 +3,13 @@
     python -m zephyr.generate MODEL                        talk to it; end with Ctrl-D
     python -m zephyr.generate MODEL --prompt "Hello"       one answer
 
-B sequences  T rows  S cache slots  H query heads  K key/value heads  E head width  V vocabulary
+B sequences  T rows  S cache slots  H query heads  K key/value heads  G query heads of each  E head
+width  V vocabulary
 """
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 
 from zephyr import attention, files
 from zephyr.architecture import MistralConfig
-from zephyr.attention import Layout, visible
+from zephyr.attention import Layout, fused
 from zephyr.distributed import machine
 from zephyr.model import Mistral
 from zephyr.run import exits
@@ -30,36 +31,61 @@ class Cache:
     """Keys and values of the last S positions of each sequence; position p lives in slot p % S.
 
     With S = 4, a sequence whose next position is 6 holds positions 4 5 2 3. Position 6 then takes
-    slot 2, that of position 2, which a window of 4 no longer sees.
+    slot 2, that of position 2, which a window of 4 no longer sees. S is at most the window, so a
+    token sees all that its sequence then holds, in slots 0 .. min(position, S - 1).
     """
 
-    def __init__(self, c: MistralConfig, sequences: int, slots: int, like: Tensor):
-        shape = (c.num_hidden_layers, sequences, slots, c.num_key_value_heads, c.head_dim)
+    def __init__(self, c: MistralConfig, lengths: Tensor, slots: int, like: Tensor):
+        shape = (c.num_hidden_layers, len(lengths), slots, c.num_key_value_heads, c.head_dim)
         self.k, self.v = like.new_zeros(shape), like.new_zeros(shape)
-        self.slots = slots
-        self.held_BS = torch.full((sequences, slots), -1, device=like.device)
-        self.owner_T = torch.arange(sequences, device=like.device)
+        self.slots, self.longest, self.fused = slots, int(lengths.max()), fused(like)
+        self.position_T = (lengths - 1).to(like.device)  # of each sequence's last token so far
 
-    def place(self, position_T: Tensor, owner_T: Tensor) -> None:
-        """Note which positions the next tokens have, and which sequences they belong to. Call it
-        before each forward: `attend` then stores their keys and values in those slots."""
-        self.position_T, self.owner_T = position_T, owner_T
-        self.held_BS[owner_T, position_T % self.slots] = position_T
+    def advance(self) -> None:
+        """Move each sequence on to its next position, and work out what is the same for all layers:
+        where a token's key goes, and which keys it sees. Call it before each forward."""
+        S, position_B = self.slots, self.position_T.add_(1)
+        start_B = torch.arange(0, len(position_B) * S, S, device=position_B.device)
+        held_B = (position_B + 1).clamp(max=S)
+        self.place_T = start_B + position_B % S
+        if self.fused:
+            # two segments for a sequence, its query with the keys it sees, and no query with the
+            # slots that are still empty:  cu_seqlens_q 0 1 1 2 2 ..  cu_seqlens_k 0 held S ..
+            ends_k = torch.stack((start_B + held_B, start_B + S), 1).flatten()
+            ends_q = (torch.arange(len(ends_k), device=start_B.device) + 2) // 2
+            cu_q, cu_k = (F.pad(ends.int(), (1, 0)) for ends in (ends_q, ends_k))
+            self.layout = Layout(position_B, cu_q, cu_k, None, None, 1, S)
+        else:
+            self.longest += 1
+            # no slots beyond the longest sequence, unless a graph is to serve for later steps, too
+            some = S if captures(start_B.device) else min(self.longest, S)
+            seen_BS = torch.arange(some, device=start_B.device) < held_B[:, None]
+            self.bias_BS = torch.where(seen_BS, 0.0, -torch.inf).to(self.k.dtype)
 
-    def store(self, k_TKE: Tensor, v_TKE: Tensor, layer: int) -> None:
-        where = (layer, self.owner_T, self.position_T % self.slots)
-        self.k[where], self.v[where] = k_TKE, v_TKE
+    def store(self, k_TKE: Tensor, v_TKE: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Put keys and values in their places; returns all of the layer's."""
+        k, v = self.k[layer].flatten(0, 1), self.v[layer].flatten(0, 1)
+        return k.index_copy_(0, self.place_T, k_TKE), v.index_copy_(0, self.place_T, v_TKE)
 
     def attend(self, q_BHE: Tensor, k_BKE: Tensor, v_BKE: Tensor, layer: int, window: int | None):
-        """Attention of one query of each sequence over what the cache holds of it, the query's own
-        key included."""
-        self.store(k_BKE, v_BKE, layer)
-        held = self.held_BS
-        mask_BS = visible(self.position_T[:, None], held, window) & (held >= 0)
-        k_BKSE, v_BKSE = (x[layer].transpose(1, 2) for x in (self.k, self.v))
-        return F.scaled_dot_product_attention(
-            q_BHE[:, :, None], k_BKSE, v_BKSE, attn_mask=mask_BS[:, None, None], enable_gqa=True
-        )[:, :, 0]
+        """Return the attention of one query of each sequence over what the cache holds of it, the
+        query's own key included. The cache has no key that the window hides."""
+        k, v = self.store(k_BKE, v_BKE, layer)
+        if self.fused:
+            return self.layout.flash(q_BHE, k, v, None)
+        # the heads that share a key head are as many queries of it: no key is repeated for them
+        q_BKGE = q_BHE.unflatten(1, (k_BKE.shape[1], -1))
+        some, bias = self.bias_BS.shape[1], self.bias_BS[:, None, None]
+        k_BKSE, v_BKSE = (x[layer][:, :some].transpose(1, 2) for x in (self.k, self.v))
+        return F.scaled_dot_product_attention(q_BKGE, k_BKSE, v_BKSE, bias).flatten(1, 2)
+
+    def keep(self, rows: list[int]) -> None:
+        """Drop all sequences but these. The others move up inside the memory that the cache has,
+        one layer at a time."""
+        for x in (*self.k, *self.v):
+            x[: len(rows)] = x[rows]
+        self.k, self.v = self.k[:, : len(rows)], self.v[:, : len(rows)]
+        self.position_T = self.position_T[rows]
 
 
 @dataclass(frozen=True)
@@ -83,19 +109,66 @@ def prefill(model: Mistral, prompts: list[list[int]], new: int) -> tuple[Cache, 
     window = model.config.sliding_window
     slots = longest + new if window is None else min(window, longest + new)
     head = model.lm_head.weight
-    cache = Cache(model.config, len(prompts), slots, head)
 
     position_T = torch.cat([torch.arange(n) for n in lengths.tolist()])
     owner_T = torch.repeat_interleave(torch.arange(len(prompts)), lengths)
     kept_T = torch.nonzero(position_T >= (lengths - slots)[owner_T]).flatten()
+    place_T = (owner_T * slots + position_T % slots)[kept_T]
     ends = F.pad(lengths.cumsum(0), (1, 0))
-    cu, kept_T, position_T, owner_T = (
-        x.to(head.device) for x in (ends.int(), kept_T, position_T, owner_T)
+    cache = Cache(model.config, lengths, slots, head)
+    cu, kept_T, position_T, cache.place_T = (
+        x.to(head.device) for x in (ends.int(), kept_T, position_T, place_T)
     )
-    cache.place(position_T[kept_T], owner_T[kept_T])
     tokens_T = torch.tensor([i for prompt in prompts for i in prompt], device=head.device)
     layout = Prefill(position_T, cu, cu, None, None, longest, longest, cache, kept_T)
     return cache, model.logits(tokens_T, layout, (ends[1:] - 1).to(head.device))
+
+
+class Step:
+    """Takes a token of each sequence into the cache, and returns the logits [B, V] of the next.
+
+    A step of Mistral-7B launches 1,500 kernels, and at batch 1 the host needs far longer for that
+    than the GPU for the work. On CUDA the first step is therefore captured as a graph, which later
+    ones launch as a whole. A graph knows addresses, not values: its tokens lie in `token_B`, and it
+    moves the cache's positions on by itself.
+    """
+
+    def __init__(self, model: Mistral, cache: Cache):
+        self.model, self.cache = model, cache
+        self.token_B = torch.empty_like(cache.position_T)
+        self.replay: Callable[[], Tensor] | None = None
+
+    def eager(self) -> Tensor:
+        self.cache.advance()
+        return self.model.logits(self.token_B, self.cache)
+
+    def __call__(self, token_B: Tensor) -> Tensor:
+        self.token_B.copy_(token_B)
+        if self.replay:
+            return self.replay()
+        logits_BV = self.eager()
+        if captures(token_B.device):  # not before: libraries set themselves up in a first run
+            self.replay = captured(self.eager)
+        return logits_BV
+
+
+def captures(device: torch.device) -> bool:
+    """Return True where steps are captured."""
+    return device.type == "cuda"
+
+
+def captured(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """Return a function that does what `step` does, with one launch. What it returns is overwritten
+    by its next call."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = step()  # what it launches is noted, and does not run
+
+    def replay() -> Tensor:
+        graph.replay()
+        return result
+
+    return replay
 
 
 @torch.inference_mode()
@@ -107,23 +180,36 @@ def stream(
     top_p: float = 1.0,
     seed: int = 0,
     pieces: int | None = None,
-) -> Iterator[Tensor]:
-    """Yield the next token of every prompt [B], up to `new` times.
+    eos: int | None = None,
+) -> Iterator[list[int]]:
+    """Yield the next token of every prompt, up to `new` times; after its `eos`, that again.
 
     At temperature 0 it is the most likely token; else it is sampled from the smallest set of tokens
     whose probability reaches `top_p`. Only the first `pieces` tokens are taken, as a model may have
     more embeddings than its tokenizer has pieces. The same seed and prompts give the same tokens.
     """
-    generator = torch.Generator(model.lm_head.weight.device).manual_seed(seed)
+    device = model.lm_head.weight.device
+    generator = torch.Generator(device).manual_seed(seed)
     cache, logits_BV = prefill(model, prompts, new)
-    owner_B = torch.arange(len(prompts), device=logits_BV.device)
-    position_B = torch.tensor([len(prompt) for prompt in prompts], device=logits_BV.device)
-    for k in range(new):
+    step = Step(model, cache)
+    rows = list(range(len(prompts)))  # the prompt of each row of the batch
+    going = set(rows)  # the prompts that have not ended
+    for left in reversed(range(new)):
         token_B = choose(logits_BV[:, :pieces].float(), temperature, top_p, generator)
-        yield token_B
-        if k + 1 < new:
-            cache.place(position_B + k, owner_B)
-            logits_BV = model.logits(token_B, cache)
+        said = dict(zip(rows, token_B.tolist(), strict=True))
+        going = {k for k in going if said[k] != eos}
+        yield [said[k] if k in going else eos for k in range(len(prompts))]
+        if not going or not left:
+            return
+        # What has ended leaves the batch at once; where steps are captured, when it is half of it.
+        # Each size needs a graph of its own, and a capture takes the time of ten steps or more,
+        # while a row too many costs little: a step's time is mostly that of reading the weights.
+        if len(going) <= (len(rows) // 2 if captures(device) else len(rows) - 1):
+            stay = [row for row, k in enumerate(rows) if k in going]
+            cache.keep(stay)
+            rows = [rows[row] for row in stay]
+            token_B, step = token_B[stay], Step(model, cache)
+        logits_BV = step(token_B)
 
 
 def choose(logits_BV: Tensor, temperature: float, top_p: float, generator: torch.Generator):
@@ -132,10 +218,15 @@ def choose(logits_BV: Tensor, temperature: float, top_p: float, generator: torch
         return logits_BV.argmax(-1)
     # below the largest, in double: no temperature above 0, however small, makes infinity of 0
     scaled_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)).double() / temperature
-    probability, order = scaled_BV.softmax(-1).sort(-1, descending=True)
-    before = probability.cumsum(-1) - probability  # the mass of what is likelier: 0 for the first
-    probability[before >= top_p] = 0
-    return order.gather(1, torch.multinomial(probability, 1, generator=generator)).squeeze(1)
+    probability_BV = scaled_BV.softmax(-1)
+    if top_p < 1:
+        falling_BV, order_BV = probability_BV.sort(-1, descending=True)
+        before_BV = falling_BV.cumsum(-1) - falling_BV  # the mass of what is likelier
+        probability_BV.scatter_(1, order_BV, falling_BV.masked_fill(before_BV >= top_p, 0))
+    # the first of exponential clocks with these rates, as in torch.multinomial, which would also
+    # make the host wait for the GPU to look at the probabilities
+    clock_BV = torch.empty_like(probability_BV).exponential_(generator=generator)
+    return (probability_BV / clock_BV).argmax(-1)
 
 
 def generate(
@@ -144,14 +235,9 @@ def generate(
     """Return the sampled continuation of every prompt, up to its EOS and without it. See
     `stream`."""
     answers: list[list[int]] = [[] for _ in prompts]
-    going = set(range(len(prompts)))
-    for token_B in stream(model, prompts, new, **sampling):
-        tokens = token_B.tolist()
-        going -= {k for k in going if tokens[k] == eos}
-        for k in going:
-            answers[k].append(tokens[k])
-        if not going:
-            break
+    for tokens in stream(model, prompts, new, eos=eos, **sampling):
+        for answer, token in zip(answers, tokens, strict=True):
+            answer += [token] * (token != eos)
     return answers
 
 
@@ -163,8 +249,6 @@ def load(folder: str) -> tuple[Mistral, Tokenizer]:
         print(note, file=sys.stderr)
     attention.prepare_back_end()
     cuda = torch.cuda.is_available()
-    # of one query against a masked cache cuDNN's attention, torch's first choice, is untried here
-    torch.backends.cuda.enable_cudnn_sdp(False)
     with torch.device("meta"):
         model = Mistral(shape).to(torch.bfloat16 if cuda else torch.float32)
     model.to_empty(device="cuda" if cuda else "cpu")
@@ -182,8 +266,8 @@ def answer(model: Mistral, tokenizer: Tokenizer, messages: list, new: int, **sam
     ids: list[int] = []
     shown = ""
     sampling["pieces"] = tokenizer.vocab_size
-    for token_B in stream(model, [prompt], min(new, limit - len(prompt)), **sampling):
-        if (token := int(token_B)) == tokenizer.eos:
+    for (token,) in stream(model, [prompt], min(new, limit - len(prompt)), **sampling):
+        if token == tokenizer.eos:
             break
         ids.append(token)
         text = tokenizer.decode(ids)
