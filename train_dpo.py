@@ -8,7 +8,7 @@ from functools import partial
 
 from zephyr import config, losses, optim, reference
 from zephyr.data import arrays
-from zephyr.data.batching import PairSteps, prefetch
+from zephyr.data.batching import PairSteps, epoch, prefetch
 from zephyr.distributed import fsdp, group
 from zephyr.metrics.journal import Journal
 from zephyr.run import exits, folder, settings
@@ -66,7 +66,7 @@ def main() -> None:
                 journal.end(norm, rate)
                 if held_out and folder.due(step + 1, c.eval_every, steps):
                     with journal.evaluation() as means:
-                        for here in held_out.epoch(ranks.device):
+                        for here in epoch(held_out, ranks.device):
                             values = loss(policy(here), here.response_N, on_held_out(here))
                             means.add(len(here.pairs), values)
                 run.after(step + 1, steps, policy, optimizer, journal)

@@ -8,7 +8,7 @@ import numpy as np
 
 from zephyr import config, losses, optim
 from zephyr.data import arrays
-from zephyr.data.batching import DocumentSteps, prefetch
+from zephyr.data.batching import DocumentSteps, epoch, prefetch
 from zephyr.distributed import fsdp, group
 from zephyr.metrics.journal import Journal
 from zephyr.run import exits, folder, settings
@@ -57,7 +57,7 @@ def main() -> None:
                 journal.end(norm, rate)
                 if held_out and folder.due(step + 1, c.eval_every, steps):
                     with journal.evaluation() as means:
-                        for here in held_out.epoch(ranks.device):
+                        for here in epoch(held_out, ranks.device):
                             means.add(len(here.targets_N), {"loss": losses.sft(model(here))})
                 run.after(step + 1, steps, model, optimizer, journal)
         run.export(model)

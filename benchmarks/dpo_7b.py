@@ -309,6 +309,7 @@ def control(o: argparse.Namespace, place: Path) -> dict:
             return head(h_TD[batch.predict_N], self.lm_head.weight, batch.targets_N)
 
     fsdp.Mistral, batching.pack_pairs, arrays.Tokens = Control, apart, Apart
+    fsdp.fuse_matmuls, fsdp.FUSED = lambda _: None, fsdp.MATMULS  # its blocks are not ours
     return ours(o, place)
 
 

@@ -32,7 +32,7 @@ from kernels import (
 from kernels.elementwise import rms_norm as rms_norm
 from kernels.elementwise import swiglu as swiglu
 from kernels.fused_linear import add_gradient as add_gradient
-from kernels.fused_linear import clear as clear
+from kernels.fused_linear import clear_grad as clear_grad
 from kernels.fused_linear import linear as linear
 from kernels.fused_linear import main_grad as main_grad
 from kernels.reference import AdamWStep, Preference
@@ -74,7 +74,7 @@ def linear_logprob(h_ND: Tensor, w_VD: Tensor, targets_N: Tensor, workspace: int
 
 def swiglu_linear(gate_up_T2F: Tensor, w_DF: Tensor, total_DF: Tensor) -> Tensor:
     """(silu(gate) ∘ up) wᵀ [T, D] of the two halves of gate_up; its backward adds dw to `total_DF`,
-    as that of `linear`. See kernels/linear.py."""
+    as that of `linear`. See kernels/fused_linear.py."""
     triton = implementation(w_DF.device) == "triton"
     return fused_linear.swiglu_linear(gate_up_T2F, w_DF, total_DF, triton)
 
@@ -158,7 +158,7 @@ def attention(
     Query head h reads key head h // (H / K). In Triton neither keys nor heads are copied, and two
     runs give equal bits; elsewhere the specification runs, which has all scores [H, T, G] at once.
     Raises ValueError if shapes or dtypes do not match and, in Triton, if the head width is none of
-    16, 32, 64, 128 or kv_rows are not such places (unseen on a GPU, where looking would stall it).
+    16, 32, 64, 128 or kv_rows are not such places (not checked on a GPU: the host would wait).
     """
     shapes = [list(x.shape) for x in (q_THE, k_TKE, v_TKE)]
     fits = len(shapes[0]) == len(shapes[1]) == 3 and shapes[1] == shapes[2]
@@ -221,8 +221,8 @@ def adamw_step(
     """Return what all parameters share in one AdamW update: made once, so that each parameter's
     `adamw_` is one launch.
 
-    `number` counts updates from 1. Gradients are divided by `grad_scale`: clipped by it, that is by
-    the factor that a global norm is above its limit, or 1. If `skip` is not 0, nothing will change.
+    `number` counts updates from 1. Gradients are divided by `grad_scale`; max(1, norm / limit)
+    clips their norm. If `skip` is not 0, nothing will change.
     The three are fp32 scalars on the device, and the host waits for none of them.
     Raises ValueError if one is not.
     """
@@ -245,8 +245,8 @@ def adamw_(
     weight_decay: float,
     step: AdamWStep,
 ) -> None:
-    """One AdamW update of weight, low, m and v in place, by torch.optim.AdamW's formula; `grad` is
-    used up.
+    """One AdamW update of weight, low, m and v in place, by torch.optim.AdamW's formula; `grad`
+    may be overwritten.
 
     The weight is fp32 and `low` None, or the two are halves of an fp32 master (see `split`), which
     is what is updated. The moments m and v are fp32 or bf16; if bf16 they are rounded after the

@@ -74,8 +74,8 @@ def key_blocks(i, queries, prefix, window, BM: tl.constexpr, BN: tl.constexpr):
 
 @jit
 def key_block(b, blocks, start, queries, first, prefix, BN: tl.constexpr):
-    """Return of key block b the place and the position of its first key, and the position at which
-    its run, the prefix or the segment's own, ends."""
+    """Return the place and the position of key block b's first key, and the position at which its
+    run, which is the prefix or the segment's own tokens, ends."""
     shared = b < blocks
     j = tl.where(shared, b * BN, prefix + (b - blocks) * BN)
     origin = tl.where(shared, first, start - prefix)
@@ -282,7 +282,7 @@ def dkdv_kernel(
 
 
 def settings(kernel: str, dtype: torch.dtype, capability: int) -> dict:
-    """Return a kernel's blocks, warps and stages, of what registers and shared memory hold."""
+    """Return a kernel's blocks, warps and stages, that fit registers and shared memory."""
     # consumer chips, 120 and on, have less shared memory than those of data centres
     chip = 80 if capability < 90 or capability >= 120 else 90 if capability < 100 else 100
     chosen = BLOCKS["fp32" if dtype == torch.float32 else chip][kernel]
@@ -424,6 +424,6 @@ def attention(q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, *segments, window: in
     if q_THE.dtype == torch.float64:
         raise ValueError("the Triton kernels have no float64; set ZEPHYR_KERNELS=reference")
     tensors = (x.contiguous() for x in (q_THE, k_TKE, v_TKE))
-    return forward(*tensors, *segments, EVERYTHING if window is None else min(window, EVERYTHING))[
-        0
-    ]
+    limit = EVERYTHING if window is None else min(window, EVERYTHING)
+    o_THE, _ = forward(*tensors, *segments, limit)
+    return o_THE

@@ -50,6 +50,17 @@ def linear_logprob(h_ND: Tensor, w_VD: Tensor, targets_N: Tensor) -> Tensor:
     return z_NV.gather(1, targets_N[:, None].long()).squeeze(1) - z_NV.logsumexp(1)
 
 
+def linear(x_TD: Tensor, w_FD: Tensor) -> Tensor:
+    """x wᵀ, of which `kernels.linear` adds dw = gᵀ x to a sum instead of returning it."""
+    return x_TD @ w_FD.T
+
+
+def swiglu_linear(gate_up_T2F: Tensor, w_DF: Tensor) -> Tensor:
+    """(silu(gate) ∘ up) wᵀ; `kernels.swiglu_linear` adds dw to a sum as `kernels.linear` does."""
+    gate_TF, up_TF = gate_up_T2F.chunk(2, 1)
+    return (F.silu(gate_TF) * up_TF) @ w_DF.T
+
+
 def response_sums(logprob_N: Tensor, response_N: Tensor, responses: int) -> Tensor:
     """Sum of each response's token log-probs [responses]:  s_r = Σ_n [response_n = r] logprob_n.
 

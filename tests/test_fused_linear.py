@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 
 import kernels
-from kernels import elementwise
+from kernels import elementwise, reference
 from model_helpers import model, pairs
 from zephyr import optim
 from zephyr.weights import masters
@@ -31,9 +31,9 @@ def test_two_micro_batches_of_odd_shapes(dtype, device):
     for seed, T in enumerate((7, 3)):
         x, g = drawn(T, D, dtype, device, seed)
         out = kernels.linear(x, w, total)
-        assert torch.equal(out, functional.linear(x, w))
+        assert torch.equal(out, reference.linear(x, w))
         (dx,) = torch.autograd.grad(out, x, g)
-        assert torch.equal(dx, torch.autograd.grad(functional.linear(x, w), x, g)[0])
+        assert torch.equal(dx, torch.autograd.grad(reference.linear(x, w), x, g)[0])
         exact += g.double().T @ x.detach().double()
         size += g.double().abs().T @ x.detach().double().abs()
     assert total.dtype == torch.float32 and w.grad is None
@@ -44,14 +44,14 @@ def test_a_sum_has_memory_from_the_first_gradient_until_it_is_cleared():
     w = torch.zeros(4, 8)
     total = torch.empty(4, 8)
     part = total[1:3]  # the sum of one of the weights that share a matmul
-    kernels.clear(total)
+    kernels.clear_grad(total)
     x, g = torch.ones(2, 8, requires_grad=True), torch.ones(2, 4)
     for _ in range(2):
         assert total.untyped_storage().nbytes() == 0
         for times in (1, 2):
             kernels.linear(x, w, total).backward(g)
             assert torch.equal(part, torch.full((2, 8), 2.0 * times))
-        kernels.clear(part)
+        kernels.clear_grad(part)
     kernels.add_gradient(total, torch.ones(4, 8).bfloat16())
     kernels.add_gradient(total, torch.full((4, 8), 2.0**-12).bfloat16())
     assert torch.equal(part, torch.full((2, 8), 1 + 2.0**-12)), "added in fp32"
@@ -65,7 +65,7 @@ def test_swiglu_and_its_matmul_against_float64(T, F, implementation, monkeypatch
     shapes = (T, 2 * F), (7, F), (T, 7)
     gate_up, w, g = (torch.randn(shape, generator=generator) for shape in shapes)
     leaf, weight = gate_up.double().requires_grad_(), w.double().requires_grad_()
-    exact = (functional.silu(leaf[:, :F]) * leaf[:, F:]) @ weight.T
+    exact = reference.swiglu_linear(leaf, weight)
     exact.backward(g.double())
     gate_up.requires_grad_(), w.requires_grad_()
     total = kernels.main_grad(w)
@@ -87,11 +87,26 @@ def test_swiglus_gradient_in_bf16_is_within_two_roundings():
         assert ((ours - right).abs() <= 2.0**-8 * right.abs() + 1e-4).all()
 
 
+def test_a_layer_that_is_used_twice_before_a_backward():
+    w, total = torch.ones(3, 4), kernels.main_grad(torch.ones(3, 4))
+    x = torch.ones(2, 4, requires_grad=True)
+    (kernels.linear(x, w, total).sum() + 2 * kernels.linear(x, w, total).sum()).backward()
+    assert torch.equal(total, torch.full((3, 4), 6.0))
+
+
+def test_an_input_without_a_gradient_is_our_bug():
+    w = torch.ones(3, 4)
+    with pytest.raises(AssertionError):
+        kernels.linear(torch.ones(2, 4), w, kernels.main_grad(w))
+    with torch.no_grad():
+        assert torch.equal(kernels.linear(torch.ones(2, 4), w, w), torch.full((2, 3), 4.0))
+
+
 def test_weights_that_share_a_matmul_keep_names_and_shapes():
     plain = model().bfloat16()
     split = model().bfloat16()
     split.load_state_dict(plain.state_dict())
-    masters.attach_halves(split)
+    masters.fuse_matmuls(split)
     assert split.state_dict().keys() == plain.state_dict().keys()
     for name, p in split.named_parameters():
         assert torch.equal(p, plain.get_parameter(name)) and p.is_contiguous(), name
@@ -99,12 +114,13 @@ def test_weights_that_share_a_matmul_keep_names_and_shapes():
     with torch.no_grad():
         attention.k_proj.weight += 1
     whole = [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]
-    assert torch.equal(attention.joined, torch.cat(whole)), "an update of one is one of the whole"
+    assert torch.equal(attention.fused, torch.cat(whole)), "an update of one is one of the whole"
 
 
 def test_the_gradients_of_a_model_are_autograds():
     """Of every parameter, the tied head's too, which gets two; and none is left behind."""
     plain, split = (model(tie_word_embeddings=True).bfloat16() for _ in range(2))
+    masters.fuse_matmuls(split)
     masters.attach_halves(split)
     for m in (plain, split):
         for seed in range(2):

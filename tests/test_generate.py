@@ -169,11 +169,14 @@ def captures(request, monkeypatch):
     if request.param == "captured":
         monkeypatch.setattr(generate, "captures", lambda device: True)
         monkeypatch.setattr(generate, "captured", recorded)
+        monkeypatch.setattr(generate, "CAPTURE", 0)
     return monkeypatch
 
 
-def test_a_captured_batch_shrinks_by_halves(monkeypatch):
-    """Of four answers one ends after the other; two rows and then one are worth a capture."""
+@pytest.mark.parametrize("left, worth", [(0, [4, 2, 1]), (5, [4, 2]), (8, [])])
+def test_a_captured_batch_shrinks_by_halves(left, worth, monkeypatch):
+    """Of four answers one ends after the other; two rows and then one are worth a capture, while
+    enough steps are left."""
     sizes, said = [], iter([[1, 1, 1, 1], [0, 1, 1, 1], [1, 1, 0, 1], [1, 1], [0, 1], [1], [0]])
 
     def captured(step):
@@ -182,9 +185,10 @@ def test_a_captured_batch_shrinks_by_halves(monkeypatch):
 
     monkeypatch.setattr(generate, "captures", lambda device: True)
     monkeypatch.setattr(generate, "captured", captured)
+    monkeypatch.setattr(generate, "CAPTURE", left)
     monkeypatch.setattr(generate, "choose", lambda *_: torch.tensor(next(said)))
     assert generate.generate(model(), prompts(), 9, eos=0) == [[1], [1] * 4, [1] * 2, [1] * 6]
-    assert sizes == [4, 2, 1]
+    assert sizes == worth
 
 
 def test_what_leaves_does_not_change_the_chances_of_the_rest():
@@ -221,7 +225,7 @@ def test_both_back_ends_see_the_same_keys(monkeypatch):
     m = model(sliding_window=5)
     expected = greedy(m, prompts(), 9, eos=-1)
     monkeypatch.setattr(attention, "varlen_attn", varlen_attn)
-    monkeypatch.setattr(generate, "fused", lambda x: True)
+    monkeypatch.setattr(generate, "in_one_call", lambda x: True)
     assert greedy(m, prompts(), 9, eos=-1) == expected
 
 

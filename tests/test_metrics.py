@@ -262,6 +262,7 @@ def test_a_line_under_way_goes_on_where_it_stopped(log, clock, tmp_path):
     again = log(6, ["loss"], every=3, folder="resumed", start_step=4, kept=[state])
     assert again.last["step"] == 3, "the summary of a run that has no step left"
     steps(again, 5, 6)
+    assert again.seconds_per_step() == 5, "steps 4, 5 and 6 take 4, 5 and 6 seconds"
     files = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("run", "resumed")]
     assert files[0] == files[1] and len(files[0].splitlines()) == 2
 

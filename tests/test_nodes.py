@@ -18,7 +18,7 @@ from helpers import WORKERS
 from model_helpers import close, folder_of, gradients, model, pairs, token_arrays
 from run_helpers import torchrun
 from zephyr import losses, optim
-from zephyr.data.batching import DocumentSteps, PairSteps
+from zephyr.data.batching import DocumentSteps, PairSteps, epoch
 from zephyr.distributed import lost
 from zephyr.distributed.group import finish, set_timeout, start
 from zephyr.metrics.means import Means
@@ -59,7 +59,7 @@ def test_four_ranks_equal_one_process(four, inputs, replicas):
 @pytest.mark.parametrize("replicas", [1, 2, 4])
 def test_fewer_pairs_than_ranks_have_the_means_of_one_process(four, inputs, replicas):
     m, plan = model(), PairSteps(inputs["data"], 8, 10**6, 0, 0, 1, shuffle=False)
-    (batch,) = plan.epoch()
+    (batch,) = epoch(plan, torch.device("cpu"))
     means = Means(losses.METRICS)
     means.add(3, losses.preference("dpo", m(batch), batch.response_N, torch.zeros(6), 0.1))
     for found in four:
@@ -73,14 +73,14 @@ def test_every_rank_runs_as_many_microbatches_and_their_sum_is_the_whole(world):
     for count in (23, 3):
         every = token_arrays([[[1] * n for n in row] for row in rng.integers(1, 12, (count, 3))])
         plans = [PairSteps(every, 8, 64, 0, rank, world) for rank in range(world)]
-        shares = [list(plan.epoch()) for plan in plans]
+        shares = [list(epoch(plan, torch.device("cpu"))) for plan in plans]
         assert len({len(share) for share in shares}) == 1
         numbers = [k for share in shares for batch in share for k in batch.pairs.tolist()]
         assert sorted(numbers) == list(range(count))
 
         documents = token_arrays([list(range(n)) for n in rng.integers(2, 30, count)])
         plans = [DocumentSteps(documents, 8, 16, 32, 0, rank, world) for rank in range(world)]
-        shares = [list(plan.epoch()) for plan in plans]
+        shares = [list(epoch(plan, torch.device("cpu"))) for plan in plans]
         assert len({len(share) for share in shares}) == 1
         targets = sum(len(batch.targets_N) for share in shares for batch in share)
         assert targets == len(documents.ids) - count

@@ -137,13 +137,16 @@ class Written:
         return norm
 
 
-@pytest.mark.parametrize("dtype, rtol", [(torch.float64, 1e-6), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 @pytest.mark.parametrize(
     "clip, clipped",
     [(1.0, [True] * 5), (40.0, [False, True, False, True, False]), (1e4, [False] * 5)],
 )
-def test_steps_equal_adamw_written_out(clip, clipped, decay, dtype, rtol):
+def test_steps_equal_adamw_written_out(clip, clipped, decay, dtype):
+    # the factor that clips is an fp32 number, in float64 too
+    exact = 1e-6 if any(clipped) else 1e-10
+    rtol = exact if dtype == torch.float64 else 1e-5
     m = model().to(dtype)
     names, parameters = zip(*m.named_parameters(), strict=True)
     is_matrix = ["norm" not in name for name in names]

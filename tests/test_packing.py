@@ -76,6 +76,16 @@ def test_the_gradient_of_gathered_keys_is_autograds(dtype):
     assert (layout.kv_inverse_2T[1] >= 0).sum() == 5 + 1
 
 
+def test_a_prompt_has_at_most_two_branches():
+    """A third would lose its part of the prompt's gradient."""
+    pack = packing.PackBuilder(shares_prompts=True)
+    shared = pack.segment([1, 2, 3])
+    for _ in range(2):
+        pack.segment([4], first_position=3, prefix=shared)
+    with pytest.raises(AssertionError, match="shared by two responses at most"):
+        pack.batch()
+
+
 sizes = st.lists(st.integers(1, 50), min_size=1, max_size=60)
 
 
@@ -149,7 +159,7 @@ def test_every_trained_token_is_predicted_exactly_once_in_its_own_context(world,
     seen = []
     plans = [batching.DocumentSteps(data, 4, 16, 32, 5, r, world, train_on) for r in range(world)]
     for plan in plans:
-        for batch in plan.epoch():
+        for batch in batching.epoch(plan, torch.device("cpu")):
             previous = batch.tokens_T[batch.predict_N]
             assert (batch.targets_N == previous + 1).all(), "a row predicts another's next token"
             seen += batch.targets_N.tolist()
@@ -165,7 +175,7 @@ def test_every_trained_token_is_predicted_exactly_once_in_its_own_context(world,
 def test_rows_are_full_but_for_the_last():
     data = token_arrays([list(range(10))] * 7)
     plan = batching.DocumentSteps(data, 1, 16, 16, 0, 0, 1)
-    sizes = [len(b.tokens_T) for b in plan.epoch()]
+    sizes = [len(b.tokens_T) for b in batching.epoch(plan, torch.device("cpu"))]
     assert sizes == [16, 16, 16, 15]
 
 

@@ -11,7 +11,7 @@ from model_helpers import model, packed, token_arrays
 from zephyr import errors, reference
 from zephyr import reference as wanted
 from zephyr.data.arrays import Tokens
-from zephyr.data.batching import PairSteps
+from zephyr.data.batching import PairSteps, epoch
 from zephyr.data.cache import cache_folder
 from zephyr.distributed import group, signals
 from zephyr.reference import _write, live
@@ -67,9 +67,19 @@ def table() -> np.ndarray:
     return np.load(path)
 
 
+def test_another_attention_has_another_table(ranks, tmp_path, monkeypatch):
+    """Its log-probs have other last bits, and margins at the start must be exactly 0."""
+    p, names = plan(pairs()), []
+    for name in ("flash2", "flash3"):
+        monkeypatch.setenv("ZEPHYR_ATTENTION", name)
+        cached(model(), p, ranks)
+        names.append({path.name for path in (tmp_path / "cache").rglob("reference-*.npy")})
+    assert len(names[0]) == 1 and len(names[1]) == 2
+
+
 def test_live_equals_each_response_alone():
     m, p = model(), plan(pairs())
-    for batch in p.epoch():
+    for batch in epoch(p, torch.device("cpu")):
         expected = []
         for k in batch.pairs.tolist():
             prompt, *responses = map(torch.tensor, p.data.pair(k))
@@ -89,14 +99,14 @@ def test_cached_equals_live_in_any_packing(ranks, window):
     m, p = model(sliding_window=window), plan(pairs())
     reference = cached(m, p, ranks)
     for other in (p, plan(p.data, budget=10_000, batch=PAIRS), plan(p.data, shuffle=False, seed=1)):
-        for batch in other.epoch():
+        for batch in epoch(other, torch.device("cpu")):
             torch.testing.assert_close(reference(batch), live(m)(batch), rtol=1e-6, atol=1e-5)
 
 
 def test_training_starts_from_equal_bits(ranks):
     m, p = model(), plan(pairs())
     reference = cached(m, p, ranks)
-    for batch in p.epoch():
+    for batch in epoch(p, torch.device("cpu")):
         policy_2P = kernels.response_sums(m(batch), batch.response_N, 2 * len(batch.pairs))
         assert policy_2P.requires_grad and torch.equal(policy_2P, reference(batch))
 
@@ -131,7 +141,7 @@ def test_a_pass_that_is_stopped_is_taken_up_where_it_was(ranks, monkeypatch):
     m.calls = 0
     resumed = cached(m, p, ranks)
     assert m.calls == sum(len(p.microbatches(s)) for s in (2, 3, 4))
-    for batch in p.epoch():
+    for batch in epoch(p, torch.device("cpu")):
         torch.testing.assert_close(resumed(batch), live(m)(batch), rtol=0, atol=0)
 
 
@@ -140,7 +150,7 @@ def test_a_second_call_computes_nothing(ranks):
     first = cached(m, p, ranks)
     for steps, budget in ((99, 60), (2, 60), (99, 1000)):
         again = cached(never, plan(p.data, budget), ranks, steps)
-        for batch in p.epoch():
+        for batch in epoch(p, torch.device("cpu")):
             assert torch.equal(first(batch), again(batch))
 
 
@@ -231,7 +241,7 @@ def test_a_damaged_file_is_computed_again(ranks, content, capsys):
     again = cached(m, p, ranks)
     said = f"{path} is damaged: it is not as it was written; it is made again\n"
     assert path.read_bytes() == raw and capsys.readouterr().err == said
-    for batch in p.epoch():
+    for batch in epoch(p, torch.device("cpu")):
         assert torch.equal(first(batch), again(batch))
 
 

@@ -38,6 +38,11 @@ def back_end() -> str:
 def prepare_back_end() -> None:
     """Check ZEPHYR_ATTENTION and, for flash3, let torch's variable-length attention be that. To be
     called once, before the first pass."""
+    cuda = torch.cuda.is_available()
+    if back_end() == "triton":
+        _check_triton(torch.device("cuda" if cuda else "cpu"))
+    if back_end() == "flash3" and cuda and torch.cuda.get_device_capability()[0] != 9:
+        raise ValueError("ZEPHYR_ATTENTION=flash3: it is for Hopper GPUs (H100, H200); unset it")
     if back_end() == "flash3" and current_flash_attention_impl() != "FA3":
         try:
             activate_flash_attention_impl("FA3")
@@ -46,6 +51,14 @@ def prepare_back_end() -> None:
                 f"ZEPHYR_ATTENTION=flash3: FlashAttention 3 is not installed ({error}); build it "
                 "from hopper/ of github.com/Dao-AILab/flash-attention, or unset ZEPHYR_ATTENTION"
             ) from None
+
+
+def _check_triton(device: torch.device) -> None:
+    if kernels.implementation(device) == "torch":
+        raise ValueError(
+            f"ZEPHYR_ATTENTION=triton: no Triton kernel runs on {device.type}; unset it "
+            "(tests set ZEPHYR_KERNELS=triton and TRITON_INTERPRET=1)"
+        )
 
 
 def visible(i: Tensor, j: Tensor, window: int | None) -> Tensor:
@@ -58,7 +71,7 @@ def visible(i: Tensor, j: Tensor, window: int | None) -> Tensor:
     return (j <= i) if window is None else (j <= i) & (j > i - window)
 
 
-def fused(x: Tensor) -> bool:
+def in_one_call(x: Tensor) -> bool:
     """Return True where attention of such tensors is one variable-length call."""
     return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
 
@@ -114,7 +127,7 @@ class Layout:
             return self._in_place(q_THE, k_TKE, v_TKE, window)
         if self.kv_rows_G is not None:
             k_TKE, v_TKE = gathered(k_TKE, self), gathered(v_TKE, self)
-        if fused(q_THE):
+        if in_one_call(q_THE):
             return self.flash(q_THE, k_TKE, v_TKE, window)
         # fp32 at least: on a CPU attention in bf16 is slower and takes more memory
         wide = torch.promote_types(q_THE.dtype, torch.float32)
@@ -127,11 +140,7 @@ class Layout:
 
     def _in_place(self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, window: int | None) -> Tensor:
         """Attend with kernels that gather no keys."""
-        if kernels.implementation(q_THE.device) == "torch":
-            raise ValueError(
-                f"ZEPHYR_ATTENTION=triton: no Triton kernel runs on {q_THE.device.type}; unset it "
-                "(tests set ZEPHYR_KERNELS=triton and TRITON_INTERPRET=1)"
-            )
+        _check_triton(q_THE.device)
         places = self.cu_seqlens_q, self.cu_seqlens_k, self.kv_rows_G
         return kernels.attention(q_THE, k_TKE, v_TKE, *places, self.max_q, window)
 
@@ -144,7 +153,7 @@ class Layout:
 
 
 def gathered(x_TKE: Tensor, layout: Layout) -> Tensor:
-    """The keys or values [G, K, E] at the places `kv_rows`.
+    """Return the keys or values [G, K, E] at the places `kv_rows`.
 
     No place is among them more than twice, so its gradient is the sum of two that are looked up.
     Autograd's would be additions to zeros, by atomics: slower, and in no fixed order.

@@ -19,12 +19,14 @@ from torch.nn import functional as F
 
 from zephyr import attention, files
 from zephyr.architecture import MistralConfig
-from zephyr.attention import Layout, fused
+from zephyr.attention import Layout, in_one_call
 from zephyr.distributed import machine
 from zephyr.model import Mistral
 from zephyr.run import exits
 from zephyr.tokenizer import Tokenizer
 from zephyr.weights import base, config_json, hub
+
+CAPTURE = 16  # steps; a capture takes the time of ten or more
 
 
 class Cache:
@@ -32,13 +34,14 @@ class Cache:
 
     With S = 4, a sequence whose next position is 6 holds positions 4 5 2 3. Position 6 then takes
     slot 2, that of position 2, which a window of 4 no longer sees. S is at most the window, so a
-    token sees all that its sequence then holds, in slots 0 .. min(position, S - 1).
+    token sees all that its sequence then holds, in slots 0 .. min(position, S - 1). Of the rows T
+    of a forward there is one for each sequence, but in `prefill`.
     """
 
     def __init__(self, c: MistralConfig, lengths: Tensor, slots: int, like: Tensor):
         shape = (c.num_hidden_layers, len(lengths), slots, c.num_key_value_heads, c.head_dim)
         self.k, self.v = like.new_zeros(shape), like.new_zeros(shape)
-        self.slots, self.longest, self.fused = slots, int(lengths.max()), fused(like)
+        self.slots, self.longest, self.one_call = slots, int(lengths.max()), in_one_call(like)
         self.position_T = (lengths - 1).to(like.device)  # of each sequence's last token so far
 
     def advance(self) -> None:
@@ -48,7 +51,7 @@ class Cache:
         start_B = torch.arange(0, len(position_B) * S, S, device=position_B.device)
         held_B = (position_B + 1).clamp(max=S)
         self.place_T = start_B + position_B % S
-        if self.fused:
+        if self.one_call:
             # two segments for a sequence, its query with the keys it sees, and no query with the
             # slots that are still empty:  cu_seqlens_q 0 1 1 2 2 ..  cu_seqlens_k 0 held S ..
             ends_k = torch.stack((start_B + held_B, start_B + S), 1).flatten()
@@ -71,7 +74,7 @@ class Cache:
         """Return the attention of one query of each sequence over what the cache holds of it, the
         query's own key included. The cache has no key that the window hides."""
         k, v = self.store(k_BKE, v_BKE, layer)
-        if self.fused:
+        if self.one_call:
             return self.layout.flash(q_BHE, k, v, None)
         # the heads that share a key head are as many queries of it: no key is repeated for them
         q_BKGE = q_BHE.unflatten(1, (k_BKE.shape[1], -1))
@@ -142,12 +145,13 @@ class Step:
         self.cache.advance()
         return self.model.logits(self.token_B, self.cache)
 
-    def __call__(self, token_B: Tensor) -> Tensor:
+    def __call__(self, token_B: Tensor, left: int) -> Tensor:
         self.token_B.copy_(token_B)
         if self.replay:
             return self.replay()
         logits_BV = self.eager()
-        if captures(token_B.device):  # not before: libraries set themselves up in a first run
+        # not before: libraries set themselves up in a first run; nor for a few steps that are left
+        if captures(token_B.device) and left > CAPTURE:
             self.replay = captured(self.eager)
         return logits_BV
 
@@ -202,14 +206,14 @@ def stream(
         if not going or not left:
             return
         # What has ended leaves the batch at once; where steps are captured, when it is half of it.
-        # Each size needs a graph of its own, and a capture takes the time of ten steps or more,
-        # while a row too many costs little: a step's time is mostly that of reading the weights.
+        # Each size needs a graph of its own, and a capture takes the time of many steps, while one
+        # row too many costs little: a step's time is mostly that of reading the weights.
         if len(going) <= (len(rows) // 2 if captures(device) else len(rows) - 1):
             stay = [row for row, k in enumerate(rows) if k in going]
             cache.keep(stay)
             rows = [rows[row] for row in stay]
             token_B, step = token_B[stay], Step(model, cache)
-        logits_BV = step(token_B)
+        logits_BV = step(token_B, left)
 
 
 def choose(logits_BV: Tensor, temperature: float, top_p: float, generator: torch.Generator):

@@ -53,6 +53,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
 
     def project(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of x, the heads side by side."""
         return self.q_proj(x_TD), self.k_proj(x_TD), self.v_proj(x_TD)
 
     def forward(self, x_TD: Tensor, cos: Tensor, sin: Tensor, layout) -> Tensor:

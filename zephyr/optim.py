@@ -45,11 +45,7 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        for p in _parameters(self):
-            if not self.state[p]:
-                self.state[p]["step"] = torch.zeros((), device=p.device)
-                for name in ("exp_avg", "exp_avg_sq"):
-                    self.state[p][name] = torch.zeros_like(p, dtype=self.moments)
+        fill_state(self)
         counts = [self.state[p]["step"] for p in _parameters(self)]
         torch._foreach_add_(counts, [1 - self.found_inf] * len(counts))
         lr = self.param_groups[0]["lr"]  # that of the other group too
@@ -60,6 +56,15 @@ class AdamW(torch.optim.Optimizer):
                 tensors = p, state["exp_avg"], state["exp_avg_sq"], gradient(p)
                 weight, m, v, grad = (_local(x) for x in tensors)
                 kernels.adamw_(weight, lower_half(p), m, v, grad, group["weight_decay"], update)
+
+
+def fill_state(optimizer: torch.optim.Optimizer) -> None:
+    """Give each parameter without a state the one from which AdamW starts: no step, no moments."""
+    for p in _parameters(optimizer):
+        if not optimizer.state[p]:
+            dtype = getattr(optimizer, "moments", p.dtype)  # torch's are as wide as the weights
+            moments = {name: torch.zeros_like(p, dtype=dtype) for name in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[p] |= {"step": torch.zeros((), device=p.device)} | moments
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:

@@ -122,7 +122,11 @@ class PackBuilder:
 
 
 def inverse(kv_rows_G: Tensor) -> Tensor:
-    """Where each place stands in kv_rows [2, T]: the first time, and the second or -1."""
+    """Return where each place stands in kv_rows [2, T]: the first time, and the second or -1.
+
+    No place may stand there three times: `attention.gathered` would lose a gradient.
+    """
+    assert torch.bincount(kv_rows_G).max() <= 2, "a prompt is shared by two responses at most"
     places_G, order_G = kv_rows_G.sort(stable=True)
     first_T = torch.searchsorted(places_G, torch.arange(int(places_G[-1]) + 1))
     again_T = torch.full_like(first_T, -1)

@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import kernels
-from zephyr import files
+from zephyr import attention, files
 from zephyr.data.batching import PairSteps, packed_ahead
 from zephyr.data.cache import CHOOSE, cache_folder
 from zephyr.distributed import group, signals
@@ -34,6 +34,7 @@ from zephyr.model import Mistral
 from zephyr.packing import Batch
 
 SUM = 32  # bytes: the SHA-256 behind a table
+ARITHMETIC = 2  # raised when the same forward gives other last bits than the version before
 SAVE_EVERY = 16  # steps whose log-probs a killed run can lose
 
 
@@ -77,8 +78,8 @@ def cached(
     every bit and every margin is exactly 0.
     """
     device = ranks.device
-    computed_by = [bits, device.type, kernels.implementation(device)]
-    key = [weights, plan.data.digest, *computed_by]
+    computed_by = [bits, device.type, kernels.implementation(device), attention.back_end()]
+    key = [weights, plan.data.digest, *computed_by, ARITHMETIC]
     name = sha256(json.dumps(key).encode()).hexdigest()[:20]
     path = cache_folder() / f"reference-{name}.npy"
     # one rank's file decides, so that all agree on what is missing

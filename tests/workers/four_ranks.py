@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from zephyr import losses, optim
-from zephyr.data.batching import PairSteps
+from zephyr.data.batching import PairSteps, epoch
 from zephyr.distributed import fsdp, group
 from zephyr.metrics.means import Means
 from zephyr.weights import config_json, hub
@@ -33,7 +33,7 @@ for replicas in (1, 2, 4):
     shards = {name: p.to_local().numel() for name, p in m.named_parameters()}
     means = Means(losses.METRICS)
     plan = PairSteps(data, 8, 64, 0, rank, 4, shuffle=False)
-    for batch in plan.epoch():
+    for batch in epoch(plan, torch.device("cpu")):
         means.add(
             len(batch.pairs),
             losses.preference(

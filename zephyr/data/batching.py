@@ -18,8 +18,6 @@ from zephyr.data.arrays import Tokens
 from zephyr.distributed.group import Ranks
 from zephyr.packing import Batch, nothing, pack_documents, pack_pairs
 
-CPU = torch.device("cpu")
-
 
 class Journal(Protocol):
     """What `prefetch` tells: see zephyr/metrics/journal.py."""
@@ -31,8 +29,8 @@ class Journal(Protocol):
 def prefetch(
     data: "PairSteps | DocumentSteps", steps: range, device: torch.device, journal: Journal
 ) -> Iterator[tuple[int, list[Batch]]]:
-    """(step, this rank's micro-batches of it) for each of `steps`, packed ahead. Time spent waiting
-    for them is the phase `data`."""
+    """Yield (step, this rank's micro-batches of it) for each of `steps`, packed ahead. Time spent
+    waiting for them is the phase `data`."""
     packed = packed_ahead(data, steps, device)
     for step in steps:
         with journal.phase("data"):
@@ -44,8 +42,8 @@ def prefetch(
 def packed_ahead(
     data: "PairSteps | DocumentSteps", steps: Sequence[int], device: torch.device
 ) -> Iterator[list[Batch]]:
-    """This rank's micro-batches of each of `steps`, for a GPU in pinned memory; while those of one
-    step are used, a thread packs the next one's."""
+    """Yield this rank's micro-batches of each of `steps`, for a GPU in pinned memory. While those
+    of one step are used, a thread packs the next one's."""
 
     def make(step: int) -> list[Batch]:
         made = data.microbatches(step)
@@ -60,6 +58,12 @@ def packed_ahead(
             made, coming = coming, None if step is None else pool.submit(make, step)
             if made is not None:
                 yield made.result()
+
+
+def epoch(data: "PairSteps | DocumentSteps", device: torch.device) -> Iterator[Batch]:
+    """Yield this rank's micro-batches of one pass over the data, on `device`."""
+    for batches in packed_ahead(data, range(data.steps_per_epoch), device):
+        yield from (batch.to(device) for batch in batches)
 
 
 def bins(lengths: np.ndarray, budget: int, multiple: int = 1) -> list[list[int]]:
@@ -145,11 +149,6 @@ class PairSteps:
         mine = [numbers[group].tolist() for group in groups[self.rank :: self.world]]
         return [pack_pairs([self.data.pair(k) for k in m], m) if m else nothing() for m in mine]
 
-    def epoch(self, device: torch.device = CPU) -> Iterator[Batch]:
-        """Yield this rank's micro-batches of one pass over the data, on `device`."""
-        for batches in packed_ahead(self, range(self.steps_per_epoch), device):
-            yield from (batch.to(device) for batch in batches)
-
 
 @dataclass(frozen=True)
 class DocumentSteps:
@@ -219,11 +218,6 @@ class DocumentSteps:
             else nothing()
             for group in groups[self.rank :: self.world]
         ]
-
-    def epoch(self, device: torch.device = CPU) -> Iterator[Batch]:
-        """Yield this rank's micro-batches of one pass over the data, on `device`."""
-        for batches in packed_ahead(self, range(self.steps_per_epoch), device):
-            yield from (batch.to(device) for batch in batches)
 
 
 def _enough(batch: int, world: int) -> None:

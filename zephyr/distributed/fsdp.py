@@ -26,19 +26,18 @@ from zephyr.distributed import compiled_attention
 from zephyr.distributed.group import Ranks, together
 from zephyr.model import Mistral
 from zephyr.weights import hub
-from zephyr.weights.masters import attach_halves
+from zephyr.weights.masters import attach_halves, fuse_matmuls
 
-# attention's ops, by name: on a GPU, there in Triton, on a CPU, compiled on a CPU
-ATTENTION = (
-    "torch_attn::_varlen_attn",
-    "zephyr_kernels::attention",
-    "aten::_scaled_dot_product",
-    compiled_attention.NAME,
+ATTENTION = (  # the ops whose output is kept, by name
+    "torch_attn::_varlen_attn",  # on a GPU
+    "zephyr_kernels::attention",  # on a GPU, by ZEPHYR_ATTENTION=triton
+    "aten::_scaled_dot_product",  # on a CPU
+    compiled_attention.NAME,  # on a CPU, compiled
 )
-# a block's matmuls in the order of its forward, and those of masters.attach_halves; nothing in the
-# backward needs the last one's output
+# a block's matmuls in the order of its forward, and those after masters.fuse_matmuls; nothing in
+# the backward needs the last one's output
 MATMULS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-JOINED = ("q_proj, k_proj, v_proj", "o_proj", "gate_proj, up_proj", "down_proj")
+FUSED = ("qkv", "o_proj", "gate_up", "down_proj")
 
 
 def load(c: Training, shape: MistralConfig, ranks: Ranks) -> Mistral:
@@ -76,7 +75,7 @@ def build(
         model = Mistral(config)
     compiling = compiled == "on" or (compiled == "auto" and ranks.device.type == "cuda")
     for block in model.model.layers:
-        matmuls = JOINED if masters == "split" else MATMULS
+        matmuls = FUSED if masters == "split" else MATMULS
         block.forward = wrapped(block, recompute, compiling, matmuls)
     if not plain:
         shard(model, ranks.mesh, precision, reshard != "never")
@@ -84,6 +83,7 @@ def build(
         model.bfloat16()
     model.to_empty(device=ranks.device)
     if masters == "split":
+        fuse_matmuls(model)
         attach_halves(model)
     return model
 
@@ -112,6 +112,8 @@ def wrapped(
     elementwise  the outputs of attention and of its matmuls but the last, and its input: norms,
                  rotations and SwiGLU's product are computed again, no matmul is
     full         its input; its forward runs again but for the last matmul
+
+    Where split masters are not compiled, the last matmul runs again too.
     """
     forward = block.forward
     if recompute != "none":

@@ -212,8 +212,9 @@ class Log:
             self._say(f"step {step}/{self.total_steps}  {text}  {left} left")
 
     def seconds_per_step(self) -> float:
-        """Return the mean over the steps that have a line of this process, pauses left out."""
-        return self.trained / max(1, self.written - self.start_step)
+        """Return the mean over the steps that this process's lines are of, pauses left out."""
+        first = self.start_step // self.every * self.every  # a line holds what had none before
+        return self.trained / max(1, self.written - first)
 
     def summary(self, more: Mapping[str, str]) -> str:
         """Return what a finished run ends with: the last value of everything logged, `more`, and

@@ -130,24 +130,27 @@ class Kept(NamedTuple):
     token_fp32: int  # for each token, fp32 whatever the precision
 
 
-def kept(c: MistralConfig, recompute: str) -> Kept:
+def kept(c: MistralConfig, recompute: str, split: bool = False) -> Kept:
     """Return what a block saves; a compiled one saves no more. (x is a block's input, h a norm's
-    output, y the hidden states between attention and MLP.)"""
+    output, y the hidden states between attention and MLP.) With `split` masters SwiGLU's product is
+    never saved: see `kernels.swiglu_linear`."""
     D, F, H = c.hidden_size, c.intermediate_size, c.num_attention_heads
     q, kv = H * c.head_dim, c.num_key_value_heads * c.head_dim
     return {
         # x h q o, k v; y h, gate up product; norms' scales and attention's lse
-        "none": Kept(4 * D + 2 * q + 3 * F, 2 * kv, H + 2),
+        "none": Kept(4 * D + 2 * q + (3 - split) * F, 2 * kv, H + 2),
         # x q k v o as they leave the matmuls and attention; o_proj's output, gate up
         "elementwise": Kept(2 * D + 2 * q + 2 * kv + 2 * F, 0, H),
         "full": Kept(D, 0, 0),
     }[recompute]
 
 
-def activations(c: MistralConfig, load: Load, recompute: str, itemsize: int) -> float:
+def activations(
+    c: MistralConfig, load: Load, recompute: str, itemsize: int, split: bool = False
+) -> float:
     """Return the bytes that a micro-batch's forward leaves for its backward, without the head's G
     and the batch itself. itemsize is 2 for bf16, 4 for fp32."""
-    k, L, (T, G, N, _) = kept(c, recompute), c.num_hidden_layers, load
+    k, L, (T, G, N, _) = kept(c, recompute, split), c.num_hidden_layers, load
     numbers = L * (k.token * T + k.key * G)
     fp32 = L * k.token_fp32 * T
     # cos and sin; the final norm's input and output, its scales and the head's lse

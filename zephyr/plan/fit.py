@@ -31,7 +31,8 @@ def occupied(
     parts |= fsdp
     if getattr(t, "reference", "") == "live":
         parts["live reference"] = parts["masters"] + fsdp.get("gathered weights", 0)
-    parts["activations"] = costs.activations(c, load, recompute, itemsize)
+    split = t.masters == "split"
+    parts["activations"] = costs.activations(c, load, recompute, itemsize, split)
     block = costs.block_backward(c, load, recompute, itemsize)
     parts["head, or a block's backward"] = max(costs.head(c, load, itemsize), block)
     parts["context and fragments"] = CONTEXT + FRAGMENTS * sum(parts.values())

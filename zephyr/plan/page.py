@@ -39,7 +39,8 @@ def _memory(job: Job) -> str:
 def _policies(job: Job) -> str:
     rows, one = [], job.item.times(1 / job.item.tokens)
     for recompute in POLICIES:
-        size = costs.activations(job.c, one.times(1000), recompute, job.itemsize) / GIB
+        split = job.t.masters == "split"
+        size = costs.activations(job.c, one.times(1000), recompute, job.itemsize, split) / GIB
         most = largest(job.c, job.t, job.memory, job.ranks, recompute, True, one, 1 << 20)
         shown = f"{most:,}" if most >= job.item.tokens else "none fits"
         more = again(job.c, job.item, recompute)

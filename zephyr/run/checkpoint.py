@@ -25,7 +25,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from zephyr import files
+from zephyr import files, optim
 from zephyr.errors import BadCheckpoint, shared
 from zephyr.model import Mistral
 from zephyr.weights import config_json, hub, masters, safetensor_files
@@ -235,12 +235,9 @@ def _sum(path: Path) -> str:
 def tensors_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Masters and moments by name; moments that no step has made yet are zeros."""
     tensors: dict[str, Tensor] = {}
+    optim.fill_state(optimizer)
     for name, p in masters.resharded_parameters(model).items():
         kept = optimizer.state[p]
-        if not kept:
-            kept["step"] = torch.zeros((), device=p.device)
-            dtype = getattr(optimizer, "moments", p.dtype)  # torch's are as wide as the weights
-            kept["exp_avg"], kept["exp_avg_sq"] = (torch.zeros_like(p, dtype=dtype) for _ in "mv")
         tensors |= masters.parts(name, p) | {
             f"{name}.exp_avg": kept["exp_avg"],
             f"{name}.exp_avg_sq": kept["exp_avg_sq"],

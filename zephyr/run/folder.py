@@ -30,7 +30,7 @@ from torch import Tensor
 
 import kernels
 from kernels.provenance import commit, installed
-from zephyr import config, files
+from zephyr import attention, config, files
 from zephyr.config import Training
 from zephyr.distributed import machine, signals
 from zephyr.distributed.group import (
@@ -366,6 +366,7 @@ def _about(ranks: Ranks) -> dict:
         "device": torch.cuda.get_device_name() if cuda else platform.processor() or "cpu",
         **({"allocator": machine.allocator()["PYTORCH_CUDA_ALLOC_CONF"]} if cuda else {}),
         "kernels": kernels.implementation(ranks.device),
+        "attention": attention.back_end(),
         "commit": commit(),
         "python": platform.python_version(),
         "torch": str(torch.__version__),  # which names the build, as installed() does not

@@ -3,7 +3,8 @@
 At a learning rate of 5e-7 an update is smaller than half a unit in a bf16 weight's last place, so a
 model trained in bf16 alone stands still: its masters have to be fp32. Where one process computes in
 bf16, the masters can be split: the parameter is the upper half, which is a bf16 number, and the
-lower half lies beside it (`kernels.split`). This file alone knows where.
+lower half lies beside it (`kernels.split`). So does the sum of its gradients, which is fp32: the
+matmuls of the blocks add to it themselves. This file alone knows where, and changes the blocks.
 """
 
 from types import MethodType
@@ -17,23 +18,12 @@ import kernels
 from zephyr.model import MLP, Attention, Mistral
 
 
-def attach_halves(model: Mistral) -> None:
+def attach_halves(model: nn.Module) -> None:
     """Give each parameter, a bf16 one, an empty lower half, and an fp32 sum for its gradients.
 
-    The matmuls of the blocks add to those sums themselves (`kernels.linear`), and those that have
-    one input become one matmul: q, k and v; gate and up. Their weights, which keep their names,
-    are then parts of one tensor. The gradients of other parameters, a fiftieth of all, are added
-    as they arrive; none stays in `.grad`, where torch.compile would refuse fp32 beside bf16.
+    A gradient is added to the sum as it arrives, and does not stay in `.grad`, where torch.compile
+    refuses fp32 beside bf16.
     """
-    for block in model.model.layers:
-        attention, mlp = block.self_attn, block.mlp
-        for layer in (attention.o_proj, mlp.down_proj):
-            layer.weight.main_grad = kernels.main_grad(layer.weight)
-        _join(attention, attention.q_proj, attention.k_proj, attention.v_proj)
-        _join(mlp, mlp.gate_proj, mlp.up_proj)
-        attention.project = MethodType(_project, attention)
-        attention.o_proj.forward = MethodType(_linear, attention.o_proj)
-        mlp.forward = MethodType(_mlp, mlp)
     for parameter in model.parameters():
         parameter.low = torch.empty_like(parameter, dtype=torch.int16)
         if not hasattr(parameter, "main_grad"):
@@ -41,24 +31,41 @@ def attach_halves(model: Mistral) -> None:
             parameter.register_post_accumulate_grad_hook(_add)
 
 
-def _join(module: nn.Module, *layers: nn.Linear) -> None:
-    """Let the weights of layers that `module` applies to one input be parts of `module.joined`."""
+def fuse_matmuls(model: Mistral) -> None:
+    """Let the matmuls of the blocks add the gradients of their weights to the sums themselves (see
+    `kernels.linear`), and let those that have one input be one matmul: q, k and v; gate and up.
+
+    The weights keep their names, and are parts of one tensor. Call it before `attach_halves`.
+    """
+    for block in model.model.layers:
+        attention, mlp = block.self_attn, block.mlp
+        for layer in (attention.o_proj, mlp.down_proj):
+            layer.weight.main_grad = kernels.main_grad(layer.weight)
+        _fuse(attention, attention.q_proj, attention.k_proj, attention.v_proj)
+        _fuse(mlp, mlp.gate_proj, mlp.up_proj)
+        attention.project = MethodType(_project, attention)
+        attention.o_proj.forward = MethodType(_linear, attention.o_proj)
+        mlp.forward = MethodType(_mlp, mlp)
+
+
+def _fuse(module: nn.Module, *layers: nn.Linear) -> None:
+    """Make the weights of layers that `module` applies to one input parts of `module.fused`."""
     module.widths = [layer.out_features for layer in layers]
-    module.joined = torch.cat([layer.weight.detach() for layer in layers])
-    module.joined.main_grad = torch.empty_like(module.joined, dtype=torch.float32)
-    weights, totals = (x.split(module.widths) for x in (module.joined, module.joined.main_grad))
-    kernels.clear(module.joined.main_grad)
+    module.fused = torch.cat([layer.weight.detach() for layer in layers])
+    module.fused.main_grad = torch.empty_like(module.fused, dtype=torch.float32)
+    weights, totals = (x.split(module.widths) for x in (module.fused, module.fused.main_grad))
+    kernels.clear_grad(module.fused.main_grad)
     for layer, weight, total in zip(layers, weights, totals, strict=True):
         layer.weight = nn.Parameter(weight)
         layer.weight.main_grad = total
 
 
 def _project(self: Attention, x_TD: Tensor) -> tuple[Tensor, ...]:
-    return kernels.linear(x_TD, self.joined, self.joined.main_grad).split(self.widths, 1)
+    return kernels.linear(x_TD, self.fused, self.fused.main_grad).split(self.widths, 1)
 
 
 def _mlp(self: MLP, x_TD: Tensor) -> Tensor:
-    gate_up = kernels.linear(x_TD, self.joined, self.joined.main_grad)
+    gate_up = kernels.linear(x_TD, self.fused, self.fused.main_grad)
     down = self.down_proj.weight
     return kernels.swiglu_linear(gate_up, down, down.main_grad)
 
@@ -73,7 +80,7 @@ def _add(parameter: Tensor) -> None:
 
 
 def gradient(parameter: Tensor) -> Tensor:
-    """The sum of a parameter's gradients since the last step, in fp32 for a split master."""
+    """Return the sum of a parameter's gradients since the last step, in fp32 for a split master."""
     return getattr(parameter, "main_grad", parameter.grad)
 
 
@@ -82,11 +89,11 @@ def clear_gradients(parameters: list[Tensor]) -> None:
     for parameter in parameters:
         parameter.grad = None
         if hasattr(parameter, "main_grad"):
-            kernels.clear(parameter.main_grad)
+            kernels.clear_grad(parameter.main_grad)
 
 
 def lower_half(parameter: Tensor) -> Tensor | None:
-    """The lower half of a split master, int16; None of a whole one."""
+    """Return the lower half of a split master, int16; None for a whole one."""
     return getattr(parameter, "low", None)
 
 
