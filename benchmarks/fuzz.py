@@ -443,7 +443,11 @@ def read_cache(path: Path) -> None:
         with contextlib.redirect_stderr(io.StringIO()) as said:
             use(rows)
         anew = path.read_bytes() != right[name]
-        ok(("is made again" in said.getvalue()) == anew, f"{name}: said {said.getvalue()!r}")
+        same = name == arrays.SUMS  # other bytes may be the same sums: another line break, say
+        ok(
+            ("is made again" in said.getvalue()) == anew or same,
+            f"{name}: said {said.getvalue()!r}",
+        )
         ok({file.name: file.read_bytes() for file in entry.iterdir()} == right, f"{name} stays")
     if path.read_bytes() not in right.values():
         raise ValueError(f"{path}: every file was made again")
