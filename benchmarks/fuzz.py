@@ -442,12 +442,12 @@ def read_cache(path: Path) -> None:
         (entry / name).write_bytes(path.read_bytes())
         with contextlib.redirect_stderr(io.StringIO()) as said:
             use(rows)
-        anew = path.read_bytes() != right[name]
-        same = name == arrays.SUMS  # other bytes may be the same sums: another line break, say
-        ok(
-            ("is made again" in said.getvalue()) == anew or same,
-            f"{name}: said {said.getvalue()!r}",
-        )
+        made, anew = "is made again" in said.getvalue(), path.read_bytes() != right[name]
+        if name == arrays.SUMS and not made:
+            # other bytes may be the same sums: with another line break, say
+            (entry / name).write_bytes(right[name])
+            anew = False
+        ok(made == anew, f"{name}: said {said.getvalue()!r}")
         ok({file.name: file.read_bytes() for file in entry.iterdir()} == right, f"{name} stays")
     if path.read_bytes() not in right.values():
         raise ValueError(f"{path}: every file was made again")

@@ -13,6 +13,7 @@ import train_dpo
 from run_helpers import DPO, run
 from zephyr import config, generate
 from zephyr.data.readers import read_rows, write_rows
+from zephyr.evals import __main__ as evals_command
 from zephyr.evals import pairs
 from zephyr.evals.pairs import Ranked
 
@@ -56,6 +57,12 @@ def log_probs(folder, row) -> list[float]:
         each = logits.double().log_softmax(-1)[range(len(ids) - 1), ids[1:]]
         found.append(float(each[len(prompt) - 1 :].sum()))
     return found
+
+
+def test_the_command(trained, place, capsys):
+    argv = [trained[0] / "model", "--reference", place / "base", "--data", place / "test.jsonl"]
+    evals_command.main(["pairs", *map(str, argv)])
+    assert capsys.readouterr().out.splitlines()[1].startswith("all ")
 
 
 def test_margins_are_those_of_each_response_alone(trained, place, tmp_path):

@@ -165,8 +165,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--reference", required=True, metavar="REF", help="the folder that its training began from")
     add("--data", required=True, nargs="+", metavar="PAIRS", help="held-out pairs")
     add("--beta", type=float, default=config.DPOConfig.beta, help="of the margins [%(default)s]")
-    add("--max-length", type=int, default=config.DPOConfig.max_length, help="[%(default)s]")
-    add("--max-prompt-length", type=int, default=config.DPOConfig.max_prompt_length)
+    most = config.DPOConfig.max_length
+    add("--max-length", type=int, help=f"of a pair [{most}, or the model's positions if fewer]")
+    add("--max-prompt-length", type=int, help="of a prompt that is cut [half of --max-length]")
     add("--microbatch-tokens", type=int, default=8192, help="at a time [%(default)s]")
     add("--json", metavar="OUT", help="file for the figures")
 
@@ -175,17 +176,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> str:
     """Rank the pairs that the command line names, and return the table."""
     model, against = files.home(args.model), files.home(args.reference)
+    positions = base.open_folder(model).shape.max_position_embeddings
+    length = args.max_length or min(config.DPOConfig.max_length, positions)
     c = config.DPOConfig(
-        model=str(model),
+        model=model,
         data=tuple(files.home(path) for path in args.data),
         out="-",
         beta=args.beta,
-        max_length=args.max_length,
-        max_prompt_length=args.max_prompt_length,
+        max_length=length,
+        max_prompt_length=args.max_prompt_length or length // 2,
         microbatch_tokens=args.microbatch_tokens,
     )
     c.check()
-    rows = summary(rank(str(model), str(against), c))
+    rows = summary(rank(model, against, c))
     if args.json:
         with files.atomic(Path(files.home(args.json))) as file:
             file.write(json.dumps(rows, indent=1).encode() + b"\n")
