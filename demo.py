@@ -40,6 +40,16 @@ STAGES = {
     ],
     "dDPO: prefer what the judge preferred": [*TORCHRUN, "train_dpo.py", "--resume", "fresh"],
     "curves": ["-m", "zephyr.metrics", f"{RUNS}/sft", f"{RUNS}/dpo", "--out", f"{RUNS}/curves.png"],
+    "its implicit reward, on held-out pairs: has it learned more than length?": [
+        "-m",
+        "zephyr.evals",
+        "pairs",
+        f"{RUNS}/dpo/model",
+        "--reference",
+        f"{RUNS}/sft/model",
+        "--data",
+        str(birds.FOLDER / "pairs.test.jsonl.gz"),
+    ],
 }
 
 

@@ -43,6 +43,9 @@ def test_the_share_and_the_margin_are_those_of_the_runs_evaluation(trained, plac
     assert found["accuracy"] == pytest.approx(last["eval_rewards/accuracies"], abs=1e-6)
     assert 0.1 * found["margin"] == pytest.approx(last["eval_rewards/margins"], rel=1e-3)
     assert re.search(r"^all +5 +\d+\.0% ", said, re.M)
+    assert said.endswith("at β = 0.1."), "the run's own"
+    with_another = command(model, "--reference", model, "--data", data, "--beta", "0.3")
+    assert with_another.endswith("at β = 0.3.") and " 0.000\n" in with_another
 
 
 @torch.inference_mode()

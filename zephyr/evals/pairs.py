@@ -164,12 +164,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("model", metavar="MODEL", help="the folder of an aligned model, such as RUN/model")
     add("--reference", required=True, metavar="REF", help="the folder that its training began from")
     add("--data", required=True, nargs="+", metavar="PAIRS", help="held-out pairs")
-    add("--beta", type=float, default=config.DPOConfig.beta, help="of the margins [%(default)s]")
+    usual = config.DPOConfig.beta
+    add("--beta", type=float, help=f"of the margins [that of the run, for RUN/model; else {usual}]")
     most = config.DPOConfig.max_length
     add("--max-length", type=int, help=f"of a pair [{most}, or the model's positions if fewer]")
     add("--max-prompt-length", type=int, help="of a prompt that is cut [half of --max-length]")
     add("--microbatch-tokens", type=int, default=8192, help="at a time [%(default)s]")
     add("--json", metavar="OUT", help="file for the figures")
+
+
+def beta_of(model: str) -> float:
+    """Return the β that a run's model was trained with; the usual one for another model."""
+    try:
+        settings = files.read_json(Path(model).parent / "run.json")["run"]["settings"]
+        return float(settings["beta"])
+    except (ValueError, KeyError, TypeError):
+        return config.DPOConfig.beta
 
 
 @torch.inference_mode()
@@ -182,7 +192,7 @@ def run(args: argparse.Namespace) -> str:
         model=model,
         data=tuple(files.home(path) for path in args.data),
         out="-",
-        beta=args.beta,
+        beta=beta_of(model) if args.beta is None else args.beta,
         max_length=length,
         max_prompt_length=args.max_prompt_length or length // 2,
         microbatch_tokens=args.microbatch_tokens,
@@ -192,4 +202,4 @@ def run(args: argparse.Namespace) -> str:
     if args.json:
         with files.atomic(Path(files.home(args.json))) as file:
             file.write(json.dumps(rows, indent=1).encode() + b"\n")
-    return table(rows, args.beta)
+    return table(rows, c.beta)
