@@ -99,6 +99,7 @@ def swiglu_gradient(gate_up_T2F: Tensor, g_TF: Tensor, triton: bool) -> tuple[Te
 
 def _in_triton(gate_up_T2F: Tensor, g_TF: Tensor) -> tuple[Tensor, Tensor]:
     (T, width), grad_T2F, p_TF = g_TF.shape, torch.empty_like(gate_up_T2F), g_TF
+    assert gate_up_T2F.is_contiguous() and g_TF.is_contiguous()
     with torch.cuda.device_of(g_TF):
         grid = T, -(-width // BLOCK)
         swiglu_kernel[grid](gate_up_T2F, g_TF, grad_T2F, p_TF, width, BLOCK=BLOCK)

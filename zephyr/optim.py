@@ -132,8 +132,9 @@ def step(
     """
     norm = nn.utils.get_total_norm([gradient(p) for p in _parameters(optimizer)])
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    # torch's names, which its fused AdamW obeys: it divides by the one and skips by the other
-    optimizer.grad_scale = ((norm + 1e-6) / clip).clamp(min=1.0).float()  # clip_grad_norm_'s
+    # torch's names, which its fused AdamW obeys: it divides by the one, which clips the gradients,
+    # and skips by the other; 1e-6 as in clip_grad_norm_
+    optimizer.grad_scale = ((norm + 1e-6) / clip).clamp(min=1.0).float()
     optimizer.found_inf = (~norm.isfinite() | (skip_if != 0)).float()
     for group in optimizer.param_groups:
         group["lr"] = lr
