@@ -17,7 +17,7 @@ FLOORS = (
     "plan optim data",
     "run",
     "metrics feedback generate",
-    "reference toy",
+    "reference toy evals",
     "textbook __main__",
 )
 

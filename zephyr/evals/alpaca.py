@@ -78,7 +78,7 @@ def read(path: str, rows: Sequence[tuple[str, dict]]) -> Annotations:
         instruction = row["instruction"]
         if first := places.get(instruction):
             raise ValueError(
-                f"{where}: the question of {first} again, {shown(instruction, 50)}; keep one of them"
+                f"{where}: the question of {first} again, {shown(instruction, 50)}; keep one"
             )
         places[instruction] = where
         for name, seen in names.items():
@@ -114,7 +114,7 @@ def _preference(where: str, name: str, value: object) -> float:
         raise ValueError(f"{where}: {name} is a number or null, not {shown(value)}")
     if value == 0:
         return 1.5
-    if not (math.isnan(value) or 1 <= value <= 2):
+    if value == value and not 1 <= value <= 2:  # NaN does not equal itself
         raise ValueError(f"{where}: {name} {shown(value)} is not from 1 (baseline) to 2 (model)")
     return float(value)
 
@@ -188,18 +188,18 @@ def about_the_judge(a: Annotations, feedback: str | None = None) -> dict:
     wrote what this model was trained on."""
     v = verdicts(a)
     parts = {"model": a.model, "baseline": a.baseline, "feedback model": feedback}
-    out = {
-        "both_orders": int((~np.isnan(a.orders_N2)).all(axis=1).sum()),
+    judged = len(v.win_N) > 0  # else all its answers are equal to the baseline's
+    return {
         "ties": int((a.preference_N == 1.5).sum()),
         "equal_answers": sum(output_1 == output_2 for _, output_1, output_2 in a.key_N),
         "parse_failures": int(np.isnan(a.preference_N).sum()),
+        "slots": belief.by_slot(v) if judged else None,
+        "consistency": belief.consistency(v) if judged else None,
+        "length_quarters": (
+            belief.by_length(100 * v.win_N, v.longer_N, v.question_N) if judged else []
+        ),
         "warnings": belief.leakage(a.judge, parts),
     }
-    if len(v.win_N):
-        out["slots"] = belief.by_slot(v)
-        out["consistency"] = belief.consistency(v)
-        out["length_quarters"] = belief.by_length(100 * v.win_N, v.longer_N, v.question_N)
-    return out
 
 
 def agreement(one: Annotations, other: Annotations) -> dict:

@@ -116,13 +116,13 @@ def consistency(v: Verdicts) -> dict | None:
     both = [(wins[1], wins[2]) for wins in seen.values() if len(wins) == 2]
     if not both:
         return None
-    same = sum(first == second for first, second in both)
+    same = sum(bool(first == second) for first, second in both)
     return {
         "pairs": len(both),
         "consistent": 100 * same / len(both),
         # the model won only where it was shown first, or the other one only where that one was
-        "first_slot_preferred": sum(first > second for first, second in both),
-        "second_slot_preferred": sum(first < second for first, second in both),
+        "first_slot_preferred": sum(bool(first > second) for first, second in both),
+        "second_slot_preferred": sum(bool(first < second) for first, second in both),
     }
 
 
@@ -148,7 +148,9 @@ def by_length(
     return [quarter for quarter in out if quarter["n"]]
 
 
-def kappa(first_N: Sequence[float], second_N: Sequence[float], squared: bool = False) -> float:
+def kappa(
+    first_N: Sequence[float], second_N: Sequence[float], squared: bool = False
+) -> float | None:
     """Return Cohen's kappa of two judges: 1 if they always agree, 0 if as often as by chance.
 
         kappa = 1 - observed disagreement / disagreement expected by chance
@@ -156,7 +158,7 @@ def kappa(first_N: Sequence[float], second_N: Sequence[float], squared: bool = F
     The chance is that of each judge's own verdicts, paired at random. Two verdicts disagree by 0 or
     1 (Cohen 1960) or, if `squared`, by the square of their difference, as suits scores (Cohen
     1968). Worked example: verdicts 1 1 0 0 and 1 0 0 0 disagree in 1/4; by chance they would in
-    2/4 · 3/4 + 2/4 · 1/4 = 1/2; kappa is 1/2. NaN if chance leaves no disagreement.
+    2/4 · 3/4 + 2/4 · 1/4 = 1/2; kappa is 1/2. None if chance leaves no disagreement.
     """
     a_N, b_N = np.asarray(first_N, float), np.asarray(second_N, float)
 
@@ -164,7 +166,7 @@ def kappa(first_N: Sequence[float], second_N: Sequence[float], squared: bool = F
         return (x - y) ** 2 if squared else x != y
 
     chance = disagreement(a_N[:, None], b_N[None, :]).mean()
-    return float(1 - disagreement(a_N, b_N).mean() / chance) if chance else float("nan")
+    return float(1 - disagreement(a_N, b_N).mean() / chance) if chance else None
 
 
 def families(name: str) -> set[str]:

@@ -140,8 +140,8 @@ def rate(a: Annotations, control: Control) -> tuple[dict, list[str]]:
             f"{BASELINE}, and this is {shown(a.baseline)}"
         ]
     notes = [
-        f"length-controlled with C = {C:.2f} for every model: within 0.1 point of the original, "
-        "which cross-validates C"
+        f"length-controlled with C = {C:.2f} for every model; the original cross-validates C, and "
+        "is less than 0.1 point away on the models that are known"
     ]
     d_N = np.array([control.difficulty[instruction] for instruction in a.instructions])
     x_NF = np.stack([lengths_apart(a.length_1_N, a.length_2_N), d_N, np.ones_like(d_N)], axis=1)
@@ -215,7 +215,7 @@ def read(folder: str | Path) -> Control:
         if len(run) != 805 or abs(np.mean(list(run.values())) - mean) > 0.1:
             raise ValueError(
                 f"{folder}: the {name} lengths are not those of the published gamed run "
-                f"(805 answers of {mean} characters on average); give df_gamed.csv, which has labels"
+                f"(805 answers of {mean} characters on average); give df_gamed.csv, with its labels"
             )
         if strange := run.keys() - difficulty.keys():
             raise ValueError(
