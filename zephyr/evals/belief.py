@@ -26,7 +26,6 @@ FAMILIES = {
     "deepseek": "deepseek",
     "command": "command cohere",
     "grok": "grok",
-    "phi": "phi",
 }
 
 

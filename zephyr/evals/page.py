@@ -170,8 +170,8 @@ def _pairs(name: str, f: dict) -> list[str]:
     )
     lines += ["", "The judge", *judge(f)]
     lines += said(
-        f"{f['game_ties']} games were called a tie, {f['n_failures']} have no verdict; a pair with "
-        "one of these is in no win rate, and a pair whose two games disagree is a tie"
+        f"{f['game_ties']} games were called a tie, {f['n_failures']} have no verdict; a pair "
+        "whose games disagree is a tie, and one that lacks a verdict is in no win rate"
     )
     if f["n_duplicates"]:
         lines += said(
