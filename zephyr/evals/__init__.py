@@ -1,4 +1,15 @@
-"""Evaluation: is the aligned model better, by how much, and can the judge be believed?
+"""How good a model is by a judge's word, whether that word can be believed, and how good it is
+without a judge.
 
-pairs.py    which held-out pairs a model's implicit reward ranks rightly
+alpaca.py          AlpacaEval's annotations: win rate, and which answer the judge saw first
+length_control.py  the win rate that is left when the lengths of the answers are taken out
+mt_bench.py        FastChat's judgments: scores by turn and category, games in both orders
+belief.py          the judge's own habits: slot, length, consistency, ties, agreement, family
+page.py            the figures as plain text, at most 100 columns wide
+show.py            files of annotations or judgments -> figures and page
+pairs.py           which held-out pairs a model's implicit reward ranks rightly; the only one with
+                   torch
+
+    python -m zephyr.evals show FILE... [--alpaca-data DIR] [--json OUT]
+    python -m zephyr.evals pairs MODEL --reference REF --data PAIRS
 """

@@ -1,30 +1,46 @@
-"""Evaluate a model.
+"""Evaluate a model, and the judge that does.
 
-python -m zephyr.evals pairs MODEL --reference REF --data PAIRS     by its implicit reward
+python -m zephyr.evals show FILE... [--alpaca-data DIR]         figures of a judge's annotations
+python -m zephyr.evals pairs MODEL --reference REF --data PAIRS  accuracy of the implicit reward
 """
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
 
 from zephyr.run import exits
 
+COMMANDS = {
+    "show": "the figures in files of annotations or judgments, and what they tell of the judge",
+    "pairs": "which held-out pairs a model's implicit reward ranks rightly",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser for which a wrong flag is a user's mistake like any other: one line."""
+
+    def error(self, message: str) -> None:
+        raise ValueError(f"{message}; --help shows what there is")
+
 
 def main(argv: Sequence[str] | None = None) -> None:
-    from zephyr.evals import pairs
-
-    parser = argparse.ArgumentParser(
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = Parser(
         "python -m zephyr.evals",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    command = commands.add_parser("pairs", help=pairs.__doc__.partition("\n")[0])
-    pairs.add_arguments(command)
-    command.set_defaults(run=pairs.run)
-    args = parser.parse_args(argv)
+    for name, about in COMMANDS.items():
+        command = commands.add_parser(name, help=about)
+        if argv[:1] == [name]:  # `pairs` alone needs torch
+            module = importlib.import_module(f"zephyr.evals.{name}")
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
     try:
+        args = parser.parse_args(argv)
         print(args.run(args))
     except ValueError as error:
         print(f"evals: {error}", file=sys.stderr)
