@@ -159,7 +159,8 @@ def _refusal(
     endpoint: Endpoint, status: int, headers: Message, body: object, sent: Mapping
 ) -> Trouble:
     """Return what a status other than 200 means."""
-    told = _told(endpoint, body)
+    # what a server tells of a wrong key may hold part of it
+    told = "the key is refused" if status == 401 else _told(endpoint, body)
     error = body.get("error") if isinstance(body, dict) else None
     error = error if isinstance(error, dict) else {}
     where, key = endpoint.url, endpoint.key_from
@@ -174,9 +175,9 @@ def _refusal(
             return Trouble(f"{where}: {status}: {told}", again=True, after=max(after, 0.0))
         why = f"{where}: {status}: asks to wait for {after:.0f} seconds; start again then"
         return Trouble(why, ends=True)
-    if status == 401:  # what was told may hold part of the key
+    if status == 401:
         fix = f"set {key} to one of this server" if endpoint.key() else f"{key} is not set"
-        return Trouble(f"{where}: 401: the key is refused; {fix}", ends=True)
+        return Trouble(f"{where}: 401: {told}; {fix}", ends=True)
     if status == 403:
         return Trouble(f"{where}: 403: {told}; may the key in {key} use this model?", ends=True)
     if status == 404 and "model" in told.lower():
