@@ -180,6 +180,17 @@ def test_other_parameters_or_another_model_are_another_request(server, asking):
     assert key_of("m", request("a", x=1, y=2)) == key_of("m", request("a", y=2, x=1))
 
 
+def test_an_answer_may_come_in_chunks(server, asking):
+    def behave(handler, body, times):
+        data = json.dumps(reply(body)).encode()
+        handler.wfile.write(CHUNKED % (9, data[:9] + b"\r\n"))
+        handler.wfile.write(b"%x\r\n%s\r\n0\r\n\r\n" % (len(data) - 9, data[9:]))
+
+    server.behave = behave
+    assert asking([request("a")])[0].text == "answer to a"
+    assert "answers without max_tokens, so more than 0 tokens" in asking.said[0]
+
+
 def test_logprobs_and_what_else_an_answer_may_be(server, asking):
     tokens = [{"token": "m", "logprob": -0.1, "top_logprobs": [{"token": "M", "logprob": -2.4}]}]
     kinds = {
@@ -248,6 +259,7 @@ def drip(handler, body):
         handler.wfile.write(b" ")
 
 
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n%s"
 TROUBLES = {
     **{
         f"status {status}": lambda h, b, s=status: (s, {}, error())
@@ -260,6 +272,7 @@ TROUBLES = {
         {"Content-Length": "x"},
         json.dumps(reply(b)).encode()[:-9],
     ),
+    "truncated chunks": lambda h, b: h.wfile.write(CHUNKED % (99, json.dumps(reply(b)).encode())),
     "empty": lambda h, b: (200, {}, b""),
     "malformed": lambda h, b: (200, {}, b'{"choices": [{"message": {content}}]}'),
     "no text": lambda h, b: (200, {}, b"\xff\xfe\x00"),

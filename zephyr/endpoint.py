@@ -90,10 +90,12 @@ def ask(
         todo = {key: request for key, request in unique.items() if key not in file.found}
         if todo:
             prompt, longest = estimate(list(todo.values()))
+            cost = budget.show(budget.price(model, prompt, longest or 0))
+            rest = "and answers without max_tokens, so more than"
+            rest = rest if longest is None else f"at most {longest:,} of answers,"
             say(
                 f"{plain(model)}: {len(todo)} requests to ask, {len(file.found)} are in "
-                f"{file.path}; about {prompt:,} tokens of prompts, at most {longest:,} of answers, "
-                f"{budget.show(budget.price(model, prompt, longest))}"
+                f"{file.path}; about {prompt:,} tokens of prompts, {rest} {cost}"
             )
         bar = tqdm(total=len(todo), unit=" answers", delay=2, leave=False, disable=None)
         run = _Run(endpoint, file, budget, most, attempts, sleep, say, bar)

@@ -56,11 +56,12 @@ def check_prices(table: Mapping, where: str) -> dict:
     return dict(table)
 
 
-def estimate(requests: Sequence[tuple[Sequence[Mapping], Mapping]]) -> tuple[int, int]:
+def estimate(requests: Sequence[tuple[Sequence[Mapping], Mapping]]) -> tuple[int, int | None]:
     """Return about how many tokens the prompts of (messages, parameters) have, at 4 characters
-    each, and how many the answers have at most."""
+    each, and how many the answers have at most: None if a request has no max_tokens."""
     characters = sum(len(str(m.get("content"))) for messages, _ in requests for m in messages)
-    return characters // 4, sum(_longest(parameters) or 0 for _, parameters in requests)
+    longest = [_longest(parameters) for _, parameters in requests]
+    return characters // 4, None if None in longest else sum(longest)
 
 
 def _longest(parameters: Mapping) -> int | None:

@@ -147,11 +147,9 @@ def exchange(endpoint: Endpoint, sent: Mapping) -> Answer:
         return Answer(text, choice.get("finish_reason"), dict(body.get("usage") or {}), logprobs)
     except (TypeError, KeyError, IndexError, AttributeError, ValueError):
         alien = data.lstrip()[:1] == b"<" or isinstance(body, dict) and "error" not in body
-        why = (
-            "it is no chat-completions endpoint; does its URL end in /v1?"
-            if alien
-            else ("the answer is truncated or malformed" if body is None else _told(endpoint, body))
-        )
+        why = "the answer is truncated or malformed" if body is None else _told(endpoint, body)
+        if alien:
+            why = "it is no chat-completions endpoint; does its URL end in /v1?"
         raise Trouble(f"{endpoint.url}: {why}", again=True, ends=alien, paid=True) from None
 
 
@@ -181,10 +179,8 @@ def _refusal(
     if status == 403:
         return Trouble(f"{where}: 403: {told}; may the key in {key} use this model?", ends=True)
     if status == 404 and "model" in told.lower():
-        name = shown(endpoint.model)
-        return Trouble(
-            f"{where}: 404: no model {name}: {told}; {where}/models lists them", ends=True
-        )
+        why = f"{where}: 404: no model {shown(endpoint.model)}: {told}; {where}/models lists them"
+        return Trouble(why, ends=True)
     if status in (404, 405) or 300 <= status < 400:
         to = f" to {plain(headers['location'])}" if headers.get("location") else ""
         why = f"{where}: {status}{to}: it is no chat-completions endpoint; does its URL end in /v1?"
@@ -218,7 +214,6 @@ def _wait(headers: Message) -> float:
             seconds = float(headers.get(name)) * unit
             return 0.0 if math.isnan(seconds) else seconds
     with contextlib.suppress(TypeError, ValueError, OverflowError):
-        return (
-            email.utils.parsedate_to_datetime(headers.get("retry-after")).timestamp() - time.time()
-        )
+        date = email.utils.parsedate_to_datetime(headers.get("retry-after"))
+        return date.timestamp() - time.time()
     return 0.0
