@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 # from the ground up: a file imports from floors below its own, or from its own floor
 FLOORS = (
     "errors architecture",
-    "files attention distributed.machine distributed.signals",
+    "files client endpoint attention distributed.machine distributed.signals",
     "config losses model packing weights.locate tokenizer",
     "weights",
     "distributed",
