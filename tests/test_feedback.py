@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import stat
 
 import pytest
@@ -106,6 +107,46 @@ def test_empty_responses_are_no_candidates():
     assert [texts(pair) for pair in pairs] == [("a", "b")]
     assert counts.noted == {"as scored": 3, "empty response: dropped": 3}
     assert counts.dropped == {"fewer than two usable completions": 1}
+
+
+def test_prompts_of_evaluation_sets_are_dropped(tmp_path, capsys):
+    """In each form that they are published in, whatever the case and the spaces; and counted."""
+    sets = {
+        "mt_bench.jsonl": [{"question_id": 81, "turns": ["Write  a Poem.", "Again."]}],
+        "alpaca.json": [{"instruction": "Name a\nbird.", "output": "Wren."}],
+        "other.jsonl": [{"prompt": "Why?"}],
+    }
+    write_rows(tmp_path / "mt_bench.jsonl", sets["mt_bench.jsonl"])
+    (tmp_path / "alpaca.json").write_text(json.dumps(sets["alpaca.json"]))
+    write_rows(tmp_path / "other.jsonl", sets["other.jsonl"])
+    (tmp_path / "TruthfulQA.csv").write_text('Type,Question\nx,"Is it, so?"\n')
+    asked = ["write a poem.", " Name A bird. ", "WHY?", "is it,  so?", "Again.", "Name a bird"]
+    raw, out = tmp_path / "raw.jsonl", tmp_path / "pairs.jsonl"
+    write_rows(raw, [row(prompt, ("a", 1), ("b", 2)) for prompt in asked])
+    files = [tmp_path / name for name in (*sets, "TruthfulQA.csv")]
+    code, said, _ = command(capsys, raw, "--out", out, "--exclude", *files)
+    assert code == 0 and re.search(r"in an evaluation set +4 +66.7%", said)
+    assert [pair["prompt"] for _, pair in read_rows(out)] == ["Again.", "Name a bird"]
+
+
+@pytest.mark.parametrize(
+    "name, content, why",
+    [
+        ("a.jsonl", '{"answer": "x"}\n', "a.jsonl:1: it has no prompt under turns, instruction, q"),
+        ("a.jsonl", '{"turns": []}\n', "a.jsonl:1: it has no prompt under"),
+        ("a.csv", "Answer\nx\n", "a.csv:2: it has no prompt under"),
+        ("a.csv", b"Question\n\xff\n", "cannot be read as CSV in UTF-8"),
+        ("none.jsonl", None, "none.jsonl"),
+    ],
+)
+def test_what_is_no_evaluation_set_is_refused(name, content, why, tmp_path, capsys):
+    if content is not None:
+        data = content if isinstance(content, bytes) else content.encode()
+        (tmp_path / name).write_bytes(data)
+    raw, out = tmp_path / "raw.jsonl", tmp_path / "pairs.jsonl"
+    write_rows(raw, [row("p", ("a", 1), ("b", 2))])
+    code, _, err = command(capsys, raw, "--out", out, "--exclude", tmp_path / name)
+    assert code == 2 and why in err and err.count("\n") == 1 and not out.exists()
 
 
 def test_truthful_qa_is_dropped_unless_kept():

@@ -26,7 +26,8 @@ from typing import Literal, NamedTuple
 
 from tqdm import tqdm
 
-from zephyr.data import forms
+from zephyr.data import forms, held_out
+from zephyr.data.held_out import normalized
 from zephyr.data.readers import BadRow, BadRows, expand, read_rows, write_rows, writing
 from zephyr.files import home, shown
 from zephyr.run import exits
@@ -45,6 +46,7 @@ class Rules:
     rejected: Literal["random", "worst"] = "random"  # of the completions scored below chosen
     label_bug: Literal["repair", "drop", "keep"] = "repair"  # a 10 whose ratings say 1
     keep_truthful_qa: bool = False  # keep the rows of that evaluation set
+    exclude: frozenset[str] = frozenset()  # normalized prompts of evaluation sets: their rows go
     seed: int = 42  # of the random rejected and the test split
 
 
@@ -111,6 +113,8 @@ def _pair(where: str, row: dict, rules: Rules, counts: Counts, prompts: set) -> 
             raise ValueError(f"instruction must end with what the user says, not {shown(prompt)}")
     except ValueError as error:
         raise BadRow(f"{where}: {error}") from None
+    if normalized(prompt) in rules.exclude:
+        return "in an evaluation set"
     digest = sha256(prompt.encode()).digest()
     if digest in prompts:
         return "duplicate prompt"
@@ -307,6 +311,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="overall_score 10 where the ratings say 1: make it 1 [repair], drop or keep it",
     )
     add("--keep-truthful-qa", action="store_true", help="keep the rows of that evaluation set")
+    add(
+        "--exclude",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="questions of evaluation sets (MT-Bench's, AlpacaEval's, TruthfulQA's): rows whose "
+        "prompt is one of them, but for case and spaces, are dropped",
+    )
     add("--seed", type=int, default=42, help="of the random rejected and the test split [42]")
 
     def error(message: str) -> None:
@@ -327,7 +339,8 @@ def run(args: argparse.Namespace) -> str:
     names = [*outputs, *(path.resolve() for path in paths)]
     if twice := [path for path in outputs if names.count(path) > 1]:
         raise ValueError(f"{twice[0]} is named twice; an output needs a file of its own")
-    rules = Rules(**{f.name: getattr(args, f.name) for f in fields(Rules)})
+    given = {f.name: getattr(args, f.name) for f in fields(Rules)}
+    rules = Rules(**given | {"exclude": held_out.prompts(args.exclude)})
     counts, bad, test = Counts(), BadRows(args.on_bad_row), []
     rows = (row for path in paths for row in read_rows(path, bad, COLUMNS))
     rows = tqdm(rows, unit=" rows", delay=2, leave=False, disable=None)
