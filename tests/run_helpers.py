@@ -82,20 +82,17 @@ def sentence(rng: random.Random, low: int, high: int) -> str:
     return " ".join(rng.choice(tiny.WORDS) for _ in range(rng.randint(low, high)))
 
 
+def paths(place: Path, data: str, out: Path) -> list[str]:
+    """The flags that say where a run's model and data are, and where it goes."""
+    where = {"--model": place / "base", "--data": place / data, "--out": out}
+    return [str(x) for pair in where.items() for x in pair]
+
+
 def run(script, place: Path, out: Path, *flags: str) -> list[dict]:
     """The script's main in this process; returns its metrics."""
     data = "pairs.jsonl" if script is train_dpo else "chats.jsonl"
     old = sys.argv
-    sys.argv = [
-        "train",
-        "--model",
-        str(place / "base"),
-        "--data",
-        str(place / data),
-        "--out",
-        str(out),
-        *flags,
-    ]
+    sys.argv = ["train", *paths(place, data, out), *flags]
     try:
         script.main()
     finally:
@@ -116,12 +113,7 @@ def launch(script: str, place: Path, out: Path, ranks: int, *flags: str, check: 
         "--nproc-per-node",
         str(ranks),
         script,
-        "--model",
-        str(place / "base"),
-        "--data",
-        str(place / data),
-        "--out",
-        str(out),
+        *paths(place, data, out),
         *flags,
     ]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -100,11 +100,15 @@ def test_a_rank_without_pairs_adds_no_graph(traced, first):
 
 
 @pytest.mark.parametrize("recompute", ["none", "elementwise", "full"])
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compiled_split_masters_have_the_gradients_of_others(backend, recompute, monkeypatch):
-    """After two micro-batches, of which the second's are added in the matmuls, and after a step
-    again: within bf16's roundings, up to a tenth where a compiler leaves some out, of a model that
-    is neither split nor compiled. A lost or a doubled micro-batch would be off by far more."""
+@pytest.mark.parametrize(
+    "backend, apart", [("aot_eager", 0.05), pytest.param("inductor", 0.1, marks=pytest.mark.slow)]
+)
+def test_compiled_split_masters_have_the_gradients_of_others(
+    backend, apart, recompute, monkeypatch
+):
+    """After two micro-batches, of which the second's are added in the matmuls, and after the sums
+    were cleared again: within the roundings of bf16, of which Inductor leaves some out, of a model
+    that is neither split nor compiled. A lost or a doubled micro-batch would be off by half."""
     compiled = torch.compile
     monkeypatch.setattr(
         torch, "compile", lambda f, **options: compiled(f, backend=backend, **options)
@@ -121,7 +125,7 @@ def test_compiled_split_masters_have_the_gradients_of_others(backend, recompute,
                 m(pairs(seed)).sum().backward()
         for (name, p), q in zip(split.named_parameters(), plain.named_parameters(), strict=True):
             ours, theirs = masters.gradient(p), q[1].grad.float()
-            assert (ours - theirs).norm() <= 0.15 * theirs.norm(), name
+            assert (ours - theirs).norm() <= apart * theirs.norm(), name
         plain.zero_grad()
         masters.clear_gradients(list(split.parameters()))
     torch._dynamo.reset()
