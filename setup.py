@@ -31,6 +31,7 @@ setup(
             "matplotlib>=3.8",
             "tensorboard>=2.16",
         ],
+        "serve": ["transformers[serving]>=5"],
         "peers": ["trl>=1.15", "liger-kernel>=0.6", "datasets>=3"],
     },
 )
