@@ -18,7 +18,7 @@ FLOORS = (
     "run",
     "metrics feedback generate source",
     "reference toy evals",
-    "textbook __main__",
+    "textbook explain __main__",
 )
 
 

@@ -1,0 +1,139 @@
+"""The course cannot rot: its code, its output, its examples and its figures are made anew here."""
+
+import doctest
+import importlib.util
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from zephyr import explain, textbook
+from zephyr.tokenizer import Tokenizer
+from zephyr.toy import birds
+from zephyr.weights import config_json, hub
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
+
+
+def script(name: str):
+    """A file of docs/ as a module."""
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", ROOT / "docs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_code_and_output_are_the_source_s(capsys):
+    assert script("include").main(check=True) == 0, capsys.readouterr().out
+
+
+def test_figures_are_what_the_code_draws(capsys):
+    figures = script("figures")
+    assert figures.main(check=True) == 0, capsys.readouterr().out
+    drawn = {p.stem for p in (ROOT / "docs" / "figures").glob("*.svg")}
+    assert drawn == set(figures.FIGURES), "a figure that nothing draws"
+    shown = set(re.findall(r"!\[[^\]]{20,}\]\([^)]*figures/([\w-]+)\.svg\)", every_page()))
+    assert drawn == shown, "each is on a page, with a text for who cannot see it"
+
+
+def every_page() -> str:
+    return "\n".join(p.read_text(encoding="utf-8") for p in [ROOT / "README.md", *PAGES])
+
+
+def examples(page: Path) -> list[str]:
+    """The fenced blocks of Python that begin with a prompt."""
+    return re.findall(r"^```python\n(>>> .*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if examples(p)], ids=lambda p: p.stem)
+def test_examples_print_what_they_say(page):
+    """Those of a page one after another, as a reader would type them."""
+    test = doctest.DocTestParser().get_doctest(
+        "\n".join(examples(page)), {}, page.name, str(page), 0
+    )
+    options = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
+    result = doctest.DocTestRunner(optionflags=options).run(test)
+    assert result.attempted and not result.failed
+
+
+class TestInclude:
+    """The markers, on files of its own."""
+
+    @pytest.fixture
+    def include(self, tmp_path, monkeypatch):
+        include = script("include")
+        monkeypatch.setattr(include, "ROOT", tmp_path)
+        (tmp_path / "docs").mkdir()
+        text = '@cache\ndef f(x):\n    """Say."""\n    if x:\n        y = 1\n    return y\n\n\nclass A:\n    def g(self):\n        pass\n'
+        (tmp_path / "a.py").write_text(text)
+        return include
+
+    @pytest.mark.parametrize(
+        "what, found",
+        [
+            ("a.py f", "@cache\ndef f(x):\n    if x:\n        y = 1\n    return y\n"),
+            ("a.py f: if x ... y = 1", "if x:\n    y = 1\n"),
+            ("a.py A.g", "def g(self):\n    pass\n"),
+            ("a.py: class A", "class A:\n"),
+        ],
+    )
+    def test_what_a_marker_names(self, include, what, found):
+        assert include.code(what) == found
+
+    @pytest.mark.parametrize("what", ["a.py g", "a.py f: while", "a.py f: if x ... while"])
+    def test_what_is_gone_is_told(self, include, what):
+        with pytest.raises(ValueError, match="no such"):
+            include.code(what)
+
+    def test_a_page_is_filled_and_a_stale_one_is_told(self, include, tmp_path, capsys):
+        page = tmp_path / "docs" / "p.md"
+        (tmp_path / "README.md").write_text("Nothing.\n")
+        head = "Words.\n\n<!-- code: a.py A.g -->\n\n```python\n"
+        page.write_text(
+            head + "old\n```\n\n<!-- output: python -c print(1+1) -->\n```\n```\nMore.\n"
+        )
+        assert include.main(check=True) == 1 and "old" in page.read_text()
+        assert "docs/p.md: stale" in capsys.readouterr().out
+        assert include.main(check=False) == 0
+        filled = (
+            "def g(self):\n    pass\n```\n\n<!-- output: python -c print(1+1) -->\n```\n2\n```\n"
+        )
+        assert page.read_text() == head + filled + "More.\n"
+        assert include.main(check=True) == 0
+
+
+def test_the_pair_that_is_explained_is_the_textbook_s(capsys):
+    """Every number of `python -m zephyr.explain` by the textbook: one sequence at a time."""
+    explain.main()
+    said = capsys.readouterr().out
+    base = birds.FOLDER / "base"
+    pair = explain.tokens(birds.rows(birds.FOLDER / "pairs.train.jsonl.gz")[0], Tokenizer(base))
+    model = textbook.Alone(config_json.read(base))
+    hub.initialise(model, seed=0)
+    model.double()
+    prompt, *responses = (part.tolist() for part in pair)
+    with torch.no_grad():
+        before = [textbook.logprob(model, prompt, r).item() for r in responses]
+    rows = list(textbook.train(model, [[(prompt, *responses)]] * 2, [explain.RATE, 0.0]))
+    assert rows[0]["loss"] == pytest.approx(0.693147, abs=1e-6)
+    assert f"loss {rows[0]['loss']:.6f} = ln 2, margin 0\n" in said
+    for side, reference in zip(explain.SIDES, before, strict=True):
+        policy = rows[1][f"logps/{side}"]
+        line = f"log π({side}) = {policy:.4f}, log π_ref = {reference:.4f}"
+        assert f"{line}, log-ratio {policy - reference:+.4f}\n" in said
+    metrics = json.loads(said.splitlines()[-1])
+    assert metrics == {name: pytest.approx(rows[1][name], abs=6e-5) for name in metrics}
+    assert metrics.keys() == {"loss", *textbook.NAMES}
+    # by the chain rule each token of a response has the gradient of the response's sum
+    weight = 1 - 1 / (1 + torch.exp(torch.tensor(-metrics["rewards/margins"])).item())
+    numbers = re.findall(r"^(chosen|rejected) .* (-?\d+\.\d+)$", said, re.M)
+    assert len(numbers) == sum(map(len, responses))
+    for side, number in numbers:
+        sign = -1 if side == "chosen" else 1
+        assert float(number) == pytest.approx(sign * explain.BETA * weight, abs=6e-5)
+    assert f"The pack: {len(prompt) + sum(len(r) - 1 for r in responses)} tokens" in said
+    assert "docs" not in sys.modules
