@@ -4,7 +4,6 @@ import doctest
 import importlib.util
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,18 @@ from zephyr.toy import birds
 from zephyr.weights import config_json, hub
 
 ROOT = Path(__file__).parent.parent
+SOURCE = '''
+@cache
+def f(x):
+    """Say."""
+    if x:
+        y = 1
+    return y
+
+class A:
+    def g(self):
+        pass
+'''
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 
 
@@ -68,8 +79,7 @@ class TestInclude:
         include = script("include")
         monkeypatch.setattr(include, "ROOT", tmp_path)
         (tmp_path / "docs").mkdir()
-        text = '@cache\ndef f(x):\n    """Say."""\n    if x:\n        y = 1\n    return y\n\n\nclass A:\n    def g(self):\n        pass\n'
-        (tmp_path / "a.py").write_text(text)
+        (tmp_path / "a.py").write_text(SOURCE)
         return include
 
     @pytest.mark.parametrize(
@@ -136,4 +146,3 @@ def test_the_pair_that_is_explained_is_the_textbook_s(capsys):
         sign = -1 if side == "chosen" else 1
         assert float(number) == pytest.approx(sign * explain.BETA * weight, abs=6e-5)
     assert f"The pack: {len(prompt) + sum(len(r) - 1 for r in responses)} tokens" in said
-    assert "docs" not in sys.modules
