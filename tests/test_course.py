@@ -3,6 +3,7 @@
 import doctest
 import importlib.util
 import json
+import math
 import re
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 
 from zephyr import explain, textbook
 from zephyr.tokenizer import Tokenizer
-from zephyr.toy import birds
+from zephyr.toy import birds, village
 from zephyr.weights import config_json, hub
 
 ROOT = Path(__file__).parent.parent
@@ -146,3 +147,28 @@ def test_the_pair_that_is_explained_is_the_textbook_s(capsys):
         sign = -1 if side == "chosen" else 1
         assert float(number) == pytest.approx(sign * explain.BETA * weight, abs=6e-5)
     assert f"The pack: {len(prompt) + sum(len(r) - 1 for r in responses)} tokens" in said
+
+
+def test_the_judge_gives_the_scores_that_the_demo_printed():
+    """Of each answer that a page shows, and the win rate is that of its counts."""
+    text = every_page()
+    shown = re.findall(r"^ *(\S.*\n) +sft +(\d.*)\n +dpo +(\d.*)$", text, re.M)
+    assert shown
+    for prompt, *answers in shown:
+        for answer in answers:
+            score, said = answer.split(maxsplit=1)
+            assert village.judge(prompt.strip(), said).score == float(score), said
+    counts = re.findall(r"([\d.]+)%: (\d+) wins, (\d+) losses, (\d+) ties", text)
+    assert counts
+    for rate, *three in counts:
+        wins, losses, ties = map(int, three)
+        assert f"{100 * (wins + ties / 2) / (wins + losses + ties):.1f}" == rate
+
+
+def test_a_model_of_random_weights_gives_minus_ln_v_a_token(capsys):
+    """What page 1 says of `logps/chosen` where nothing has been trained."""
+    explain.main()
+    said = capsys.readouterr().out
+    count = int(re.search(r"The chosen, (\d+) tokens", said)[1])
+    before = float(re.search(r"log π\(chosen\) = \S+, log π_ref = (-[\d.]+)", said)[1])
+    assert before / count == pytest.approx(-math.log(birds.VOCAB), abs=0.1)
