@@ -5,6 +5,7 @@ Each function below returns the SVG text of docs/figures/<its name>.svg.
 
 import sys
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from textwrap import wrap
 
@@ -89,27 +90,33 @@ def wrapped(head: str, text: str, colour: str, width: int = 47) -> list[tuple[st
     return [(x, colour) for x in wrap(head + text, width, subsequent_indent=indent)]
 
 
+def demo_answers() -> tuple[str, tuple[str, str], tuple[str, str]]:
+    """Return a held-out question, and (score, answer) of the SFT and of the chat model, as the demo
+    printed them."""
+    prompt, *said = include.code(DEMO_OUTPUT).splitlines()[-3:]
+    sft, dpo = (tuple(line.split(maxsplit=2)[1:]) for line in said)
+    return prompt, sft, dpo
+
+
+def conversations(kind: str) -> list[list[str]]:
+    """Return the worst and the best of the first ten conversations about a kind of question."""
+    alike = (
+        [message["content"] for message in talk["messages"][:2]]
+        for talk in birds.rows(birds.FOLDER / "ultrachat.train.jsonl.gz")
+        if village.question(talk["prompt"]).kind == kind
+    )
+    first = sorted(islice(alike, 10), key=lambda talk: village.judge(*talk).score)
+    return [first[0], first[-1]]
+
+
 @figure
 def recipe() -> str:
     """One question of the village through all stages: the file's lines, and the demo's answers."""
-    shown = include.code(DEMO_OUTPUT).splitlines()[-3:]
-    prompt, said = (
-        shown[0].strip(),
-        {line.split()[0]: line.split(None, 2)[1:] for line in shown[1:]},
-    )
+    prompt, sft, dpo = demo_answers()
     rows = birds.rows(birds.ensure() / "ultrafeedback.test.jsonl.gz")
     row = next(row for row in rows if row["instruction"] == prompt)
-    ((chosen, rejected),) = (
-        (pair["chosen"][-1]["content"], pair["rejected"][-1]["content"])
-        for pair in feedback.binarize([("the row", row)])
-    )
-    kind = village.question(prompt).kind
-    talks = [
-        [m["content"] for m in talk["messages"][:2]]
-        for talk in birds.rows(birds.FOLDER / "ultrachat.train.jsonl.gz")
-        if village.question(talk["prompt"]).kind == kind
-    ][:10]
-    talks.sort(key=lambda talk: village.judge(*talk).score)
+    (pair,) = feedback.binarize([("the row", row)])
+    chosen, rejected = (pair[side][-1]["content"] for side in ("chosen", "rejected"))
 
     drawing = Drawing(480, 700, "The recipe: one question of the village through all stages")
     end = 0.0
@@ -123,13 +130,13 @@ def recipe() -> str:
 
     lines = [
         line
-        for asked, answer in (talks[0], talks[-1])
+        for asked, answer in conversations(village.question(prompt).kind)
         for line in [*wrapped("user: ", asked, "soft"), *wrapped("bird: ", answer, "ink")]
     ]
     end = boxed(drawing, 12, "Conversations with teachers, good ones and bad", lines, "pale grey")
     top = stage("dSFT: imitate them, token by token")
-    lines = [*wrapped("asked: ", prompt, "ink"), *wrapped("says: ", said["sft"][1], "ink")]
-    end = boxed(drawing, top, f"SFT model (the judge gives {said['sft'][0]})", lines, "pale blue")
+    lines = [*wrapped("asked: ", prompt, "ink"), *wrapped("says: ", sft[1], "ink")]
+    end = boxed(drawing, top, f"SFT model (the judge gives {sft[0]})", lines, "pale blue")
     reference = top + 20
     end += 14
     lines = []
@@ -142,8 +149,8 @@ def recipe() -> str:
     lines = [*wrapped("chosen: ", chosen, "green"), *wrapped("rejected: ", rejected, "red")]
     end = boxed(drawing, top, "A pair", lines, "pale grey")
     top = stage("dDPO: prefer the chosen one")
-    lines = wrapped("says: ", said["dpo"][1], "ink")
-    end = boxed(drawing, top, f"Chat model (the judge gives {said['dpo'][0]})", lines, "pale blue")
+    lines = wrapped("says: ", dpo[1], "ink")
+    end = boxed(drawing, top, f"Chat model (the judge gives {dpo[0]})", lines, "pale blue")
     drawing.path([(34, reference), (16, reference), (16, top + 20), (32, top + 20)], "blue")
     drawing.line(24, top + 20, 33, top + 20, "blue", arrow=True)
     drawing.height = end + 14
