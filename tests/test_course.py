@@ -7,10 +7,13 @@ import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from zephyr import explain, textbook
+from zephyr import explain, feedback, textbook
+from zephyr.attention import visible
+from zephyr.packing import Pair, pack_pairs
 from zephyr.tokenizer import Tokenizer
 from zephyr.toy import birds, village
 from zephyr.weights import config_json, hub
@@ -172,3 +175,29 @@ def test_a_model_of_random_weights_gives_minus_ln_v_a_token(capsys):
     count = int(re.search(r"The chosen, (\d+) tokens", said)[1])
     before = float(re.search(r"log π\(chosen\) = \S+, log π_ref = (-[\d.]+)", said)[1])
     assert before / count == pytest.approx(-math.log(birds.VOCAB), abs=0.1)
+
+
+@pytest.mark.parametrize("sizes", [(3, 2, 3), (1, 1, 4), (5, 4, 1)], ids=str)
+def test_the_corner_of_a_segment_s_mask(sizes):
+    """Page 3: of G keys, query k of Q sees the first G - Q + k + 1, by position and by place."""
+    layout = pack_pairs([Pair(*map(np.arange, sizes))], [0]).layout
+    position_G = layout.position_T[layout.kv_rows_G]
+    ends_q, ends_k = layout.cu_seqlens_q.tolist(), layout.cu_seqlens_k.tolist()
+    for s, start in enumerate(ends_q[:-1]):
+        keys = position_G[ends_k[s] : ends_k[s + 1]]
+        Q, G = ends_q[s + 1] - start, len(keys)
+        for k in range(Q):
+            seen = visible(layout.position_T[start + k], keys, None)
+            assert seen.tolist() == [True] * (G - Q + k + 1) + [False] * (Q - k - 1)
+
+
+def test_a_third_of_the_village_s_tokens_are_shared():
+    """Page 3: what packing a prompt once saves there."""
+    rows = birds.rows(birds.ensure() / "ultrafeedback.train.jsonl.gz")[:200]
+    tokenizer = Tokenizer(birds.FOLDER / "base")
+    pairs = [explain.tokens(p, tokenizer) for p in feedback.binarize(("", row) for row in rows)]
+    sizes = np.array([[len(part) for part in pair] for pair in pairs])
+    packed = len(pack_pairs(pairs, range(len(pairs))).tokens_T)
+    apart = (2 * sizes[:, 0] + sizes[:, 1] + sizes[:, 2] - 2).sum()
+    assert apart - packed == sizes[:, 0].sum() and packed / apart < 2 / 3
+    assert sizes[:, 0].mean() > sizes[:, 1:].mean()
