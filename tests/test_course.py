@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from model_helpers import model, packed, tokens
 from zephyr import explain, feedback, textbook
 from zephyr.attention import visible
 from zephyr.packing import Pair, pack_pairs
@@ -201,3 +202,15 @@ def test_a_third_of_the_village_s_tokens_are_shared():
     apart = (2 * sizes[:, 0] + sizes[:, 1] + sizes[:, 2] - 2).sum()
     assert apart - packed == sizes[:, 0].sum() and packed / apart < 2 / 3
     assert sizes[:, 0].mean() > sizes[:, 1:].mean()
+
+
+@pytest.mark.parametrize("layers, window", [(1, 4), (2, 3), (3, 2), (3, 1)])
+def test_a_stack_hears_of_l_times_w_less_one_and_itself(layers, window):
+    """Page 4: the last logits depend on the last L (W - 1) + 1 tokens and on no other."""
+    m, x = model(sliding_window=window, num_hidden_layers=layers), tokens(9)
+    last = m.logits(x, packed(9))[-1]
+    for j in range(9):
+        changed = x.clone()
+        changed[j] = (x[j] + 1) % 101
+        heard = not torch.equal(m.logits(changed, packed(9))[-1], last)
+        assert heard == (j >= 9 - (layers * (window - 1) + 1)), f"token {j}"
