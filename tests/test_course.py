@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from model_helpers import model, packed, tokens
-from zephyr import explain, feedback, textbook
+from zephyr import explain, feedback, losses, textbook
 from zephyr.attention import visible
 from zephyr.packing import Pair, pack_pairs
 from zephyr.tokenizer import Tokenizer
@@ -214,3 +214,16 @@ def test_a_stack_hears_of_l_times_w_less_one_and_itself(layers, window):
         changed[j] = (x[j] + 1) % 101
         heard = not torch.equal(m.logits(changed, packed(9))[-1], last)
         assert heard == (j >= 9 - (layers * (window - 1) + 1)), f"token {j}"
+
+
+def test_a_reference_that_moves_along_gives_no_margin_and_a_gradient():
+    """Page 5: the policy under another name; the loss stays ln 2 while log-probs are pushed."""
+    logprob_N = torch.tensor([-35.0, -41.0], requires_grad=True)
+    for _ in range(3):
+        found = losses.preference("dpo", logprob_N, torch.tensor([0, 1]), logprob_N.detach(), 0.1)
+        (slope,) = torch.autograd.grad(found["loss"].sum(), logprob_N)
+        assert found["rewards/margins"].item() == 0
+        assert found["loss"].item() == pytest.approx(math.log(2), abs=1e-6)
+        assert slope.tolist() == pytest.approx([-0.05, 0.05], abs=1e-7)
+        logprob_N = (logprob_N - slope).detach().requires_grad_()
+    assert logprob_N[0] > -35 and logprob_N[1] < -41
