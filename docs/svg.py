@@ -1,7 +1,7 @@
 """Small drawings as SVG text: shapes, words, and a chart with two axes.
 
 The same calls give the same bytes. Colours follow the reader's: a style in the file changes them in
-dark mode. Lengths are in units of the drawing, which a page scales to its width.
+dark mode. Lengths are in pixels, which a narrow page scales down.
 """
 
 import math
@@ -102,7 +102,8 @@ class Drawing:
         """Return the drawing as an SVG file."""
         return "\n".join(
             [
-                '<svg xmlns="http://www.w3.org/2000/svg" '
+                f'<svg xmlns="http://www.w3.org/2000/svg" width="{number(self.width)}" '
+                f'height="{number(self.height)}" '
                 f'viewBox="0 0 {number(self.width)} {number(self.height)}" role="img">',
                 f"<title>{escape(self.title)}</title>",
                 f"<style>{_style()}</style>",
