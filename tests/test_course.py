@@ -227,3 +227,15 @@ def test_a_reference_that_moves_along_gives_no_margin_and_a_gradient():
         assert slope.tolist() == pytest.approx([-0.05, 0.05], abs=1e-7)
         logprob_N = (logprob_N - slope).detach().requires_grad_()
     assert logprob_N[0] > -35 and logprob_N[1] < -41
+
+
+def test_the_loss_of_imitation_is_entropy_and_distance():
+    """Page 1: over what a teacher says, 3 to 1, for any policy."""
+    teacher, said = torch.tensor([0.75, 0.25]), torch.tensor([0, 0, 0, 1])
+    entropy = -(teacher * teacher.log()).sum()
+    for curt in (0.5, 0.75, 0.99):
+        policy = torch.tensor([curt, 1 - curt])
+        distance = (teacher * (teacher / policy).log()).sum()
+        mean = losses.sft(policy.log()[said]) / len(said)
+        torch.testing.assert_close(mean, entropy + distance, rtol=0, atol=1e-6)
+    assert entropy.item() == pytest.approx(0.5623, abs=1e-4)
