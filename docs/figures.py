@@ -15,8 +15,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "docs")]  # wherever it is started from, a
 
 from svg import Chart, Drawing  # noqa: E402
 
+from kernels import fused_logprob  # noqa: E402
 from zephyr import losses  # noqa: E402
 from zephyr.packing import Pair, pack_pairs  # noqa: E402
+from zephyr.plan.__main__ import MODELS  # noqa: E402
 
 FIGURES: dict[str, Callable[[], str]] = {}
 
@@ -74,6 +76,98 @@ def visibility() -> str:
                 seen = first <= column <= last - end + row
                 ours = "pale blue" if segment == 0 else "pale orange"
                 drawing.rect(x + 1, y + 1, cell - 2, cell - 2, ours if seen else "pale grey")
+    return drawing.text()
+
+
+def mib(*shape: int, itemsize: int) -> str:
+    """Return the size of a tensor in words."""
+    size = float(np.prod(shape)) * itemsize
+    return f"{size / 2**20:,.0f} MiB" if size >= 2**20 else f"{size / 2**10:,.0f} KiB"
+
+
+def box(drawing, x, y, width, height, fill, *lines: str, radius=6) -> None:
+    """Draw a box with lines of words in its middle, the first of them bold."""
+    drawing.rect(x, y, width, height, fill, "grid", radius)
+    top = y + height / 2 - 9 * len(lines) + 14
+    for k, line in enumerate(lines):
+        drawing.words(x + width / 2, top + 18 * k, line, 14, "middle", bold=k == 0)
+
+
+def arrows(drawing, *ends: tuple[float, float, float, float]) -> None:
+    for x1, y1, x2, y2 in ends:
+        drawing.line(x1, y1, x2, y2, arrow=True)
+
+
+@figure
+def head() -> str:
+    """What the head computes, and how much memory each tensor takes."""
+    shape, N, bf16, fp32 = MODELS["mistral-7b"], 8192, 2, 4
+    D, V, C = shape.hidden_size, shape.vocab_size, fused_logprob.ROWS["cuda"]
+    assert fused_logprob.keeps(N, V, torch.bfloat16, 2**31), "else G is no box of its own"
+    drawing = Drawing(640, 470, "The log-prob head: one matmul forward, two backward")
+    hidden, weight = mib(N, D, itemsize=bf16), mib(V, D, itemsize=bf16)
+    drawing.words(16, 28, "forward, a chunk of C tokens at a time", 14, bold=True)
+    box(drawing, 16, 48, 104, 52, "pale blue", "h [N, D]", hidden)
+    box(drawing, 16, 120, 104, 52, "pale blue", "w [V, D]", weight)
+    box(drawing, 150, 84, 84, 52, "pale grey", "h wᵀ", "matmul 1", radius=24)
+    logits = "z [C, V], fp32", mib(C, V, itemsize=fp32), "used again"
+    box(drawing, 264, 74, 124, 72, "pale orange", *logits)
+    box(drawing, 418, 84, 84, 52, "pale grey", "row step", "one read", radius=24)
+    box(drawing, 522, 40, 108, 52, "pale blue", "logprob [N]", mib(N, itemsize=fp32))
+    box(drawing, 524, 128, 104, 52, "pale orange", "G [N, V]", mib(N, V, itemsize=bf16))
+    arrows(drawing, (120, 78, 150, 98), (120, 142, 150, 122), (234, 110, 264, 110))
+    arrows(drawing, (388, 110, 418, 110), (496, 92, 524, 74), (496, 128, 524, 146))
+    drawing.line(16, 208, 624, 208, "grid", 1, dashed=True)
+    drawing.words(16, 238, "backward, when c = ∂loss/∂logprob is known", 14, bold=True)
+    box(drawing, 524, 303, 104, 52, "pale orange", "G [N, V]", "as it is")
+    box(drawing, 330, 262, 130, 52, "pale grey", "-c ∘ (G w)", "matmul 2", radius=24)
+    box(drawing, 330, 344, 130, 52, "pale grey", "Gᵀ (-c ∘ h)", "matmul 3", radius=24)
+    box(drawing, 180, 262, 104, 52, "pale blue", "dh [N, D]", hidden)
+    box(drawing, 180, 344, 104, 52, "pale blue", "dw [V, D]", weight)
+    box(drawing, 16, 303, 104, 52, "pale blue", "c [N]", mib(N, itemsize=fp32))
+    drawing.line(576, 180, 576, 303, dashed=True, arrow=True)
+    arrows(drawing, (524, 320, 460, 295), (524, 338, 460, 363))
+    arrows(drawing, (330, 288, 284, 288), (330, 370, 284, 370))
+    drawing.line(120, 329, 310, 329, "soft", dashed=True)
+    for y in (308, 350):
+        drawing.line(310, 329, 340, y, "soft", dashed=True)
+    sizes = f"Mistral's D {D:,} and V {V:,}; N {N:,} tokens predict; C {C:,}"
+    drawing.words(320, 432, sizes, 14, "middle", "soft")
+    whole = f"all logits in fp32: {mib(N, V, itemsize=fp32)}, and autograd keeps three such tensors"
+    drawing.words(320, 454, whole, 14, "middle", "soft")
+    return drawing.text()
+
+
+@figure
+def narrow_logits() -> str:
+    """What logits of fewer bits do to the log-probs of whole responses."""
+    rng, V, D, responses, length = np.random.default_rng(0), 32000, 32, 6, 200
+    # of bf16 numbers, whose products and sums float64 has exactly; the logits' spread is 4
+    w_VD = torch.from_numpy(rng.standard_normal((V, D))).bfloat16().double()
+    h_ND = torch.from_numpy(rng.standard_normal((responses * length, D)) * 4 / np.sqrt(D))
+    z_NV = h_ND.bfloat16().double() @ w_VD.T
+    # each target is drawn from the model's own distribution
+    dice_N1 = torch.from_numpy(rng.random((len(z_NV), 1)))
+    targets_N1 = torch.searchsorted(z_NV.softmax(1).cumsum_(1), dice_N1).clamp_(max=V - 1)
+
+    def logprob(z_NV: torch.Tensor) -> torch.Tensor:
+        return (z_NV.gather(1, targets_N1).squeeze(1) - z_NV.logsumexp(1)).view(responses, length)
+
+    drawing = Drawing(640, 400, "The error of a response's log-prob, by the number of its tokens")
+    box = (58, 34, 562, 310)
+    chart = Chart(drawing, box, (0, length), (-1, 1), "tokens of the response", "error, nats")
+    true = logprob(z_NV)
+    for dtype, colour, label in (
+        (torch.bfloat16, "orange", "logits in bf16"),
+        (torch.float32, "blue", "logits in fp32"),
+    ):
+        error = (logprob(z_NV.to(dtype).double()) - true).cumsum(1)
+        assert error.abs().max() < 1, "outside of the chart"
+        for line in error.tolist():
+            chart.curve(range(length + 1), [0.0, *line], colour)
+        rms = f"{float((error.diff(dim=1) ** 2).mean().sqrt()):.0e}".replace("e-0", "e-")
+        place = chart.at(4, 0.86 if colour == "orange" else 0.72)
+        drawing.words(*place, f"{label}: {rms} nats a token", 14, fill=colour, bold=True)
     return drawing.text()
 
 
