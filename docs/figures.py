@@ -3,8 +3,11 @@
 Each function below returns the SVG text of docs/figures/<its name>.svg.
 """
 
+import json
+import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +18,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "docs")]  # wherever it is started from, a
 
 from svg import Chart, Drawing  # noqa: E402
 
-from kernels import fused_logprob  # noqa: E402
-from zephyr import losses  # noqa: E402
+import kernels  # noqa: E402
+from kernels import fused_logprob, reference  # noqa: E402
+from zephyr import losses, optim  # noqa: E402
 from zephyr.packing import Pair, pack_pairs  # noqa: E402
 from zephyr.plan.__main__ import MODELS  # noqa: E402
 
@@ -168,6 +172,149 @@ def narrow_logits() -> str:
         rms = f"{float((error.diff(dim=1) ** 2).mean().sqrt()):.0e}".replace("e-0", "e-")
         place = chart.at(4, 0.86 if colour == "orange" else 0.72)
         drawing.words(*place, f"{label}: {rms} nats a token", 14, fill=colour, bold=True)
+    return drawing.text()
+
+
+@cache
+def sharded() -> list[dict]:
+    """Return what docs/sharded.py saw, for one copy of the model and for two. It has a process of
+    its own, as a process group is for a whole process."""
+    command = [sys.executable, str(ROOT / "docs" / "sharded.py")]
+    return json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+
+
+UNITS = {0: "pale blue", 1: "pale orange", 2: "pale green", "root": "pale grey"}
+
+
+def slots(events: list[dict]) -> list[tuple[str, int, int | str]]:
+    """Return (what, slot, unit) of each event. A slot is what one block computes in its forward or
+    backward, or a gather that nothing hides. A gather ahead of its block hides behind the block
+    that computes then, a scatter behind the next one."""
+    passes = [(e["what"], e["unit"]) for e in events if e["what"] in ("forward", "backward")]
+    found, slot, going_back = [], 0, False
+    for what, unit in ((e["what"], e["unit"]) for e in events):
+        # a forward is told of at its end, so that what it hides came before; a backward at its
+        # beginning
+        hidden = going_back or unit not in ("root", passes[0][1]) if what == "gather" else passes
+        found.append((what, slot - (what == "gather" and going_back), unit))
+        if what in ("forward", "backward"):
+            passes.pop(0)
+            going_back = what == "backward"
+            slot += 1
+        elif not hidden:
+            slot += 1
+    return found
+
+
+@figure
+def sharding() -> str:
+    """When the weights and gradients of three blocks are gathered, used and scattered."""
+    events = sharded()[0]["events"]
+    assert all(e["freed"] for e in events if e["what"] == "forward"), "freed after its forward"
+    drawing = Drawing(640, 352, "A forward and a backward of three blocks under FSDP2")
+    left, cell, tops = 128, 46, {"gather": 62, "compute": 122, "scatter": 182}
+    bits = {"bfloat16": "bf16", "float32": "fp32"}
+    of_block = {e["what"]: e for e in events if e["unit"] == 0}
+    sends = {
+        what: f"{bits[e['dtype']]}, {e['bytes'] / 2**20:.0f} MiB"
+        for what, e in of_block.items()
+        if "bytes" in e
+    }
+    for lane, title, about in (
+        ("gather", "gather weights", sends["gather"]),
+        ("compute", "compute", "bf16, sums in fp32"),
+        ("scatter", "scatter gradients", sends["scatter"]),
+    ):
+        drawing.words(12, tops[lane] + 16, title, 13, bold=True)
+        drawing.words(12, tops[lane] + 33, about, 12, fill="soft")
+    begun: dict[int | str, int] = {}
+    for what, slot, unit in slots(events):
+        lane = what if what in tops else "compute"
+        x, name = left + cell * slot, "rest" if unit == "root" else str(unit)
+        text = {"forward": f"{name} →", "backward": f"← {name}"}.get(what, name)
+        drawing.rect(x + 1, tops[lane], cell - 2, 40, UNITS[unit], "grid", 4)
+        drawing.words(x + cell / 2, tops[lane] + 25, text, 14, "middle")
+        if what == "gather":
+            begun[unit] = slot
+        elif lane == "compute":
+            width = cell * (slot + 1 - begun[unit]) - 2
+            bar = left + cell * begun[unit] + 1, 242 + 15 * unit
+            drawing.rect(*bar, width, 11, UNITS[unit], "grid", 3)
+    drawing.words(left + cell * 3.5, 40, "forward →", 14, "middle", bold=True)
+    drawing.words(left + cell * 7.5, 40, "← backward", 14, "middle", bold=True)
+    drawing.words(12, 258, "whole in memory", 13, bold=True)
+    drawing.words(12, 275, "bf16", 12, fill="soft")
+    drawing.line(12, 302, 628, 302, "grid", 1)
+    text = "on each of 8 ranks all the time: 1/8 of weights, gradients and moments, in fp32"
+    drawing.words(320, 328, text, 14, "middle")
+    return drawing.text()
+
+
+@figure
+def replicas() -> str:
+    """Two copies of the model on eight ranks, and what goes which way."""
+    mesh, events = sharded()[1]["mesh"], sharded()[1]["events"]
+    size = {e["what"]: e["bytes"] / 2**20 for e in events if e["unit"] == 0 and "bytes" in e}
+    drawing = Drawing(640, 264, "HSDP: two copies of the model, each sharded over four ranks")
+    left, cell, tops = 132, 120, (44, 184)
+    for row, (ranks, top) in enumerate(zip(mesh, tops, strict=True)):
+        drawing.words(16, top + 26, f"copy {row}", 14, bold=True)
+        drawing.words(16, top + 44, f"ranks {ranks[0]} to {ranks[-1]}", 13, fill="soft")
+        for column, rank in enumerate(ranks):
+            x = left + cell * column
+            box(drawing, x, top, 96, 56, "pale blue", f"rank {rank}", f"quarter {column}")
+            if column:
+                drawing.line(x - 22, top + 28, x - 2, top + 28, "blue", 3)
+    for column in range(len(mesh[0])):
+        x = left + cell * column + 48
+        drawing.line(x, tops[0] + 58, x, tops[1] - 2, "orange", 3)
+    middle = left + cell * 2 - 12
+    drawing.rect(middle - 230, 114, 460, 56, "paper")
+    sent = f"gather {size['gather']:.0f} MiB in bf16, twice; scatter {size['scatter']:.0f} in fp32"
+    drawing.words(middle, 134, f"in a row: {sent}", 13, "middle", "blue")
+    text = f"then, between the rows: sum {size['sum']:.0f} MiB in fp32"
+    drawing.words(middle, 156, text, 13, "middle", "orange")
+    return drawing.text()
+
+
+@figure
+def master_bits() -> str:
+    """One update of a split master, bit by bit, which a bf16 weight alone would lose."""
+    rate, master = 5e-7, torch.tensor([0.02])
+    halves, zero = list(kernels.split(master)), torch.zeros(())
+    step = kernels.adamw_step(zero + 1, rate, optim.BETAS, optim.EPS, zero + 1, zero)
+    drawing = Drawing(640, 312, "A weight in two halves of 16 bits, before and after an update")
+    left, cell, gap = 26, 17.5, 28
+
+    def bits(half: torch.Tensor) -> str:
+        return f"{int(half.view(torch.int16)) & 0xFFFF:016b}"
+
+    def row(top: float, title: str, now: list, before: list) -> None:
+        drawing.words(left, top, title, 14, bold=True)
+        for side, (half, old) in enumerate(zip(now, before, strict=True)):
+            for k, (bit, was) in enumerate(zip(bits(half), bits(old), strict=True)):
+                x = left + cell * (16 * side + k) + gap * side
+                part = "pale orange" if k == 0 else "pale blue" if k < 9 else "pale green"
+                fill = "orange" if bit != was else "pale grey" if side else part
+                drawing.rect(x + 1, top + 10, cell - 2, 26, fill, "grid")
+                ink = "paper" if bit != was else "ink"
+                drawing.words(x + cell / 2, top + 28, bit, 13, "middle", ink, mono=True)
+
+    before = [half.clone() for half in halves]
+    row(50, f"the master {float(master):.10f}", before, before)
+    drawing.words(left, 104, f"weight, bf16: {float(before[0]):.8f}", 13, fill="soft")
+    right = left + 16 * cell + gap
+    drawing.words(right, 104, f"low, int16: {int(before[1]):,}", 13, fill="soft")
+    m, v, grad = torch.zeros(1), torch.zeros(1), torch.ones(1)
+    reference.adamw_(*halves, m, v, grad, 0.0, step)
+    now = f"after one AdamW update at a rate of 5e-7: {float(kernels.join(*halves)):.10f}"
+    row(142, now, halves, before)
+    drawing.words(left, 196, f"weight, bf16: {float(halves[0]):.8f}", 13, fill="soft")
+    drawing.words(right, 196, f"low, int16: {int(halves[1]):,}", 13, fill="soft")
+    alone = (before[0].float() - rate).bfloat16()
+    row(234, "the same update of a weight that is bf16 alone: lost", [alone], before[:1])
+    drawing.words(left, 288, f"{float(alone):.8f}, as before", 13, fill="soft")
+    drawing.words(right, 262, "colours: sign, exponent, fraction", 13, fill="soft")
     return drawing.text()
 
 
