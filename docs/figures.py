@@ -4,6 +4,7 @@ Each function below returns the SVG text of docs/figures/<its name>.svg.
 """
 
 import json
+import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from svg import Chart, Drawing  # noqa: E402
 import kernels  # noqa: E402
 from kernels import fused_logprob, reference  # noqa: E402
 from zephyr import losses, optim  # noqa: E402
+from zephyr.evals import alpaca, belief  # noqa: E402
 from zephyr.packing import Pair, pack_pairs  # noqa: E402
 from zephyr.plan.__main__ import MODELS  # noqa: E402
 
@@ -315,6 +317,44 @@ def master_bits() -> str:
     row(234, "the same update of a weight that is bf16 alone: lost", [alone], before[:1])
     drawing.words(left, 288, f"{float(alone):.8f}, as before", 13, fill="soft")
     drawing.words(right, 262, "colours: sign, exponent, fraction", 13, fill="soft")
+    return drawing.text()
+
+
+@figure
+def judge() -> str:
+    """What the report shows of a made-up judge, to which length and the second slot are all."""
+    rng, rows = random.Random(0), []
+    for k in range(400):
+        longer, instruction = rng.randrange(-400, 700), f"question {k}"
+        liked = longer / 300 + (-0.7 if alpaca.model_is_first(instruction) else 0.7)
+        answers = {"output_1": "y" * 800, "output_2": "x" * (800 + longer)}
+        preference = 1 + 1 / (1 + np.exp(-liked))
+        row = {"instruction": instruction, **answers, "preference": float(preference)}
+        rows.append((f"line {k}", row))
+    verdicts = alpaca.verdicts(alpaca.read("made up", rows))
+    slots = belief.by_slot(verdicts)
+    win_N, question_N = 100 * verdicts.win_N, verdicts.question_N
+    quarters = belief.by_length(win_N, verdicts.longer_N, question_N)
+    drawing = Drawing(640, 330, "The win rate by slot, and by how much longer the answer is")
+    bars = [(slots[slot], f"shown {slot}", "orange") for slot in ("first", "second")]
+    for quarter in quarters:
+        ends = f"{quarter['shortest']} to {quarter['longest']}"
+        bars.append((quarter, ends.replace("-", "−"), "blue"))
+    chart = Chart(drawing, (46, 54, 580, 210), (0, 6.6), (0, 100), "", "win rate, %", [], None)
+    for k, (group, name, colour) in enumerate(bars):
+        place = k + 0.5 + 0.6 * (colour == "blue")
+        x, y = chart.at(place, group["mean"])
+        _, bottom = chart.at(place, 0)
+        drawing.rect(x - 34, y, 68, bottom - y, f"pale {colour}", colour)
+        drawing.words(x, y - 8, f"{group['mean']:.0f}", 15, "middle", bold=True)
+        drawing.words(x, bottom + 20, name, 12, "middle")
+    for at, text in ((1, "by slot"), (4.1, "by length: characters longer than the other answer")):
+        drawing.words(chart.at(at, 0)[0], 306, text, 14, "middle", bold=True)
+    mean = float(win_N.mean())
+    (left, y), (right, _) = chart.at(0, mean), chart.at(6.6, mean)
+    drawing.line(left, y, right, y, "ink", dashed=True)
+    text = f"win rate {mean:.0f} %, dashed; both models are equally good"
+    drawing.words(right, 28, text, 14, "end")
     return drawing.text()
 
 
