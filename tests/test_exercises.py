@@ -34,13 +34,18 @@ def tree(tmp_path) -> Path:
 def test_the_test_that_is_named_fails_with_the_change(title, tree):
     exercise = EXERCISES[title]
     [(file, name)] = re.findall(r"Caught by `(tests/\w+\.py)::(\w+)`", exercise)
-    patch = ["git", "apply", "--verbose", "-"]
-    done = subprocess.run(patch, cwd=tree, input=change(exercise), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{file}::{name}"]
-    env = os.environ | {"PYTHONPATH": str(tree), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True)
-    assert done.returncode == 1 and f"FAILED {file}::{name}" in done.stdout, done.stdout
+    # a checkout around the temporary folder is not to be looked for
+    env = os.environ | {"PYTHONPATH": str(tree), "GIT_CEILING_DIRECTORIES": str(tree.parent)}
+
+    def run(*command: str, given: str = "") -> subprocess.CompletedProcess:
+        return subprocess.run(
+            command, cwd=tree, env=env, input=given, capture_output=True, text=True
+        )
+
+    applied = run("git", "apply", "-", given=change(exercise))
+    assert applied.returncode == 0, applied.stderr
+    tested = run(sys.executable, "-m", "pytest", "-q", f"{file}::{name}")
+    assert tested.returncode == 1 and f"FAILED {file}::{name}" in tested.stdout, tested.stdout
 
 
 @pytest.mark.parametrize("title", EXERCISES)
@@ -51,6 +56,5 @@ def test_a_change_is_of_five_lines(title):
 
 def test_there_are_six_with_their_answers_folded():
     assert len(EXERCISES) == 6
-    assert all(
-        part.count("<details>") == part.count("</details>") == 1 for part in EXERCISES.values()
-    )
+    for exercise in EXERCISES.values():
+        assert exercise.count("<details>") == exercise.count("</details>") == 1
