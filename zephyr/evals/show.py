@@ -50,13 +50,7 @@ def run(args: argparse.Namespace) -> str:
             raise ValueError(f"--alpaca-data is for {ALPACA}, and {first} has {MT_BENCH}")
         figures, text = _mt_bench(files, args.questions, args.feedback)
     if not args.feedback:
-        text += "\n" + "\n".join(
-            page.said(
-                "--feedback NAME tells what labelled or wrote the model's training data; a judge "
-                "of that family would favour it, as GPT-4 may Zephyr, which GPT-4 labelled",
-                "note: ",
-            )
-        )
+        text += "\n" + page.text([page.NO_FEEDBACK])
     if args.json:
         with atomic(home(args.json)) as file:
             file.write((json.dumps(figures, indent=2) + "\n").encode())
@@ -93,14 +87,13 @@ def _alpaca(files: dict[str, list], data: str | None, feedback: str | None) -> t
             controlled, notes = length_control.rate(a, control)
             rates |= controlled
         figures[name] = rates | alpaca.about_the_judge(a, feedback) | {"notes": notes}
-    text = "\n\n".join(page.alpaca(f) for f in figures.values())
     agreements = [
         alpaca.agreement(one, other)
         for one, other in combinations(runs, 2)
         if (one.model, one.baseline) == (other.model, other.baseline)
     ]
     figures = figures if len(runs) > 1 else next(iter(figures.values()))
-    return _with(agreements, figures, text)
+    return _with(agreements, figures)
 
 
 def _mt_bench(
@@ -130,7 +123,7 @@ def _mt_bench(
         for one, other in combinations(by_judge, 2)
         if one[0] == other[0]
     ]
-    return _with(agreements, figures, page.mt_bench(figures))
+    return _with(agreements, figures)
 
 
 def _grouped(items: Iterable, keys: Callable) -> dict:
@@ -152,9 +145,8 @@ def _names(runs: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
     }
 
 
-def _with(agreements: list[dict], figures: dict, text: str) -> tuple[dict, str]:
-    """Return the figures and the text with how judges agree, where there are two of them."""
-    if not agreements:
-        return figures, text
-    text += "\n\n" + "\n".join(map(page.agreement, agreements))
-    return figures | {"agreement": agreements}, text
+def _with(agreements: list[dict], figures: dict) -> tuple[dict, str]:
+    """Return the figures with how judges agree, where there are two of them, and the page."""
+    if agreements:
+        figures = figures | {"agreement": agreements}
+    return figures, page.text(page.blocks(figures))
