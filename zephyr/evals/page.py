@@ -15,6 +15,7 @@ WIDTH = 100  # no line of the plain text is longer
 class Title(NamedTuple):
     text: str
     under: str = ""
+    part: bool = False  # of what the title before is of
 
 
 class Mean(NamedTuple):
@@ -95,10 +96,15 @@ def runs(figures: dict) -> dict[str, dict]:
     return {name: f for name, f in figures.items() if isinstance(f, dict)}
 
 
+def is_alpaca(shown: dict[str, dict]) -> bool:
+    """Return True if the figures of the runs are AlpacaEval's, else they are MT-Bench's."""
+    return all("baseline" in f for f in shown.values())
+
+
 def blocks(figures: dict) -> list[Block]:
     """Return what the figures of `show`, as its --json has them, say."""
     shown = runs(figures)
-    if all("baseline" in f for f in shown.values()):
+    if is_alpaca(shown):
         out = [block for f in shown.values() for block in alpaca(f)]
     else:
         out = mt_bench(shown)
@@ -114,7 +120,7 @@ def _mean(group: dict, name: str) -> list[str | Mean]:
 
 def judge(figures: dict, what: str = "win rate") -> list[Block]:
     """Return what is known of the judge: its slots, its lengths, its consistency, its warnings."""
-    out: list[Block] = [Title("The judge")]
+    out: list[Block] = [Title("The judge", part=True)]
     if slots := figures.get("slots"):
         rows = [["the model's answer is", "n", what, "s.e."]]
         rows += [_mean(slots["first"], "shown first"), _mean(slots["second"], "shown second")]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable, Iterable
 from itertools import combinations
 
 from zephyr.data.readers import expand, read_rows
-from zephyr.evals import alpaca, length_control, mt_bench, page
+from zephyr.evals import alpaca, html, length_control, mt_bench, page
 from zephyr.files import atomic, home, plain
 
 ALPACA, MT_BENCH = "AlpacaEval's annotations", "MT-Bench's judgments"
@@ -29,6 +29,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--feedback", metavar="NAME", help="what labelled or wrote the models' training data"
     )
     command.add_argument("--json", metavar="OUT", help="the figures as a JSON object")
+    command.add_argument("--html", metavar="OUT", help="a page with the figures and the answers")
 
 
 def run(args: argparse.Namespace) -> str:
@@ -54,6 +55,8 @@ def run(args: argparse.Namespace) -> str:
     if args.json:
         with atomic(home(args.json)) as file:
             file.write((json.dumps(figures, indent=2) + "\n").encode())
+    if args.html:
+        html.write(home(args.html), figures, files, args.questions, args.feedback)
     return text
 
 
