@@ -19,6 +19,7 @@ from zephyr.evals.prompts import conversation
 Rows = Sequence[tuple[str, dict]]
 VERDICTS = ("win", "loss", "tie", "no verdict", "orders disagree")
 WIN, LOSS, TIE, NONE, DISAGREE = VERDICTS
+BY = "longer by {}"
 
 
 @dataclass
@@ -57,14 +58,15 @@ class Entry:
             longer = f"{one if by > 0 else other}: the longer answer"
             self.length[longer if by else "equally long"] = 0
 
-    def place(self, runs: dict[str, dict], name: str, quarters: list[dict], length: float) -> None:
-        """Tag the quarter of the lengths, as the page's table names it."""
-        before = 4 * list(runs).index(name)
+    def place(
+        self, named: dict[str, dict], name: str, quarters: list[dict], length: float, how: str
+    ) -> None:
+        """Tag the quarter of the lengths, with the bounds that the page's table names."""
+        before = 4 * list(named).index(name)
         for k, quarter in enumerate(quarters, 1):
             if quarter["shortest"] <= length <= quarter["longest"]:
-                self.length[f"{name}: {span(quarter)}" if len(runs) > 1 else span(quarter)] = (
-                    before + k
-                )
+                tag = how.format(span(quarter))
+                self.length[f"{name}: {tag}" if len(named) > 1 else tag] = before + k
 
 
 def judgment(verdict: str, how: str, words: object) -> dict:
@@ -124,7 +126,7 @@ def _alpaca(path: str, rows: Rows, named: dict[str, dict]) -> Iterator[Entry]:
             if row.get("raw_completion"):
                 entry.judged.append(judgment("", "", row["raw_completion"]))
         if output_1 != output_2 and not all(math.isnan(p) for _, p, _ in said):
-            entry.place(named, name, named[name]["length_quarters"], by)
+            entry.place(named, name, named[name]["length_quarters"], by, BY)
         for how, p, words in said:
             verdict = result(p) if math.isnan(p) else f"{result(p)}, preference {p:.2f}"
             entry.judged.append(judgment(verdict, how, words))
@@ -177,10 +179,10 @@ def _score(entry: Entry, row: dict, j: mt_bench.Judgment, named: dict[str, dict]
     failed = j.score == mt_bench.FAILED
     verdict = NONE if failed else f"score {j.score:g}"
     answer["judged"].append(judgment(verdict, f"by {j.judge}", j.text))
-    entry.verdict[verdict] = len(VERDICTS) if failed else -j.score
+    entry.verdict[verdict] = VERDICTS.index(NONE) if failed else -j.score
     entry.run[name] = list(named).index(name)
     if not failed:
-        entry.place(named, name, named[name]["length_quarters"], j.length)
+        entry.place(named, name, named[name]["length_quarters"], j.length, "{} characters")
 
 
 def _games(entry: Entry, row: dict, g: mt_bench.Games, named: dict[str, dict]) -> None:
@@ -206,4 +208,4 @@ def _games(entry: Entry, row: dict, g: mt_bench.Games, named: dict[str, dict]) -
     entry.compare(*g.models, g.longer)
     if g.winners != ("error", "error"):
         quarters = named[names[0]]["pairs"]["length_quarters"]
-        entry.place(named, names[0], quarters, g.longer)
+        entry.place(named, names[0], quarters, g.longer, BY)

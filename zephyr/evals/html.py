@@ -9,7 +9,7 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
@@ -34,7 +34,7 @@ def write(
     template = TEMPLATE.read_text(encoding="utf-8")
     values = {
         "title": escape(title(figures)),
-        "figures": "\n".join(shown(blocks)),
+        "figures": shown(blocks),
         "data": data(found),
         **{name: digest(template, name) for name in ("style", "script")},
     }
@@ -72,42 +72,55 @@ def digest(template: str, tag: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()
 
 
-def shown(blocks: Sequence[page.Block]) -> Iterator[str]:
-    """Yield the lines of HTML of the blocks: a section for each title, which has parts."""
-    yield "<section><div>"
+def shown(blocks: Sequence[page.Block]) -> str:
+    """Return the blocks as HTML: a section for each title, with a division for each part of it."""
+    parts: list[list[list[str]]] = []
     for before, block in zip([None, *blocks], blocks, strict=False):
-        if isinstance(before, page.Said) and not isinstance(block, page.Said):
-            yield "</ul>"
+        title = isinstance(block, page.Title)
+        if not parts or title and not block.part:
+            parts.append([[]])
+        elif title:
+            parts[-1].append([])
+        lines = parts[-1][-1]
         match block:
-            case page.Title(part=True):
-                yield f"</div><div><h3>{escape(block.text)}</h3>"
             case page.Title():
-                yield f"</div></section>\n<section><div><h2>{escape(block.text)}</h2>"
-                if block.under:
-                    yield f"<p>{escape(block.under)}</p>"
+                level = "h3" if block.part else "h2"
+                under = f"<p>{escape(block.under)}</p>" * bool(block.under)
+                lines.append(f"<{level}>{escape(block.text)}</{level}>{under}")
             case page.Table():
-                yield from table(block)
+                lines.append(table(block))
             case page.Said():
-                if not isinstance(before, page.Said):
-                    yield "<ul>"
                 kind = f'<strong class="{block.kind}">{block.kind}</strong> ' * bool(block.kind)
-                yield f"<li>{kind}{escape(block.text)}</li>"
-    yield "</ul>" * isinstance(blocks[-1], page.Said) + "</div></section>"
+                said = f"<li>{kind}{escape(block.text)}</li></ul>"
+                if isinstance(before, page.Said) and lines:
+                    lines[-1] = lines[-1].removesuffix("</ul>")
+                else:
+                    said = f"<ul>{said}"
+                lines.append(said)
+    sections = ["".join("<div>" + "\n".join(lines) + "</div>" for lines in s) for s in parts]
+    return "\n".join(f"<section>{inside}</section>" for inside in sections)
 
 
-def table(block: page.Table) -> Iterator[str]:
+def table(block: page.Table) -> str:
     head, *rows = block.rows
-    yield '<div class="scroll"><table><thead><tr>'
-    yield "".join(f'<th scope="col">{escape(str(name))}</th>' for name in head)
-    yield "</tr></thead><tbody>"
+    means = max(sum(isinstance(cell, page.Mean) for cell in row) for row in rows)
+    names = "".join(f'<th scope="col">{escape(str(name))}</th>' for name in head)
+    lines = []
     for name, *cells in rows:
-        yield f'<tr><th scope="row">{escape(str(name))}</th>'
+        line = f'<tr><th scope="row">{escape(str(name))}</th>'
         for cell in cells:
-            mean = isinstance(cell, page.Mean) and cell.value is not None
-            graph = bar(cell, block.most) if mean else ""
-            yield f"<td{' class=mean' * mean}>{escape(str(cell))}{graph}</td>"
-        yield "</tr>"
-    yield "</tbody></table></div>"
+            if isinstance(cell, page.Mean) and cell.value is not None:
+                kind = "only mean" if means == 1 else "mean"
+                inside = f"{bar(cell, block.most)}<span>{cell}</span>"
+                line += f'<td class="{kind}"><div>{inside}</div></td>'
+            else:
+                line += f"<td>{escape(str(cell))}</td>"
+        lines.append(f"{line}</tr>")
+    return (
+        f'<div class="scroll"><table><thead><tr>{names}</tr></thead><tbody>\n'
+        + "\n".join(lines)
+        + "</tbody></table></div>"
+    )
 
 
 def bar(mean: page.Mean, most: float) -> str:
