@@ -15,6 +15,7 @@ import numpy as np
 from zephyr.evals import alpaca, mt_bench
 from zephyr.evals.page import is_alpaca, runs, span
 from zephyr.evals.prompts import conversation
+from zephyr.files import shown
 
 Rows = Sequence[tuple[str, dict]]
 VERDICTS = ("win", "loss", "tie", "no verdict", "orders disagree")
@@ -41,17 +42,6 @@ class Entry:
     length: dict[str, int] = field(default_factory=dict)
     run: dict[str, int] = field(default_factory=dict)
 
-    def answer(self, name: str, texts: list[str], prompt: object = None) -> dict:
-        """Add a model's answer, if it is not there yet, and return it. The prompt is what is shown
-        if it has no texts."""
-        prompt = "" if texts or not isinstance(prompt, str) else prompt
-        new = {"name": name, "texts": texts, "prompt": prompt}
-        for answer in self.answers:
-            if new.items() <= answer.items():
-                return answer
-        self.answers.append(new | {"judged": []})
-        return self.answers[-1]
-
     def compare(self, one: str, other: str, by: float) -> None:
         """Tag which model's answer is longer, `by` being how many characters the first is."""
         if math.isfinite(by):
@@ -69,11 +59,20 @@ class Entry:
                 self.length[f"{name}: {tag}" if len(named) > 1 else tag] = before + k
 
 
+def answer(name: str, texts: list[str], prompt: object = None) -> dict:
+    """Return a model's answer; the prompt is what is shown if it has no texts."""
+    prompt = "" if texts or not isinstance(prompt, str) else prompt
+    return {"name": name, "texts": texts, "prompt": prompt, "judged": []}
+
+
 def judgment(verdict: str, how: str, words: object) -> dict:
     if isinstance(words, dict) and isinstance(words.get("message"), dict):
         words = words["message"].get("content")  # as OpenAI's API returns it
     if words is not None and not isinstance(words, str):
-        words = json.dumps(words)
+        try:
+            words = json.dumps(words)
+        except RecursionError:
+            words = shown(words, 1000)
     return {"verdict": verdict, "how": how, "words": words or ""}
 
 
@@ -104,11 +103,10 @@ def _alpaca(path: str, rows: Rows, named: dict[str, dict]) -> Iterator[Entry]:
     for k, (instruction, output_1, output_2) in enumerate(a.key_N):
         row, preference, orders = rows[k][1], a.preference_N[k], a.orders_N2[k]
         entry = Entry(str(k + 1), [instruction], run={name: list(named).index(name)})
-        entry.answer(a.model, [output_2])
-        entry.answer(a.baseline, [output_1])
+        entry.answers = [answer(a.model, [output_2]), answer(a.baseline, [output_1])]
         if isinstance(row.get("dataset"), str):
             entry.category[row["dataset"]] = 0
-        for verdict in {result(preference)} | ({DISAGREE} if _disagree(orders) else set()):
+        for verdict in (result(preference), *[DISAGREE] * _disagree(orders)):
             entry.verdict[verdict] = VERDICTS.index(verdict)
         by = len(output_2) - len(output_1)
         entry.compare(a.model, a.baseline, by)
@@ -156,7 +154,7 @@ def _mt_bench(
             else:
                 _score(scored.setdefault(place, entry), row, judged, named)
     for entry in scored.values():
-        if len(entry.answers) == 2 and all(answer["texts"] for answer in entry.answers):
+        if len(entry.answers) == 2 and all(given["texts"] for given in entry.answers):
             one, other = entry.answers
             by = len(one["texts"][-1]) - len(other["texts"][-1])
             entry.compare(one["name"], other["name"], by)
@@ -175,10 +173,16 @@ def _asked(entry: Entry, prompt: object) -> dict[str, list[str]]:
 def _score(entry: Entry, row: dict, j: mt_bench.Judgment, named: dict[str, dict]) -> None:
     prompt, name = row.get("user_prompt"), name_in(named, j.model, j.judge)
     texts = _asked(entry, prompt).get("a", [])
-    answer = entry.answer(j.model, texts, prompt)
+    given = answer(j.model, texts, prompt)
+    for before in entry.answers:  # which may be judged again
+        if given == before | {"judged": []}:
+            given = before
+            break
+    else:
+        entry.answers.append(given)
     failed = j.score == mt_bench.FAILED
     verdict = NONE if failed else f"score {j.score:g}"
-    answer["judged"].append(judgment(verdict, f"by {j.judge}", j.text))
+    given["judged"].append(judgment(verdict, f"by {j.judge}", j.text))
     entry.verdict[verdict] = VERDICTS.index(NONE) if failed else -j.score
     entry.run[name] = list(named).index(name)
     if not failed:
@@ -190,7 +194,8 @@ def _games(entry: Entry, row: dict, g: mt_bench.Games, named: dict[str, dict]) -
     answers = _asked(entry, prompt)
     for model, assistant in zip(g.models, "ab", strict=True):
         if answers or assistant == "a":
-            entry.answer(model if answers else "both", answers.get(assistant, []), prompt)
+            texts = answers.get(assistant, [])
+            entry.answers.append(answer(model if answers else "both", texts, prompt))
     names = [name_in(named, model, g.judge) for model in g.models]
     entry.run |= {name: list(named).index(name) for name in names}
     for k, (model, winner) in enumerate(zip(g.models, g.winners, strict=True), 1):

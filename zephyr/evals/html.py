@@ -107,7 +107,7 @@ def table(block: page.Table) -> str:
     names = "".join(f'<th scope="col">{escape(str(name))}</th>' for name in head)
     lines = []
     for name, *cells in rows:
-        line = f'<tr><th scope="row">{escape(str(name))}</th>'
+        line = f'<tr><th scope="row">{escape(plain(str(name)))}</th>'
         for cell in cells:
             if isinstance(cell, page.Mean) and cell.value is not None:
                 kind = "only mean" if means == 1 else "mean"
