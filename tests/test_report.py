@@ -3,7 +3,9 @@ nothing from outside."""
 
 import base64
 import collections
+import functools
 import hashlib
+import itertools
 import json
 import re
 import subprocess
@@ -11,11 +13,11 @@ import sys
 from html.parser import HTMLParser
 
 import pytest
-from test_evals import MODELS, PAIR_PROMPT, alpaca_data, annotation, one_line, pair, score
+from test_evals import PAIR_PROMPT, alpaca_data, annotation, one_line, pair, score
 
 from helpers import ROOT, save, shared
 from zephyr.data.readers import read_rows
-from zephyr.evals import entries, html, judge, mt_bench
+from zephyr.evals import alpaca, entries, html, judge, mt_bench
 from zephyr.evals.__main__ import main
 from zephyr.evals.prompts import conversation
 
@@ -75,7 +77,7 @@ class Page(HTMLParser):
         if "li" in self.open:
             self.items[-1] += text
 
-    @property
+    @functools.cached_property
     def data(self) -> dict:
         return json.loads(self.inside["script"][0])
 
@@ -233,30 +235,35 @@ def test_pairs_of_two_judges_and_their_agreement(tmp_path):
 # the answers
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_every_real_answer_and_verdict_is_there(model, tmp_path):
-    path = shared(f"alpaca_eval/annotations.{model}.json.gz")
+@pytest.mark.parametrize("name", ["annotations.claude-2.1", "ae1.zephyr-7b-alpha"])
+def test_every_real_answer_and_verdict_is_there(name, tmp_path):
+    """The second file has draws written as 0, a null, and no words of the judge."""
+    path = shared(f"alpaca_eval/{name}.json.gz")
     page, f = made(tmp_path, path)
     rows = [row for _, row in read_rows(path)]
     assert len(page.data["entries"]) == 805
     for entry, row in zip(page.data["entries"], rows, strict=True):
         assert entry["questions"] == [row["instruction"]]
         own, other = entry["answers"]
-        assert (own["name"], own["texts"]) == (model, [row["output_2"]])
+        assert (own["name"], own["texts"]) == (row["generator_2"], [row["output_2"]])
         assert (other["name"], other["texts"]) == (row["generator_1"], [row["output_1"]])
-        [judged] = entry["judged"]
-        equal = row["output_1"] == row["output_2"]
+        [judged], [verdict] = entry["judged"], entry["verdict"]
+        equal, preference = row["output_1"] == row["output_2"], row["preference"]
         assert equal == ("no judge is asked" in judged["how"])
-        assert f"preference {row['preference']:.2f}" in judged["verdict"]
-        assert judged["words"] == ("" if equal else row["raw_completion"]["message"]["content"])
-        [verdict] = entry["verdict"]
-        assert judged["verdict"].startswith(verdict)
-    count = options(page, "verdict")
-    assert count == {"win": f["n_wins"], "loss": f["n_wins_base"], "tie": f["n_draws"]}
-    spans = {f"longer by {q['shortest']} to {q['longest']}": q["n"] for q in f["length_quarters"]}
-    assert spans.items() <= options(page, "length").items()
+        if preference is None:
+            assert judged["verdict"] == verdict == "no verdict"
+        else:
+            assert judged["verdict"] == f"{verdict}, preference {preference or 1.5:.2f}"
+        raw = None if equal else row.get("raw_completion")
+        assert judged["words"] == (raw["message"]["content"] if raw else "")
+    count = {"win": f["n_wins"], "loss": f["n_wins_base"], "tie": f["n_draws"]}
+    count |= {"no verdict": f["n_dropped"]} if f["n_dropped"] else {}
+    assert options(page, "verdict") == count
+    lengths = options(page, "length")
+    for q in f["length_quarters"]:
+        assert lengths[f"longer by {q['shortest']} to {q['longest']}"] == q["n"]
     longer = sum(len(row["output_2"]) > len(row["output_1"]) for row in rows)
-    assert options(page, "length")[f"{model}: the longer answer"] == longer
+    assert lengths[f"{f['model']}: the longer answer"] == longer
 
 
 def test_both_orders(tmp_path):
@@ -312,9 +319,13 @@ def test_an_answer_is_data(kind, tmp_path):
     text = HOSTILE[kind]
 
     def files(text):
-        save(tmp_path / "a.jsonl", annotation(1, 2, output_2=text), annotation(text, 1.5))
+        # by AlpacaEval's rule the model's answer is shown first, so that the tables are alike
+        asked = (f"{k} {text}" for k in itertools.count())
+        question = next(text for text in asked if alpaca.model_is_first(text))
+        row = {"instruction": question, "dataset": text or "none"}
+        save(tmp_path / "a.jsonl", annotation(1, 2, output_2=text), annotation(1, 1.5) | row)
         prompt = PAIR_PROMPT.format(text, "b")
-        games = {"g1_user_prompt": prompt, "g1_judgment": text, "judge": [text or "j", "p"]}
+        games = {"g1_user_prompt": prompt, "g1_judgment": text}
         save(tmp_path / "b.jsonl", pair(81, "model_1", "tie") | games)
         return [made(tmp_path, tmp_path / f"{name}.jsonl")[0] for name in "ab"]
 
@@ -322,9 +333,10 @@ def test_an_answer_is_data(kind, tmp_path):
         assert hostile.tags == plain.tags and len(hostile.inside["script"]) == 2
         assert hostile.inside["script"][1] == plain.inside["script"][1]
         assert not re.search(r"[<>&]|[^ -~]", hostile.inside["script"][0])
-    alpaca, games = files(text)
-    assert alpaca.data["entries"][0]["answers"][0]["texts"] == [text]
-    assert alpaca.data["entries"][1]["questions"] == [f"question {text}"]
+    annotated, games = files(text)
+    one, other = annotated.data["entries"]
+    assert one["answers"][0]["texts"] == [text]
+    assert other["questions"][0].endswith(text) and other["category"] == [text or "none"]
     assert games.data["entries"][0]["answers"][0]["texts"] == [text]
     assert games.data["entries"][0]["judged"][0]["words"] == text
 
@@ -455,12 +467,12 @@ def test_our_own_prompts_are_taken_apart(name):
 
 
 def test_real_prompts_are_taken_apart():
+    asked = [q["turns"] for _, q in read_rows(shared("mt_bench/question.jsonl"))]
     for model in ("mistral-orpo", "mistral-orpo-mix"):
         for _, row in read_rows(shared(f"mt_bench/judgment.{model}.jsonl.gz")):
             found, prompt = conversation(row["user_prompt"]), row["user_prompt"]
             assert len(found.questions) == len(found.answers["a"]) == row["turn"]
             assert len(found.answers["a"][-1]) == mt_bench.answer_length(prompt)
-            asked = [q["turns"] for _, q in read_rows(shared("mt_bench/question.jsonl"))]
             assert found.questions in [turns[: row["turn"]] for turns in asked]
 
 

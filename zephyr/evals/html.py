@@ -63,7 +63,9 @@ def data(found: Sequence[Entry]) -> str:
         filters.append({"name": name, "label": label, "options": options})
     rows = [vars(entry) | {name: list(getattr(entry, name)) for name in FILTERS} for entry in found]
     text = json.dumps({"filters": filters, "entries": rows}, separators=(",", ":"))
-    return re.sub("[<>&]", lambda mark: f"\\u{ord(mark[0]):04x}", text)
+    for mark in "<>&":
+        text = text.replace(mark, f"\\u{ord(mark):04x}")
+    return text
 
 
 def digest(template: str, tag: str) -> str:
