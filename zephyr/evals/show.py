@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable, Iterable
 from itertools import combinations
 
 from zephyr.data.readers import expand, read_rows
-from zephyr.evals import alpaca, length_control, mt_bench, page
+from zephyr.evals import alpaca, html, length_control, mt_bench, page
 from zephyr.files import atomic, home, plain
 
 ALPACA, MT_BENCH = "AlpacaEval's annotations", "MT-Bench's judgments"
@@ -29,6 +29,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--feedback", metavar="NAME", help="what labelled or wrote the models' training data"
     )
     command.add_argument("--json", metavar="OUT", help="the figures as a JSON object")
+    command.add_argument("--html", metavar="OUT", help="a page with the figures and the answers")
 
 
 def run(args: argparse.Namespace) -> str:
@@ -50,16 +51,12 @@ def run(args: argparse.Namespace) -> str:
             raise ValueError(f"--alpaca-data is for {ALPACA}, and {first} has {MT_BENCH}")
         figures, text = _mt_bench(files, args.questions, args.feedback)
     if not args.feedback:
-        text += "\n" + "\n".join(
-            page.said(
-                "--feedback NAME tells what labelled or wrote the model's training data; a judge "
-                "of that family would favour it, as GPT-4 may Zephyr, which GPT-4 labelled",
-                "note: ",
-            )
-        )
+        text += "\n" + page.text([page.NO_FEEDBACK])
     if args.json:
         with atomic(home(args.json)) as file:
             file.write((json.dumps(figures, indent=2) + "\n").encode())
+    if args.html:
+        html.write(home(args.html), figures, files, args.questions, args.feedback)
     return text
 
 
@@ -93,14 +90,13 @@ def _alpaca(files: dict[str, list], data: str | None, feedback: str | None) -> t
             controlled, notes = length_control.rate(a, control)
             rates |= controlled
         figures[name] = rates | alpaca.about_the_judge(a, feedback) | {"notes": notes}
-    text = "\n\n".join(page.alpaca(f) for f in figures.values())
     agreements = [
         alpaca.agreement(one, other)
         for one, other in combinations(runs, 2)
         if (one.model, one.baseline) == (other.model, other.baseline)
     ]
     figures = figures if len(runs) > 1 else next(iter(figures.values()))
-    return _with(agreements, figures, text)
+    return _with(agreements, figures)
 
 
 def _mt_bench(
@@ -130,7 +126,7 @@ def _mt_bench(
         for one, other in combinations(by_judge, 2)
         if one[0] == other[0]
     ]
-    return _with(agreements, figures, page.mt_bench(figures))
+    return _with(agreements, figures)
 
 
 def _grouped(items: Iterable, keys: Callable) -> dict:
@@ -152,9 +148,8 @@ def _names(runs: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
     }
 
 
-def _with(agreements: list[dict], figures: dict, text: str) -> tuple[dict, str]:
-    """Return the figures and the text with how judges agree, where there are two of them."""
-    if not agreements:
-        return figures, text
-    text += "\n\n" + "\n".join(map(page.agreement, agreements))
-    return figures | {"agreement": agreements}, text
+def _with(agreements: list[dict], figures: dict) -> tuple[dict, str]:
+    """Return the figures with how judges agree, where there are two of them, and the page."""
+    if agreements:
+        figures = figures | {"agreement": agreements}
+    return figures, page.text(page.blocks(figures))
