@@ -18,11 +18,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from zephyr.collection import report
-from zephyr.collection.completion import PRINCIPLES, Completion, draw, raw_row, read_principles
+from zephyr.collection.completion import (
+    PRINCIPLES,
+    Completion,
+    draw,
+    raw_row,
+    read_principles,
+    usable,
+)
 from zephyr.collection.rating import KINDS, OVERALL, rate
 from zephyr.data import held_out
 from zephyr.data.prompts import read_prompts
-from zephyr.data.readers import BadRows, expand, write_rows, writing
+from zephyr.data.readers import BadRow, BadRows, expand, write_rows, writing
 from zephyr.endpoint import Budget
 from zephyr.files import home, plain
 from zephyr.source import ask, open_source, title
@@ -73,10 +80,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             raise ValueError(f"--{name.replace('_', '-')} {value}: give {least} or more")
     if not (0 <= args.temperature < math.inf and 0 < args.top_p <= 1):
         raise ValueError("--temperature is 0 or more, and --top-p above 0 and at most 1")
-    args.out, given = (
-        home(args.out),
-        [*args.prompts, *args.exclude, *filter(None, [args.principles])],
-    )
+    args.out = home(args.out)
+    given = [*args.prompts, *args.exclude, *filter(None, [args.principles])]
     made = [Path(args.out + end).resolve() for end in ("", COMPLETIONS, RATINGS, FAILED)]
     for path in expand(given):
         if path.resolve() in made:
@@ -122,14 +127,13 @@ def run(args: argparse.Namespace) -> str:
         Path(kept := args.out + FAILED).unlink(missing_ok=True)
         if failed:
             write_rows(kept, failed)
-        rows = [row for row in map(raw_row, drawn) if row]
-        if not rows:
+        if not any(map(usable, drawn)):
             raise ValueError(f"no prompt has two rated completions; {kept} says why")
-        for row in rows:
-            write(row)
+        for row in filter(usable, drawn):
+            write(raw_row(row))
     lines = report.page(drawn, dropped, budget.show(budget.spent))
     if failed:
-        lines.append(f"\n{kept} has the {len(failed)} completions that are kept apart")
+        lines.append(f"\nWhat is kept apart is in {kept}, with the judge's words.")
     lines += report.warnings(title(judge), pool)
     # UltraFeedback's first release scored some of the worst 10, which the repair looks for
     flags = " --label-bug keep" * args.aspects
@@ -156,5 +160,6 @@ def main(argv: Sequence[str]) -> None:
     try:
         print(run(parse(argv)))
     except ValueError as error:
-        print(f"zephyr.feedback collect: {error}", file=sys.stderr)
+        fix = "; --on-bad-row skip drops such rows" if isinstance(error, BadRow) else ""
+        print(f"zephyr.feedback collect: {error}{fix}", file=sys.stderr)
         sys.exit(getattr(error, "code", 2))

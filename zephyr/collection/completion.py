@@ -9,7 +9,7 @@ from statistics import fmean
 from zephyr.collection.rating import OVERALL, Rating, Unrated
 from zephyr.data.prompts import Prompt
 from zephyr.endpoint import Answer, Failure, Request
-from zephyr.files import blank, home, read_json, shown
+from zephyr.files import home, read_json, shown
 
 # One text is drawn for each completion, any of them as often as another. By the rules in
 # UltraFeedback's main_vllm.py 70, 12, 11 and 8 % of all completions had principles of these names.
@@ -36,16 +36,15 @@ PRINCIPLES = {
 
 
 def read_principles(path: str) -> dict[str, list[str]]:
+    """Return a JSON object of principles as PRINCIPLES is one. Raises ValueError for another."""
     table = read_json(Path(home(path)))
+    if not table:
+        raise ValueError(f"{path} has no principle; --no-principles does without")
     for name, texts in table.items():
-        if (
-            not isinstance(texts, list)
-            or not texts
-            or any(blank(t) or not isinstance(t, str) for t in texts)
-        ):
-            raise ValueError(
-                f"{path}: {shown(name, 40)} is {shown(texts, 60)}; a principle has a list of texts"
-            )
+        good = isinstance(texts, list) and all(isinstance(t, str) and t.strip() for t in texts)
+        if not (good and texts):
+            what = f"{shown(name, 40)} is {shown(texts, 60)}"
+            raise ValueError(f"{path}: {what}; a principle has a list of system prompts")
     return table
 
 
@@ -115,14 +114,13 @@ def draw(
         return sorted(items, key=lambda x: sha256(repr((seed, *key, x)).encode()).digest())
 
     for prompt in prompts:
-        drawn = []
+        row = []
         for k in range(count):
             turn, place = divmod(k, len(models))
             model = shuffled(models, prompt.text, turn)[place]
-            drawn.append(
-                Completion(prompt, model, turn, *shuffled(texts, prompt.text, model, turn)[0])
-            )
-        yield drawn
+            principle, system = shuffled(texts, prompt.text, turn, model)[0]
+            row.append(Completion(prompt, model, turn, principle, system))
+        yield row
 
 
 def usable(row: Sequence[Completion]) -> list[Completion]:
@@ -131,18 +129,14 @@ def usable(row: Sequence[Completion]) -> list[Completion]:
     return rated if len(rated) > 1 else []
 
 
-def raw_row(row: Sequence[Completion]) -> dict | None:
-    """Return a prompt and its completions in UltraFeedback's raw schema, None if none is usable."""
-    completions, prompt = [c.row() for c in usable(row)], row[0].prompt
-    return (
-        completions
-        and {
-            "source": prompt.source,
-            "instruction": prompt.text,
-            "models": [c["model"] for c in completions],
-            "completions": completions,
-            "correct_answers": ["None"],
-            "incorrect_answers": ["None"],
-        }
-        or None
-    )
+def raw_row(row: Sequence[Completion]) -> dict:
+    """Return a prompt and its usable completions in UltraFeedback's raw schema."""
+    completions = [c.row() for c in usable(row)]
+    return {
+        "source": row[0].prompt.source,
+        "instruction": row[0].prompt.text,
+        "models": [c["model"] for c in completions],
+        "completions": completions,
+        "correct_answers": ["None"],
+        "incorrect_answers": ["None"],
+    }
