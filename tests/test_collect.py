@@ -318,6 +318,33 @@ def test_answers_that_do_not_come_or_are_empty_are_counted(command, server, tmp_
     assert "empty answer: kept apart" in out and "no answer" not in out
 
 
+def test_endpoints_are_asked_at_once(command, server):
+    """ant answers once bee was asked: asked one after the other, it would wait in vain."""
+    asked, says = {name: threading.Event() for name in POOL}, server.says
+    waited = []
+
+    def said(body):
+        if body["model"] in POOL:
+            asked[body["model"]].set()
+        if body["model"] == "ant" and len(server.of("ant")) > 1:
+            waited.append(asked["bee"].wait(20))
+        return says(body)
+
+    server.says = said
+    assert command()[0] == 0 and waited and all(waited)
+
+
+def test_each_models_answers_are_in_a_file(command, server, tmp_path):
+    assert command("--completions", 2, models=["x/y:z", "bee"])[0] == 0
+    assert sorted(p.name for p in tmp_path.glob("raw*")) == [
+        "raw.jsonl",
+        "raw.jsonl.completions.bee",
+        "raw.jsonl.completions.x-y-z",
+        "raw.jsonl.ratings",
+    ]
+    assert {row["models"][0] for row in rows_of(tmp_path / "raw.jsonl")} <= {"x/y:z", "bee"}
+
+
 @pytest.mark.parametrize("after", [0, 1, 7, 23, 24, 25, 40, 47])
 def test_killed_between_calls_it_pays_for_nothing_twice(after, command, server, tmp_path, capsys):
     """The whole takes 48 calls: 24 answers and as many ratings."""
@@ -325,11 +352,19 @@ def test_killed_between_calls_it_pays_for_nothing_twice(after, command, server, 
     assert command(*flags, out="whole.jsonl")[0] == 0
     whole, says = server.asked[:], server.says
     assert len(whole) == 48
-    server.asked.clear()
-    server.says = lambda body: says(body) if len(server.asked) <= after else 401
+    paid, turn = [], threading.Lock()
+
+    def some(body):
+        with turn:
+            if len(paid) == after:
+                return 401
+            paid.append(body)
+        return says(body)
+
+    server.says = some
     code, _, err = command(*flags)
     assert code == 2 and "401" in err and not (tmp_path / "raw.jsonl").exists()
-    paid, server.says = server.asked[:after], says
+    server.says = says
     server.asked.clear()
     assert command(*flags)[0] == 0
     assert len(paid) + len(server.asked) == 48
@@ -499,7 +534,10 @@ def test_each_models_line_and_what_favours_it(command, server):
         (["--models", "http://127.0.0.1:9/v1"], "names no model; write NAME@URL"),
         (["--models", "nowhere"], "nowhere"),
         (["--models", "x@http://a/v1", "x@http://b/v1"], "two that are called x"),
-        (["--out", "raw.txt"], "rows are written as .jsonl or .jsonl.gz"),
+        (["--out", "raw.txt"], "--out raw.txt: rows are written to a file, .jsonl or .jsonl.gz"),
+        (["--out", "HERE/folder.jsonl"], "rows are written to a file"),
+        (["--out", "HERE/old.jsonl"], "old.jsonl.ratings.jsonl is read, and --out"),
+        (["--models", "x/y@http://a/v1", "x-y@http://a/v1"], "two that are called x-y"),
         (["--out", "HERE/prompts.jsonl"], "prompts.jsonl is read, and --out"),
         (["--principles", "HERE/none.json"], "none.json"),
         (["--principles", "HERE/a.json"], "a.json: 'a' is 'x'; a principle has a list"),
@@ -514,6 +552,10 @@ def test_each_models_line_and_what_favours_it(command, server):
 def test_mistakes_cost_one_line_and_nothing_is_asked(more, why, command, server, tmp_path):
     (tmp_path / "a.json").write_text('{"a": "x"}')
     (tmp_path / "b.json").write_text("{}")
+    (tmp_path / "folder.jsonl").mkdir()
+    if "HERE/old.jsonl" in more:
+        write_rows(tmp_path / "old.jsonl.ratings.jsonl", [{"prompt": "x"}])
+        more = [*more, "--exclude", "HERE/old.jsonl.ratings.jsonl"]
     write_rows(tmp_path / "all.jsonl", [{"prompt": text.upper()} for text in ASKED])
     code, said, err = command(*(str(word).replace("HERE", str(tmp_path)) for word in more))
     assert code == 2 and why in err and err.count("\n") == 1 and not said

@@ -5,16 +5,18 @@
 
 OUT has UltraFeedback's raw schema, of which `python -m zephyr.feedback OUT` makes pairs. Which
 models answer a prompt, and after which system prompt, depends on the seed and the prompt alone.
-Every answer is in OUT.completions or OUT.ratings as it comes: killed at any moment, the same
+Every answer is in OUT.completions.NAME or OUT.ratings as it comes: killed at any moment, the same
 command pays for nothing twice and writes the same rows.
 """
 
 import argparse
+import contextlib
 import math
+import re
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from zephyr.collection import report
@@ -29,13 +31,13 @@ from zephyr.collection.completion import (
 from zephyr.collection.rating import KINDS, OVERALL, rate
 from zephyr.data import held_out
 from zephyr.data.prompts import read_prompts
-from zephyr.data.readers import BadRow, BadRows, expand, write_rows, writing
-from zephyr.endpoint import Budget
+from zephyr.data.readers import BadRow, BadRows, expand, write_rows
+from zephyr.endpoint import Answer, Budget, Endpoint, Failure
 from zephyr.files import home, plain
-from zephyr.source import ask, open_source, title
+from zephyr.source import AT, ask, open_source, title
 
-# what is kept beside OUT: all answers of the pool and of the judge, and what is in no row
-COMPLETIONS, RATINGS, FAILED = ".completions", ".ratings", ".failed.jsonl"
+# what is kept beside OUT: all answers of each model and of the judge, and what is in no row
+COMPLETIONS, RATINGS, FAILED = ".completions.", ".ratings", ".failed.jsonl"
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -63,7 +65,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--exclude", nargs="+", default=[], metavar="FILE", help="questions of evaluation sets")
     add("--on-bad-row", choices=("stop", "skip"), default="stop", help="skip: up to 1 %% [stop]")
     add("--seed", type=int, default=0, help="of the drawing and of the sampling [0]")
-    add("--concurrency", type=int, default=8, help="requests at a time to an endpoint [8]")
+    add("--concurrency", type=int, default=8, help="requests at a time to a model [8]")
     add("--budget-tokens", type=int, metavar="N", help="stop before so many tokens")
     add("--budget-money", type=float, metavar="X", help="or before so much, by --prices")
     add("--prices", metavar="FILE", help="a price table, see zephyr/client/budget.py")
@@ -82,9 +84,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         raise ValueError("--temperature is 0 or more, and --top-p above 0 and at most 1")
     args.out = home(args.out)
     given = [*args.prompts, *args.exclude, *filter(None, [args.principles])]
-    made = [Path(args.out + end).resolve() for end in ("", COMPLETIONS, RATINGS, FAILED)]
+    if not args.out.endswith((".jsonl", ".jsonl.gz")) or Path(args.out).is_dir():
+        raise ValueError(f"--out {args.out}: rows are written to a file, .jsonl or .jsonl.gz")
+    made = str(Path(args.out).resolve())
     for path in expand(given):
-        if path.resolve() in made:
+        beside = str(path.resolve()).removeprefix(made)
+        if not beside or beside.startswith((COMPLETIONS, RATINGS, FAILED)):
             raise ValueError(f"{path} is read, and --out {args.out} would write it; name another")
     return args
 
@@ -93,10 +98,11 @@ def run(args: argparse.Namespace) -> str:
     """Ask the models and the judge, write the rows, and return the report."""
     pool = {}
     for name in args.models:
-        if (called := title(open_source(name, args.key_from))) in pool:
+        called = title(open_source(name, args.key_from))
+        if kept_in(called) in map(kept_in, pool):
             raise ValueError(
-                f"--models has two that are called {plain(called)}; rows could not tell them "
-                "apart, so rename one"
+                f"--models has two that are called {plain(called)}; rows, or the files of their "
+                "answers, could not tell them apart, so rename one"
             )
         pool[called] = name
     judge = open_source(args.judge, args.judge_key_from or args.key_from)
@@ -110,27 +116,25 @@ def run(args: argparse.Namespace) -> str:
     kinds = list(KINDS) if args.aspects else [OVERALL]
     asked, each = len(prompts) * args.completions, len(kinds)
     how = {"concurrency": args.concurrency, "budget": budget}
-    with writing(args.out) as write:  # before anything is paid for, as it may be refused
-        print(
-            f"{len(prompts):,} prompts, {args.completions} completions of each by {len(pool)} "
-            f"models, {each} rating{'s' * (each > 1)} of each by {plain(title(judge))}: "
-            f"{asked * (1 + each):,} calls",
-            file=sys.stderr,
-        )
-        complete([c for row in drawn for c in row], pool, args, how)
-        answered = [c for row in drawn for c in row if not c.missing()]
-        texts = [(c.prompt.text, c.answer.text) for c in answered]
-        found = rate(texts, kinds, judge, args.out + RATINGS, args.judge_new, **how)
-        for c, ratings in zip(answered, found, strict=True):
-            c.ratings = ratings
-        failed = [c.failed() for row in drawn for c in row if c.missing()]
-        Path(kept := args.out + FAILED).unlink(missing_ok=True)
-        if failed:
-            write_rows(kept, failed)
-        if not any(map(usable, drawn)):
-            raise ValueError(f"no prompt has two rated completions; {kept} says why")
-        for row in filter(usable, drawn):
-            write(raw_row(row))
+    print(
+        f"{len(prompts):,} prompts, {args.completions} completions of each by {len(pool)} models, "
+        f"{each} rating{'s' * (each > 1)} of each by {plain(title(judge))}: "
+        f"{asked * (1 + each):,} calls",
+        file=sys.stderr,
+    )
+    complete([c for row in drawn for c in row], pool, args, how)
+    answered = [c for row in drawn for c in row if not c.missing()]
+    texts = [(c.prompt.text, c.answer.text) for c in answered]
+    found = rate(texts, kinds, judge, args.out + RATINGS, args.judge_new, **how)
+    for c, ratings in zip(answered, found, strict=True):
+        c.ratings = ratings
+    failed = [c.failed() for row in drawn for c in row if c.missing()]
+    Path(kept := args.out + FAILED).unlink(missing_ok=True)
+    if failed:
+        write_rows(kept, failed)
+    if not any(map(usable, drawn)):
+        raise ValueError(f"no prompt has two rated completions; {kept} says why")
+    write_rows(args.out, map(raw_row, filter(usable, drawn)))
     lines = report.page(drawn, dropped, budget.show(budget.spent))
     if failed:
         lines.append(f"\nWhat is kept apart is in {kept}, with the judge's words.")
@@ -141,19 +145,36 @@ def run(args: argparse.Namespace) -> str:
     return "\n".join(filter(None, [*lines, bad.report()]))
 
 
+def kept_in(model: str) -> str:
+    """Return what the file of a model's answers ends with."""
+    return COMPLETIONS + re.sub(r"[^\w.-]+", "-", model)[:80]
+
+
 def complete(
     todo: Sequence[Completion], pool: Mapping[str, str], args: argparse.Namespace, how: Mapping
 ) -> None:
-    """Ask the models for their completions, one model after another."""
+    """Ask the models for their completions: all endpoints at once, and folders one by one, so that
+    one model at a time is loaded."""
     sampling = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_new}
-    for called, name in pool.items():
-        mine = [c for c in todo if c.model == called]
-        requests = [c.request(sampling, args.seed) for c in mine]
-        # opened anew, so that a folder's model is gone before the next one is loaded
-        model = open_source(name, args.key_from)
-        answers = ask(model, requests, args.out + COMPLETIONS, **how)
-        for c, answer in zip(mine, answers, strict=True):
-            c.answer = answer
+    with contextlib.ExitStack() as stack:
+        later = []
+        for called, name in sorted(pool.items(), key=lambda item: AT.fullmatch(item[1]) is None):
+            mine = [c for c in todo if c.model == called]
+            requests = [c.request(sampling, args.seed) for c in mine]
+            path, model = args.out + kept_in(called), open_source(name, args.key_from)
+            answers = stack.enter_context(contextlib.closing(ask(model, requests, path, **how)))
+            if isinstance(model, Endpoint) and mine:
+                mine[0].answer = next(answers)  # with the first one, it is asked for the others
+                later.append((mine[1:], answers))
+            else:
+                _fill(mine, answers)
+        for mine, answers in later:
+            _fill(mine, answers)
+
+
+def _fill(todo: Sequence[Completion], answers: Iterable[Answer | Failure]) -> None:
+    for c, answer in zip(todo, answers, strict=True):
+        c.answer = answer
 
 
 def main(argv: Sequence[str]) -> None:
