@@ -4,7 +4,7 @@
         --judge judge@URL --out raw.jsonl
 
 OUT has UltraFeedback's raw schema, of which `python -m zephyr.feedback OUT` makes pairs. Which
-models answer a prompt, and after which system prompt, depends on the seed and the prompt alone.
+models answer a prompt, and after which system prompt, the seed and the prompt alone decide.
 Every answer is in OUT.completions.NAME or OUT.ratings as it comes: killed at any moment, the same
 command pays for nothing twice and writes the same rows.
 """
@@ -60,7 +60,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--max-new", type=int, default=1024, help="tokens of a completion [1024, likewise]")
     add("--judge-new", type=int, default=1024, help="tokens of a judge's answer [1024, likewise]")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--principles", metavar="FILE", help="JSON, names to lists of texts [ours]")
+    which.add_argument("--principles", metavar="FILE", help='others, {"name": ["text", ...]}')
     which.add_argument("--no-principles", action="store_true", help="no system prompts")
     add("--exclude", nargs="+", default=[], metavar="FILE", help="questions of evaluation sets")
     add("--on-bad-row", choices=("stop", "skip"), default="stop", help="skip: up to 1 %% [stop]")

@@ -107,20 +107,19 @@ def draw(
     prompts: Sequence[Prompt], models: Sequence[str], principles: Mapping, count: int, seed: int
 ) -> Iterator[list[Completion]]:
     """Yield for each prompt `count` completions to be asked for, of different models while there
-    are any. What is drawn depends neither on the other prompts nor on the order of anything."""
-    texts = [(name, text) for name in principles for text in principles[name]] or [("", "")]
+    are any. What is drawn for a prompt depends neither on the others nor on any order."""
+    texts = sorted((name, text) for name in principles for text in principles[name]) or [("", "")]
 
-    def shuffled(items: Sequence, *key: object) -> list:
-        return sorted(items, key=lambda x: sha256(repr((seed, *key, x)).encode()).digest())
+    def number(*key: object) -> int:
+        return int.from_bytes(sha256(repr((seed, *key)).encode()).digest())
 
     for prompt in prompts:
-        row = []
-        for k in range(count):
-            turn, place = divmod(k, len(models))
-            model = shuffled(models, prompt.text, turn)[place]
-            principle, system = shuffled(texts, prompt.text, turn, model)[0]
-            row.append(Completion(prompt, model, turn, principle, system))
-        yield row
+        row, name = [], sha256(prompt.text.encode()).hexdigest()
+        for turn in range(-(-count // len(models))):
+            for model in sorted(models, key=lambda model: number(name, turn, model)):
+                principle, system = texts[number(name, turn, model, "text") % len(texts)]
+                row.append(Completion(prompt, model, turn, principle, system))
+        yield row[:count]
 
 
 def usable(row: Sequence[Completion]) -> list[Completion]:
