@@ -546,6 +546,7 @@ def test_each_models_line_and_what_favours_it(command, server):
         (["--exclude", "HERE/prompts.jsonl"], "is given twice"),
         (["--exclude", "HERE/all.jsonl"], "no prompt is left: 6 in an evaluation set"),
         (["--budget-money", 1], "needs a price table"),
+        (["--prices", "HERE/prices.json"], "the price table has no 'judge', only ant, bee, cat"),
         (["--nonsense"], "unrecognized arguments: --nonsense; --help lists the flags"),
     ],
 )
@@ -553,6 +554,8 @@ def test_mistakes_cost_one_line_and_nothing_is_asked(more, why, command, server,
     (tmp_path / "a.json").write_text('{"a": "x"}')
     (tmp_path / "b.json").write_text("{}")
     (tmp_path / "folder.jsonl").mkdir()
+    prices = {name: {"prompt": 1, "completion": 1} for name in POOL}
+    (tmp_path / "prices.json").write_text(json.dumps(prices))
     if "HERE/old.jsonl" in more:
         write_rows(tmp_path / "old.jsonl.ratings.jsonl", [{"prompt": "x"}])
         more = [*more, "--exclude", "HERE/old.jsonl.ratings.jsonl"]

@@ -96,7 +96,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> str:
     """Ask the models and the judge, write the rows, and return the report."""
-    pool = {}
+    budget = Budget(args.budget_tokens, args.budget_money, args.prices)
+    pool, judge = {}, open_source(args.judge, args.judge_key_from or args.key_from)
     for name in args.models:
         called = title(open_source(name, args.key_from))
         if kept_in(called) in map(kept_in, pool):
@@ -105,8 +106,8 @@ def run(args: argparse.Namespace) -> str:
                 "answers, could not tell them apart, so rename one"
             )
         pool[called] = name
-    judge = open_source(args.judge, args.judge_key_from or args.key_from)
-    budget = Budget(args.budget_tokens, args.budget_money, args.prices)
+    for name in filter(AT.fullmatch, [*args.models, args.judge]):
+        budget.price(title(open_source(name)), 0, 0)  # before anything is paid for, it has a price
     principles = {} if args.no_principles else PRINCIPLES
     if args.principles:
         principles = read_principles(args.principles)
@@ -147,7 +148,7 @@ def run(args: argparse.Namespace) -> str:
 
 def kept_in(model: str) -> str:
     """Return what the file of a model's answers ends with."""
-    return COMPLETIONS + re.sub(r"[^\w.-]+", "-", model)[:80]
+    return COMPLETIONS + re.sub(r"[^\w.-]+", "-", model)[-60:]
 
 
 def complete(
