@@ -1,10 +1,12 @@
 """Feedback collected from prompts: who is asked what, what is read in a judge's words, the rows."""
 
+import gc
 import gzip
 import hashlib
 import json
 import re
 import threading
+import weakref
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -13,7 +15,7 @@ import pytest
 
 from helpers import gpt, human
 from model_helpers import folder_of, model
-from zephyr import feedback
+from zephyr import feedback, generate
 from zephyr.collection import completion, rating
 from zephyr.collection.completion import PRINCIPLES, draw
 from zephyr.collection.rating import KINDS, rating_in
@@ -319,19 +321,36 @@ def test_answers_that_do_not_come_or_are_empty_are_counted(command, server, tmp_
 
 
 def test_endpoints_are_asked_at_once(command, server):
-    """ant answers once bee was asked: asked one after the other, it would wait in vain."""
+    """ant answers once bee was asked, and asked alone it would wait in vain."""
     asked, says = {name: threading.Event() for name in POOL}, server.says
     waited = []
 
     def said(body):
         if body["model"] in POOL:
             asked[body["model"]].set()
-        if body["model"] == "ant" and len(server.of("ant")) > 1:
+        if body["model"] == "ant":
             waited.append(asked["bee"].wait(20))
         return says(body)
 
     server.says = said
     assert command()[0] == 0 and waited and all(waited)
+
+
+def test_of_folders_one_model_at_a_time_is_loaded(command, tmp_path, monkeypatch):
+    m, before, load = model(max_position_embeddings=512), [], generate.load
+    folders = [folder_of(m, tmp_path / name) for name in ("one", "two", "three")]
+
+    def counted(path):
+        gc.collect()
+        assert not any(model() for model in before)
+        loaded = load(path)
+        before.append(weakref.ref(loaded[0]))
+        return loaded
+
+    monkeypatch.setattr(generate, "load", counted)
+    code, _, err = command("--max-new", 3, "--models", *folders)
+    assert code == 0, err
+    assert len(before) == 3 and len(rows_of(tmp_path / "raw.jsonl")) == len(ASKED)
 
 
 def test_each_models_answers_are_in_a_file(command, server, tmp_path):

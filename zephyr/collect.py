@@ -11,12 +11,14 @@ command pays for nothing twice and writes the same rows.
 
 import argparse
 import contextlib
+import itertools
 import math
 import re
 import shlex
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from zephyr.collection import report
@@ -158,19 +160,24 @@ def complete(
     one model at a time is loaded."""
     sampling = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_new}
     with contextlib.ExitStack() as stack:
-        later = []
-        for called, name in sorted(pool.items(), key=lambda item: AT.fullmatch(item[1]) is None):
+        endpoints, folders = [], []
+        for called, name in pool.items():
             mine = [c for c in todo if c.model == called]
             requests = [c.request(sampling, args.seed) for c in mine]
             path, model = args.out + kept_in(called), open_source(name, args.key_from)
-            answers = stack.enter_context(contextlib.closing(ask(model, requests, path, **how)))
+            answers = ask(model, requests, path, **how)
             if isinstance(model, Endpoint) and mine:
-                mine[0].answer = next(answers)  # with the first one, it is asked for the others
-                later.append((mine[1:], answers))
+                endpoints.append((mine, stack.enter_context(contextlib.closing(answers))))
             else:
-                _fill(mine, answers)
-        for mine, answers in later:
-            _fill(mine, answers)
+                folders.append((mine, answers))
+            del model  # the answers alone keep a folder's model, until the last of them
+        with ThreadPoolExecutor(len(pool)) as threads:
+            # who is asked for the first answer is asked for all of them
+            firsts = list(threads.map(next, [answers for _, answers in endpoints]))
+        while folders:
+            _fill(*folders.pop())
+        for (mine, answers), first in zip(endpoints, firsts, strict=True):
+            _fill(mine, itertools.chain([first], answers))
 
 
 def _fill(todo: Sequence[Completion], answers: Iterable[Answer | Failure]) -> None:
