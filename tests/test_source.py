@@ -77,7 +77,7 @@ def test_killed_between_batches_it_ends_with_the_same_answers(folder, tmp_path, 
     assert len(lines) == len(requests)
     calls, sample = [], generate.generate
     monkeypatch.setattr(generate, "generate", lambda *a, **k: calls.append(a) or sample(*a, **k))
-    for kept, left in ((10, 0), (9, 1), (4, 4), (3, 5), (0, 6)):
+    for kept, left in ((10, 0), (9, 1), (4, 3), (3, 4), (0, 5)):
         path = tmp_path / f"{kept}.jsonl"
         path.write_bytes(b"".join(lines[:kept]) + lines[-1][:7] * (kept < 10))
         calls.clear()
@@ -113,6 +113,20 @@ def test_a_conversation_that_does_not_fit_is_a_failure(folder, tmp_path):
     assert isinstance(one, Failure) and "positions" in one.why
     assert isinstance(other, Failure) and "should speak" in other.why
     assert isinstance(third, Answer)
+
+
+def test_each_answer_may_fill_the_positions_that_its_own_prompt_leaves(folder, tmp_path):
+    """However long the others of its batch are."""
+    requests = [asked(text, temperature=0, max_tokens=10**6) for text in TEXTS]
+    answers = list(source.ask(source.open_source(str(folder)), requests, tmp_path / "a.jsonl"))
+    positions = SMALL["max_position_embeddings"]
+    used = [(a.usage["prompt_tokens"], a.usage["completion_tokens"]) for a in answers]
+    assert len({prompt for prompt, _ in used}) > 2
+    for (prompt, new), a in zip(used, answers, strict=True):
+        assert (
+            prompt + new == positions if a.finish_reason == "length" else prompt + new < positions
+        )
+    assert "length" in {a.finish_reason for a in answers}
 
 
 def test_what_names_a_source():

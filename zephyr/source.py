@@ -138,7 +138,8 @@ class Folder:
             except ValueError as error:
                 failed[key] = Failure(str(error))
                 continue
-            alike = json.dumps(request.parameters, sort_keys=True)
+            # a batch has one stream of chances, whatever the seeds in it
+            alike = json.dumps({**request.parameters, "seed": None}, sort_keys=True)
             groups.setdefault(alike, {})[key] = prompt
         batches: list[dict[str, list[int]]] = []
         for group in groups.values():
@@ -167,17 +168,18 @@ class Folder:
         model, tokenizer = self.loaded
         parameters = requests[next(iter(batch))].parameters
         sampling = SAMPLING | {k: parameters[k] for k in SAMPLING if k in parameters}
-        # another for each batch: equal ones would make the first tokens of their answers alike
-        name = sha256(f"{sampling['seed']} {' '.join(batch)}".encode()).digest()
-        sampling["seed"] = int.from_bytes(name[:6])
-        longest = max(map(len, batch.values()))
-        new = min(parameters.get("max_tokens", NEW), model.config.max_position_embeddings - longest)
+        # the keys hold the seeds that were given; equal ones for all batches would make the first
+        # tokens of their answers alike
+        sampling["seed"] = int.from_bytes(sha256(" ".join(batch).encode()).digest()[:6])
+        wanted, positions = parameters.get("max_tokens", NEW), model.config.max_position_embeddings
+        new = min(wanted, positions - min(map(len, batch.values())))
         answers = generate.generate(
             model, list(batch.values()), new, tokenizer.eos, pieces=tokenizer.vocab_size, **sampling
         )
         for (key, prompt), ids in zip(batch.items(), answers, strict=True):
+            limit = min(new, positions - len(prompt))  # a shorter prompt's may go on
+            why, ids = "length" if len(ids) >= limit else "stop", ids[:limit]
             used = {"prompt_tokens": len(prompt), "completion_tokens": len(ids)}
-            why = "length" if len(ids) == new else "stop"
             answer = Answer(tokenizer.decode(ids), why, used, None)
             row = {"key": key, "model": self.model, "parameters": dict(parameters)}
             if key not in file.found:
