@@ -1,18 +1,18 @@
-"""MT-Bench graded by a judge at an endpoint: its prompts against FastChat's own, and its file."""
+"""MT-Bench judged at an endpoint: prompts against FastChat's own, grades, games, its files."""
 
 import gzip
 import json
 import re
-import threading
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from judge_helpers import judging
 
 from helpers import shared
+from zephyr import source
 from zephyr.data.readers import read_rows, write_rows
 from zephyr.evals import __main__ as evals_command
-from zephyr.evals import judge
+from zephyr.evals import judge_mt_bench, mt_bench_prompts
 
 QUESTIONS = [
     {"question_id": 81, "category": "writing", "turns": ["Write a poem.", "Shorter."]},
@@ -41,37 +41,14 @@ def files(tmp_path):
 
 @pytest.fixture
 def server():
-    """A judge that says what `says` makes of the messages, and the bodies that it got."""
-
-    class Judge(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            httpd.asked.append(body)
-            said = httpd.says(body)
-            reply = {"choices": [{"message": {"content": said}, "finish_reason": "stop"}]}
-            reply |= {"usage": {"prompt_tokens": 10, "completion_tokens": 5}}
-            data = json.dumps(reply).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, *_):
-            pass
-
-    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Judge)
-    httpd.asked, httpd.says = [], lambda body: "Fine. [[7]]"
-    httpd.url = f"http://127.0.0.1:{httpd.server_address[1]}/v1"
-    threading.Thread(target=httpd.serve_forever, daemon=True).start()
-    yield httpd
-    httpd.shutdown()
-    httpd.server_close()
+    with judging() as httpd:
+        yield httpd
 
 
 def command(files, server, *more, references=True):
     argv = ["judge", "mt-bench", files / "a.jsonl", "--questions", files / "q.jsonl"]
     argv += ["--references", files / "r.jsonl"] if references else []
-    argv += ["--url", server.url, "--judge", "gpt-x", "--out", files / "out.jsonl", *more]
+    argv += ["--judge", f"gpt-x@{server.url}", "--out", files / "out.jsonl", *more]
     evals_command.main(list(map(str, argv)))
 
 
@@ -79,9 +56,9 @@ def test_the_prompts_are_fastchats_to_the_letter():
     """Of 320 published judgments, of both turns, with and without references; FastChat's own file
     has what its judge was sent."""
     data = shared("mt_bench")
-    questions = judge.read_questions(str(data / "question.jsonl"))
-    references = judge.read_answers(str(data / "reference_answer_gpt-4.jsonl"))[1]
-    prompts = judge.read_prompts(str(data / "judge_prompts.jsonl"))
+    questions = judge_mt_bench.read_questions(str(data / "question.jsonl"))
+    references = judge_mt_bench.read_answers(str(data / "reference_answer_gpt-4.jsonl"))[1]
+    prompts = mt_bench_prompts.read(str(data / "judge_prompts.jsonl"))
     with gzip.open(data / "judgment.mistral-orpo-mix.jsonl.gz", "rt") as file:
         rows = [json.loads(line) for line in file]
     answers = {}
@@ -95,13 +72,14 @@ def test_the_prompts_are_fastchats_to_the_letter():
             last = last.rsplit("\n\n<|The End of Assistant A's", 1)[0]
             answers[number] = [said.search(text)[1], last]
     found = {
-        (g.question, g.turn): g
-        for g in judge.gradings(questions, "m", answers, references, prompts)
+        (match.question, match.turn): match
+        for match in judge_mt_bench.matches(questions, [answers], references, prompts)
     }
     assert len(found) == len(rows) == 160
     for row in rows:
-        grading = found[row["question_id"], row["turn"]]
-        assert grading.prompt == row["judge"][1] and grading.user == row["user_prompt"]
+        match = found[row["question_id"], row["turn"]]
+        ((_, user),) = match.games
+        assert match.prompt == row["judge"][1] and user["content"] == row["user_prompt"]
 
 
 def test_judgments_are_written_as_fastchat_has_them(files, server, capsys):
@@ -180,7 +158,8 @@ def test_mistakes_cost_one_line(change, message, files, server, capsys):
 
 
 def test_an_endpoint_that_is_not_there(files, server, capsys, monkeypatch):
-    monkeypatch.setattr(judge, "ask", partial(judge.ask, sleep=lambda seconds: None))
+    quick = partial(source.ask_endpoint, sleep=lambda seconds: None)
+    monkeypatch.setattr(source, "ask_endpoint", quick)
     server.url = "http://127.0.0.1:9/v1"
     with pytest.raises(SystemExit) as ended:
         command(files, server)
