@@ -36,7 +36,10 @@ def judging():
         def log_message(self, *_):
             pass
 
-    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Judge)
+    class Server(ThreadingHTTPServer):
+        request_queue_size = 64  # of its 5, a burst of connections fills it, and waits a second
+
+    httpd = Server(("127.0.0.1", 0), Judge)
     httpd.asked, httpd.says, httpd.why = [], lambda body: "Fine. [[7]]", "no"
     httpd.knows = lambda body: None
     httpd.url = f"http://127.0.0.1:{httpd.server_address[1]}/v1"
