@@ -253,7 +253,11 @@ def test_wrong_flags_cost_one_line(files, server, capsys):
     [
         (401, "sk-123 is wrong", "401: the key is refused; OPENAI_API_KEY is not set"),
         (404, "no such model", "404: no model 'gpt-x': no such model"),
-        ("Both are good.", "", "none of its 24 verdicts is m or M, the first is 'Both are good.'"),
+        (
+            "Both are good.",
+            "",
+            "none of its 24 verdicts can be read, the first is 'Both are good.'",
+        ),
         (400, "the filter has refused", "none of 24 requests was answered, the last: "),
     ],
 )

@@ -20,7 +20,7 @@ from zephyr.client.budget import Budget
 from zephyr.client.exchange import Answer
 from zephyr.endpoint import Failure, Request
 from zephyr.evals import judge_alpaca, judge_mt_bench, page, show
-from zephyr.files import home, plain
+from zephyr.files import home, plain, shown
 
 TIMES = 3  # that one verdict is asked for, until it can be read
 BENCHMARKS = {
@@ -50,7 +50,7 @@ class Judge:
     ) -> list[Answer | Failure]:
         """Return the judge's answer to each request. One whose text is not readable is asked for
         again, TIMES in all, at temperature 1 and with another seed: a model that is deterministic
-        at 0 would say the same again. Raises ValueError if no answer comes at all."""
+        at 0 would say the same again. Raises ValueError if there is not one readable answer."""
         found: list = [None] * len(requests)
         left = list(range(len(requests)))
         for attempt in range(TIMES if left else 0):
@@ -61,13 +61,19 @@ class Judge:
             left = [k for k in left if isinstance(found[k], Answer) and not readable(found[k].text)]
             if not left:
                 break
-        failures = [answer for answer in found if isinstance(answer, Failure)]
-        if failures and len(failures) == len(found):
+        failures = [answer.why for answer in found if isinstance(answer, Failure)]
+        self.unanswered += len(failures)
+        if found and len(failures) == len(found):
             raise ValueError(
                 f"{plain(self.name)}: none of {len(found)} requests was answered, the last: "
-                f"{failures[-1].why}"
+                f"{failures[-1]}"
             )
-        self.unanswered += len(failures)
+        if found and len(left) + len(failures) == len(found):
+            raise ValueError(
+                f"{plain(self.name)}: none of its {len(left)} verdicts can be read, the first is "
+                f"{shown(found[left[0]].text)}; a judge that thinks first needs a larger "
+                "--max-tokens"
+            )
         return found
 
     def price(self, answer: Answer | Failure) -> float | None:

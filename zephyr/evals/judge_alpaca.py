@@ -21,7 +21,7 @@ from zephyr.data.readers import read_rows
 from zephyr.endpoint import Failure, Request
 from zephyr.evals import alpaca_prompt
 from zephyr.evals.alpaca import ORDERS, model_is_first
-from zephyr.files import atomic, home, plain, shown
+from zephyr.files import atomic, home, shown
 
 TOKENS = 256  # of a verdict by text, at most; one by log-probs is a single token
 BY_TOKEN = {"temperature": 1, "max_tokens": 1, "logprobs": True, "top_logprobs": 5}
@@ -98,12 +98,6 @@ def ask(judge, messages: list[list[dict]], tokens: int) -> tuple[list, list[floa
         )
         read, how = lambda answer: by_text(answer.text), "by its text, as it gives no log-probs"
     seen = [None if isinstance(answer, Failure) else read(answer) for answer in answers]
-    if messages and all(preference is None for preference in seen):
-        told = next(answer.text for answer in answers if isinstance(answer, Answer))
-        raise ValueError(
-            f"{plain(judge.name)}: none of its {len(seen)} verdicts is m or M, the first is "
-            f"{shown(told)}; a judge that thinks first needs a larger --max-tokens"
-        )
     return answers, seen, how
 
 
