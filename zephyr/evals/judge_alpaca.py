@@ -25,7 +25,7 @@ from zephyr.files import atomic, home, shown
 
 TOKENS = 256  # of a verdict by text, at most; one by log-probs is a single token
 BY_TOKEN = {"temperature": 1, "max_tokens": 1, "logprobs": True, "top_logprobs": 5}
-PROBES = 3  # requests that are tried until one is answered and shows if there are log-probs
+PROBES = 3  # requests at most that show if a judge gives log-probs, before all are asked
 
 
 def read_outputs(path: str) -> tuple[str, dict[str, dict]]:
@@ -78,11 +78,14 @@ def by_text(text: str) -> float | None:
 
 
 def has_logprobs(judge, messages: Sequence[list[dict]]) -> bool:
-    """Return True if the judge's log-probs tell its preference. It is asked until it answers."""
+    """Return True if the judge's log-probs tell its preference, by one to PROBES of its answers."""
     for asked in messages[:PROBES]:
         answer = judge.ask([Request(asked, BY_TOKEN)])[0]
         if isinstance(answer, Answer):
-            return by_token(answer) is not None
+            if by_token(answer) is not None:
+                return True
+            if not answer.logprobs:
+                return False
     return False
 
 
