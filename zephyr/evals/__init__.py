@@ -8,6 +8,7 @@ belief.py          the judge's own habits: slot, length, consistency, ties, agre
 page.py            the figures as plain text, at most 100 columns wide
 show.py            files of annotations or judgments -> figures and page
 judge.py           answers -> judgments, by a model at an endpoint or in a folder
+asking.py          the judge: a model that is asked for verdicts, each until it can be read
 judge_mt_bench.py  MT-Bench's protocols: grades, and games of two models
 judge_alpaca.py    AlpacaEval's protocol: outputs beside a baseline's, by log-probs or by text
 mt_bench_prompts.py, alpaca_prompt.py    what the judge is asked: the originals' prompts, or our own

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from zephyr.data.readers import read_rows, writing
 from zephyr.endpoint import Answer, Request
 from zephyr.evals import mt_bench, mt_bench_prompts
+from zephyr.evals.asking import Judge
 from zephyr.evals.mt_bench_prompts import Prompt
 from zephyr.files import home, shown
 
@@ -66,7 +67,7 @@ def read_answers(path: str) -> tuple[str, dict[int, list[str]]]:
         if not _texts(turns):
             raise ValueError(
                 f"{where}: an answer to question {number} is empty: {shown(turns, 60)}; have it "
-                "answered again, or delete the line"
+                "answered again, or write what the judge shall see there, such as (empty)"
             )
         found[number] = turns
     return model, found
@@ -167,7 +168,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--prompts", metavar="FILE", help="its judge_prompts.jsonl [prompts of our own]")
 
 
-def run(args: argparse.Namespace, judge, out: str) -> list[str]:
+def run(args: argparse.Namespace, judge: Judge, out: str) -> list[str]:
     """Have a model's answers graded or compared, write the judgments to `out`, and return what the
     page has to say besides the figures."""
     questions = read_questions(home(args.questions))
