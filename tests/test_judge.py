@@ -111,6 +111,22 @@ def test_fastchats_prompts_are_used_unchanged(files, server, capsys):
     assert system.startswith("Please act as an impartial judge")
 
 
+def test_a_prompt_with_a_place_that_nothing_fills(files, server, capsys):
+    rows = [
+        {"name": name, "system_prompt": "Judge.", "prompt_template": "{question} {answer} {why}"}
+        for name in mt_bench_prompts.NAMES
+    ]
+    write_rows(files / "p.jsonl", rows)
+    with pytest.raises(SystemExit):
+        command(files, server, "--prompts", files / "p.jsonl")
+    assert "prompt single-v1 has a place that nothing fills: 'why'" in capsys.readouterr().err
+    write_rows(files / "p.jsonl", rows[:3])
+    with pytest.raises(SystemExit):
+        command(files, server, "--prompts", files / "p.jsonl")
+    assert "p.jsonl has no prompt single-math-v1-multi-turn; give" in capsys.readouterr().err
+    assert not server.asked
+
+
 def test_nothing_is_asked_twice(files, server):
     command(files, server)
     before = (files / "out.jsonl").read_text()
@@ -143,8 +159,13 @@ def test_an_answer_without_a_grade_is_asked_for_again(files, server, capsys):
         ({"a": [answer_line(81, ["x", "y"])] * 2}, "a.jsonl:2: question 81 is answered before"),
         ({"a": [answer_line(7, ["x"])]}, "question 7 is answered and is none of --questions"),
         ({"a": [answer_line(81, ["x"])]}, "question 81 has 2 turns and 1 answers"),
-        ({"a": [{"instruction": "x"}]}, "a.jsonl:1 is no line of an answer file|a.jsonl:1: it is"),
+        ({"a": [{"instruction": "x"}]}, "a.jsonl:1 is no line of an answer file, with question_id"),
+        (
+            {"a": [{"instruction": "x", "output": "y", "generator": "z"}]},
+            "a.jsonl:1 is an answer to AlpacaEval; ask with: judge alpaca",
+        ),
         ({"r": [answer_line(81, ["x", "y"])]}, "question 101 is graded beside a reference answer"),
+        ({"q": QUESTIONS[:1] * 2}, "q.jsonl:2: question 81 is there twice; delete one of them"),
         ({"q": [{"x": 1}]}, "q.jsonl:1 is no question with question_id and turns"),
     ],
 )

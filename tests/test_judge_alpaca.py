@@ -209,6 +209,18 @@ def test_nothing_is_asked_twice_and_failures_are(files, server, capsys):
     assert len(server.asked) == 1 and annotations(files)[5]["preference"] == 2
 
 
+def test_a_budget_ends_it_and_a_larger_one_goes_on(files, server, capsys):
+    """Each answer takes 15 tokens, and the next could take more than are left."""
+    server.says = lambda body: "m"
+    with pytest.raises(SystemExit) as ended:
+        command(files, server, "--budget-tokens", 600, "--concurrency", 1)
+    assert ended.value.code == 2 and "a larger budget goes on" in capsys.readouterr().err
+    before = len(server.asked)
+    assert 1 < before < 20 and not (files / "out.json").exists()
+    command(files, server, "--budget-tokens", 20000)
+    assert len(server.asked) == 25 and len(annotations(files)) == 12
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
