@@ -176,6 +176,12 @@ def test_the_originals_agree(prompts, place, tmp_path):
         mine = math.nan if row["preference"] is None else row["preference"]
         assert mine == pytest.approx(other, abs=1e-12, nan_ok=True)
     assert any(row["preference"] is None for row in ours)
+    rows = {row["instruction"]: row for row in json.loads((tmp_path / "both.json").read_text())}
+    assert len(found["alpaca"]["parsed"]) > 100
+    for instruction, exchanged, preference in found["alpaca"]["parsed"]:
+        ours = rows[instruction][f"preference_model_{'first' if exchanged else 'second'}"]
+        ours = math.nan if ours is None else ours
+        assert ours == pytest.approx(preference, abs=1e-12, nan_ok=True)
     for figures, other in ((one, found["alpaca"]["win rate"]), (both, found["alpaca"]["both"])):
         for name, value in other.items():
             assert figures[name] == pytest.approx(value, abs=1e-9), name

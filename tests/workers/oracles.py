@@ -92,7 +92,7 @@ def fastchat() -> dict:
 
 
 def alpaca() -> dict:
-    from alpaca_eval import utils
+    from alpaca_eval import completion_parsers, utils
     from alpaca_eval.annotators import PairwiseAnnotator, base
     from alpaca_eval.metrics import get_winrate
 
@@ -118,7 +118,20 @@ def alpaca() -> dict:
     )
     ours = json.loads((FOLDER / "alpaca.json").read_text())
     both = json.loads((FOLDER / "both.json").read_text())
-    return {"annotations": annotated, "win rate": get_winrate(ours), "both": get_winrate(both)}
+    parsed = []  # our completions by its parser, in the order of its coin
+    for row in filter(lambda row: row["raw_completion"], both):
+        (read,) = completion_parsers.logprob_parser(
+            row["raw_completion"], "m", ["m", "M"], is_binarize=False
+        )
+        coin = "is_switched_outputs" + row["instruction"] + "0"
+        exchanged = utils.random_seeded_choice(seed=coin, choices=[False, True])
+        parsed.append([row["instruction"], exchanged, 3 - read if exchanged else read])
+    return {
+        "annotations": annotated,
+        "parsed": parsed,
+        "win rate": get_winrate(ours),
+        "both": get_winrate(both),
+    }
 
 
 print(json.dumps({"fastchat": fastchat(), "alpaca": alpaca()}, default=float))
