@@ -20,6 +20,8 @@ from zephyr.evals.mt_bench_prompts import Prompt
 from zephyr.files import home, shown
 
 BY_REFERENCE = ("math", "reasoning", "coding")  # categories whose prompts have a reference answer
+# of one side and of two: without a reference answer, and with it
+PROMPTS = ("single-v1", "single-math-v1"), ("pair-v2", "pair-math-v1")
 TOKENS = 2048  # of a judgment, at most
 
 
@@ -87,7 +89,8 @@ def matches(
 ) -> Iterator[Match]:
     """Yield what one model's answers are graded by, or two models' compared, question by question
     and turn by turn. `sides` has each model's answers; two have answered the same questions."""
-    kind = "pair" if len(sides) == 2 else "single"
+    orders = [sides] if len(sides) == 1 else [sides, sides[::-1]]
+    names = PROMPTS[len(sides) - 1]
     for number in sides[0]:
         if number not in questions:
             raise ValueError(f"question {number} is answered and is none of --questions")
@@ -107,11 +110,9 @@ def matches(
                 )
             values |= _numbered("ref_answer", references[number])
         for turn in range(1, len(asked) + 1):
-            name = f"{kind}-{'math-v1' if by_reference else 'v2' if kind == 'pair' else 'v1'}"
-            prompt = prompts[name + "-multi-turn" * (turn > 1)]
+            prompt = prompts[names[by_reference] + "-multi-turn" * (turn > 1)]
             games = [
-                prompt.fill(values | _answers([side[number] for side in order]))
-                for order in ([sides, sides[::-1]] if kind == "pair" else [sides])
+                prompt.fill(values | _answers([side[number] for side in order])) for order in orders
             ]
             yield Match(number, turn, prompt.name, games)
 
