@@ -258,6 +258,16 @@ def test_game_2_exchanges_the_answers(files, server):
     assert "### User:\nAnd {x}?\n\n### Assistant B:\n{x} is 3\n\n<|The End" in prompts[101, 2]
 
 
+def test_our_own_prompts_have_fastchats_layout():
+    """So that what takes its prompts apart takes ours; before its layout stand its own words."""
+    theirs = mt_bench_prompts.read(str(shared("mt_bench") / "judge_prompts.jsonl"))
+    for name, prompt in mt_bench_prompts.read(None).items():
+        layout = theirs[name].template
+        if name in KINDS:
+            layout = layout[layout.index("[Question]") :]
+        assert prompt.template == layout and prompt.name == f"zephyr-{name}"
+
+
 def test_our_own_prompts_show_the_answers_lengths(files, server):
     server.says = lambda body: "[[7]] [[A]]"
     command(files, server)
