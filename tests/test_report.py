@@ -17,7 +17,7 @@ from test_evals import PAIR_PROMPT, alpaca_data, annotation, one_line, pair, sco
 
 from helpers import ROOT, save, shared
 from zephyr.data.readers import read_rows
-from zephyr.evals import alpaca, entries, html, judge, mt_bench
+from zephyr.evals import alpaca, entries, html, mt_bench, mt_bench_prompts
 from zephyr.evals.__main__ import main
 from zephyr.evals.prompts import conversation
 
@@ -449,21 +449,22 @@ def held(name: str, template: str):
     return ([TURNS[key] for key in first], answers, math), found
 
 
+def taken_apart(name: str, template: str) -> None:
+    (questions, answers, math), found = held(name, template)
+    assert found.questions == questions and found.answers == answers, name
+    references = "\n".join(found.references)
+    assert ("Since." in references) == math
+    assert ("So." in references) == (math and "multi" in name)
+
+
 def test_fastchats_prompts_are_taken_apart():
     for _, row in read_rows(shared("mt_bench/judge_prompts.jsonl")):
-        (questions, answers, math), found = held(row["name"], row["prompt_template"])
-        assert found.questions == questions and found.answers == answers, row["name"]
-        references = "\n".join(found.references)
-        assert ("Since." in references) == math
-        assert ("So." in references) == (math and "multi" in row["name"])
+        taken_apart(row["name"], row["prompt_template"])
 
 
-@pytest.mark.parametrize("name", judge.OWN)
+@pytest.mark.parametrize("name", mt_bench_prompts.NAMES)
 def test_our_own_prompts_are_taken_apart(name):
-    (questions, answers, math), found = held(name, judge.OWN[name][1])
-    assert found.questions == questions and found.answers == answers
-    expected = [TURNS["ref_answer_1"], TURNS["ref_answer_2"]][: len(questions)] * math
-    assert found.references == expected
+    taken_apart(name, mt_bench_prompts.read(None)[name].template)
 
 
 def test_real_prompts_are_taken_apart():

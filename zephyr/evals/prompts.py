@@ -1,7 +1,7 @@
 """The prompts by which MT-Bench asks a judge, taken apart into questions, references and answers.
 
 FastChat's judgments hold the answers nowhere else. The forms are FastChat's, of single answers and
-of pairs, and those of our own in judge.py.
+of pairs; those of our own, in mt_bench_prompts.py, have the same layout.
 """
 
 from typing import NamedTuple
@@ -46,21 +46,9 @@ FORMS = (
         [*_chat("A"), f"{_A}\n\n\n{_B[0]}", *_B[1:]],
         "\n\n<|The End of Assistant B's Conversation with User|>",
     ),
-    (
-        "-qaqa",
-        [
-            "[First question]\n",
-            "\n\n[Answer]\n",
-            "\n\n[Second question]\n",
-            "\n\n[Answer to be graded]\n",
-        ],
-        "",
-    ),
-    ("-qa", ["[Question]\n", "\n\n[Answer]\n"], ""),
 )
 REFERENCES = (  # where a reference answer starts in what is asked, and where it ends
     ("\n\n[The Start of Reference Answer]\n", "\n[The End of Reference Answer]"),
-    ("\n\n[Reference answer]\n", ""),
     ("<|The Start of Reference Answer|>\n\n", "\n\n<|The End of Reference Answer|>\n\n\n"),
 )
 

@@ -7,7 +7,7 @@ answers give kappa.
 
 import argparse
 import json
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from itertools import combinations
 
 from zephyr.data.readers import expand, read_rows
@@ -33,8 +33,20 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> str:
-    """Return the page of the files, and write their figures if that was asked for."""
-    files = {str(path): list(read_rows(path)) for path in expand(args.files)}
+    return report(args.files, args.alpaca_data, args.questions, args.feedback, args.json, args.html)
+
+
+def report(
+    paths: Sequence[str],
+    alpaca_data: str | None = None,
+    questions: str | None = None,
+    feedback: str | None = None,
+    json_out: str | None = None,
+    html_out: str | None = None,
+) -> str:
+    """Return the page of files of one benchmark, and write their figures as JSON, and the page to
+    click through, if there are paths to write them to."""
+    files = {str(path): list(read_rows(path)) for path in expand(paths)}
     kinds = {path: kind(path, rows[0][1]) for path, rows in files.items()}
     first = next(iter(kinds))
     for path, name in kinds.items():
@@ -43,20 +55,20 @@ def run(args: argparse.Namespace) -> str:
                 f"{path} has {name}, {first} has {kinds[first]}; show one benchmark at a time"
             )
     if kinds[first] == ALPACA:
-        if args.questions:
+        if questions:
             raise ValueError(f"--questions is for {MT_BENCH}, and {first} has {ALPACA}")
-        figures, text = _alpaca(files, args.alpaca_data, args.feedback)
+        figures, text = _alpaca(files, alpaca_data, feedback)
     else:
-        if args.alpaca_data:
+        if alpaca_data:
             raise ValueError(f"--alpaca-data is for {ALPACA}, and {first} has {MT_BENCH}")
-        figures, text = _mt_bench(files, args.questions, args.feedback)
-    if not args.feedback:
+        figures, text = _mt_bench(files, questions, feedback)
+    if not feedback:
         text += "\n" + page.text([page.NO_FEEDBACK])
-    if args.json:
-        with atomic(home(args.json)) as file:
+    if json_out:
+        with atomic(home(json_out)) as file:
             file.write((json.dumps(figures, indent=2) + "\n").encode())
-    if args.html:
-        html.write(home(args.html), figures, files, args.questions, args.feedback)
+    if html_out:
+        html.write(home(html_out), figures, files, questions, feedback)
     return text
 
 
