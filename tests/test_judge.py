@@ -122,6 +122,13 @@ def test_judgments_are_written_as_fastchat_has_them(files, server, capsys):
     assert "prompts are our own" in said and "family gpt" in said
 
 
+def test_an_empty_answer_is_graded(files, server):
+    write_rows(files / "a.jsonl", [answer_line(81, ["", "x"])])
+    command(files, server)
+    rows = [row for _, row in read_rows(files / "out.jsonl")]
+    assert [row["turn"] for row in rows] == [1, 2] and len(server.asked) == 2
+
+
 def test_fastchats_prompts_are_used_unchanged(files, server, capsys):
     data = shared("mt_bench")
     command(files, server, "--prompts", data / "judge_prompts.jsonl")
@@ -160,7 +167,7 @@ def test_an_answer_without_a_grade_is_asked_for_again(files, server, capsys):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"a": [answer_line(81, ["", "x"])]}, r"a.jsonl:1: an answer to question 81 is empty: "),
+        ({"a": [answer_line(81, [None, "x"])]}, "a.jsonl:1: an answer to question 81 is no text: "),
         ({"a": [answer_line(81, ["x", "y"])] * 2}, "a.jsonl:2: question 81 is answered before"),
         ({"a": [answer_line(7, ["x"])]}, "question 7 is answered and is none of --questions"),
         ({"a": [answer_line(81, ["x"])]}, "question 81 has 2 turns and 1 answers"),

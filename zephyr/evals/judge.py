@@ -86,7 +86,8 @@ def read_questions(path: str) -> dict[int, dict]:
 
 
 def read_answers(path: str) -> tuple[str, dict[int, list[str]]]:
-    """Return the model and its answers' turns by question, from FastChat's answer file."""
+    """Return the model and its answers' turns by question, from FastChat's answer file. An empty
+    answer is one, to be graded: without it a model that says nothing would have a better mean."""
     model, found = "", {}
     for where, row in read_rows(Path(path)):
         try:
@@ -100,9 +101,9 @@ def read_answers(path: str) -> tuple[str, dict[int, list[str]]]:
             raise ValueError(f"{where}: question {number} is answered before; delete one of them")
         if name != (model := model or name):
             raise ValueError(f"{where}: it is {shown(name)}'s answer in a file of {shown(model)}'s")
-        if not _texts(turns):
+        if not isinstance(turns, list) or not all(isinstance(turn, str) for turn in turns):
             raise ValueError(
-                f"{where}: an answer to question {number} is empty: {shown(turns, 60)}"
+                f"{where}: an answer to question {number} is no text: {shown(turns, 60)}"
             )
         found[number] = turns
     return model, found
