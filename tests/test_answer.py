@@ -17,7 +17,7 @@ from zephyr.data.readers import read_rows, write_rows
 from zephyr.endpoint import Request
 from zephyr.evals import __main__ as evals_command
 from zephyr.evals import judge, questions, show
-from zephyr.evals.best_of import BestOf
+from zephyr.evals.best_of import BestOf, samples
 from zephyr.source import open_source
 
 FASTCHAT = {  # llm_judge/common.py
@@ -293,6 +293,9 @@ def test_the_best_of_n_has_the_highest_implicit_reward(folder, tmp_path, asked, 
     assert "temperature 0" not in said
     mt_bench(folder, asked, "--best-of", 2, "--reference", base, "--max-new", 6)
     assert "2 of 5 turns were asked at temperature 0" in capsys.readouterr().out
+    greedy, sampled = (Request([], {"temperature": t, "seed": 2}) for t in (0.0, 0.7))
+    assert samples(greedy, 3) == [greedy] * 3
+    assert [r.parameters["seed"] for r in samples(sampled, 3)] == [6, 7, 8]
 
 
 def test_rewards_are_those_of_each_answer_alone(folder, tmp_path):

@@ -142,7 +142,7 @@ def run(args: argparse.Namespace) -> str:
             if not missing(turns):
                 write(row_of(args.benchmark, name, question, [answer.text for answer in turns]))
     lines = [f"{plain(name)} answers to {args.benchmark}, in {plain(out, 200)}"]
-    lines += answer_page.report(questions, said)
+    lines += answer_page.report(questions, said, again=isinstance(source, Endpoint))
     lines += best.report() if best else []
     if isinstance(source, Endpoint):
         lines.append(f"cost: {budget.show(budget.spent)}")

@@ -10,14 +10,15 @@ from zephyr.evals.questions import Question
 from zephyr.files import plain, shown
 
 
-def report(questions: Sequence[Question], said: Sequence[Said]) -> list[str]:
-    """Return the lines about the answers to each question's turns."""
+def report(questions: Sequence[Question], said: Sequence[Said], again: bool) -> list[str]:
+    """Return the lines about the answers to each question's turns. `again`: what has no answer may
+    get one if it is asked again."""
     lines, both = table(questions, said), list(zip(questions, said, strict=True))
     if left := [(q, turns) for q, turns in both if missing(turns)]:
         why = f"{shown(left[0][0].name, 40)}: {plain(left[0][1][-1].why, 200)}"
         lines += page.said(
-            f"{len(left)} of {len(said)} questions are not in the file, the first, {why}; the same "
-            "command asks them again"
+            f"{len(left)} of {len(said)} questions are not in the file, the first, {why}"
+            + "; the same command asks them again" * again
         )
     if empty := [q for q, turns in both if not missing(turns) and not all(a.text for a in turns)]:
         lines += page.said(

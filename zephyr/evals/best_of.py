@@ -60,9 +60,9 @@ class BestOf:
     def answers(
         self, requests: Sequence[Request], ask: Callable[[list[Request]], Said]
     ) -> list[Answer | Failure]:
-        """Return the best answer to each request, of those with its seed and the next ones; the
-        first of equals. A request at temperature 0 has but one answer."""
-        found = ask([seeded(request, k) for request in requests for k in range(self.count)])
+        """Return the best answer to each request, of `count` with seeds of their own; the first of
+        equals. A request at temperature 0 has but one answer."""
+        found = ask([sample for request in requests for sample in samples(request, self.count)])
         groups = [found[k : k + self.count] for k in range(0, len(found), self.count)]
         answered = [[a for a in group if isinstance(a, Answer)] for group in groups]
         rewards = self.rewards(requests, [[a.text for a in answers] for answers in answered])
@@ -124,7 +124,10 @@ def said(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
 
 
-def seeded(request: Request, k: int) -> Request:
-    """Return the request for its k-th sample. A greedy one is the same whatever its seed."""
+def samples(request: Request, count: int) -> list[Request]:
+    """Return the request with `count` seeds: of seed 0 they are 0, 1 .., of seed 1 the next ones. A
+    greedy one is the same whatever its seed."""
     p = request.parameters
-    return request._replace(parameters=p | {"seed": p["seed"] + k} if p["temperature"] else p)
+    if not p["temperature"]:
+        return [request] * count
+    return [Request(request.messages, p | {"seed": p["seed"] * count + k}) for k in range(count)]
