@@ -188,7 +188,7 @@ def test_empty_and_cut_answers_are_counted(server, asked, capsys):
     assert rows[0]["choices"][0]["turns"] == ["", "the mat"]
     said = " ".join(capsys.readouterr().out.split())
     assert re.search(r"writing 0.7 1 0 4 1 2 ", said), said
-    assert "1 questions have an empty answer, the first is 81; it is in the file" in said
+    assert "1 of 3 questions have an empty answer, the first 81; it is in the file" in said
     found = judge.read_answers(str(asked.parent / "out.jsonl"))[1]
     assert found[81] == ["", "the mat"]
 

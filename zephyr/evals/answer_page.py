@@ -1,6 +1,7 @@
 """What is to be known of a model's answers before a judge sees them: how many there are, how long,
 and what is wrong with them."""
 
+import textwrap
 from collections.abc import Sequence
 
 from zephyr.endpoint import Answer
@@ -16,16 +17,20 @@ def report(questions: Sequence[Question], said: Sequence[Said], again: bool) -> 
     lines, both = table(questions, said), list(zip(questions, said, strict=True))
     if left := [(q, turns) for q, turns in both if missing(turns)]:
         why = f"{shown(left[0][0].name, 40)}: {plain(left[0][1][-1].why, 200)}"
-        lines += page.said(
+        lines += wrapped(
             f"{len(left)} of {len(said)} questions are not in the file, the first, {why}"
             + "; the same command asks them again" * again
         )
     if empty := [q for q, turns in both if not missing(turns) and not all(a.text for a in turns)]:
-        lines += page.said(
-            f"{len(empty)} questions have an empty answer, the first is {shown(empty[0].name, 40)};"
+        lines += wrapped(
+            f"{len(empty)} of {len(said)} questions have an empty answer, the first {shown(empty[0].name, 40)};"
             " it is in the file, and a judge grades it as any other"
         )
     return lines
+
+
+def wrapped(sentence: str) -> list[str]:
+    return textwrap.wrap(sentence, page.WIDTH, subsequent_indent="  ", break_on_hyphens=False)
 
 
 def table(questions: Sequence[Question], said: Sequence[Said]) -> list[str]:
