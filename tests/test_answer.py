@@ -156,6 +156,7 @@ def test_ended_anywhere_the_same_command_goes_on(server, asked):
     with pytest.raises(SystemExit):
         mt_bench(name(server), asked, "--concurrency", 1)
     assert out.read_text() == "another model's\n"
+    assert {p.name for p in out.parent.iterdir()} == {"q.jsonl", "out.jsonl", "out.jsonl.answers"}
     server.says = lambda text: text
     rows = mt_bench(name(server), asked)
     assert server.asked.pop("on the mat") == 2
@@ -365,7 +366,7 @@ def test_a_wrong_instruction_costs_one_line(rows, message, server, tmp_path, cap
         ("--best-of 3", "--best-of N and --reference REF go together"),
         ("--best-of 3 --reference x", "so MODEL is a folder, not NAME@URL"),
         ("--instructions x", "mt-bench takes its questions from --questions FILE alone"),
-        ("--out x.json", "x.json: rows are written as .jsonl"),
+        ("--out x.json", "--out 'x.json': answers to mt-bench are a .jsonl file"),
         ("--out {asked}", "would overwrite the questions; name another file"),
         ("--budget-tokens 5 --budget-money 2", "a budget is in tokens or in money"),
         ("--budget-tokens 5", "0 tokens of 5 are spent, and the next request could cost"),

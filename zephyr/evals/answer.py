@@ -27,6 +27,7 @@ from zephyr.files import atomic, home, plain, shown
 from zephyr.source import Folder, ask, open_source, title
 
 NEW = {"mt-bench": 1024, "alpaca": 2048}  # tokens of an answer, at most
+ENDS = {"mt-bench": (".jsonl", ".jsonl.gz"), "alpaca": (".json",)}  # of the files written
 FILES = {"mt-bench": "questions", "alpaca": "instructions"}  # the flags that name them
 ENDPOINTS = ("concurrency", "budget_tokens", "budget_money", "prices", "key_from")  # flags
 
@@ -58,6 +59,10 @@ def check(args: argparse.Namespace, source: Endpoint | Folder) -> None:
     for flag in FILES.values():
         if (getattr(args, flag) is None) == (flag == own):
             raise ValueError(f"{args.benchmark} takes its questions from --{own} FILE alone")
+    if not args.out.endswith(ends := ENDS[args.benchmark]):
+        raise ValueError(
+            f"--out {shown(args.out)}: answers to {args.benchmark} are a {ends[0]} file"
+        )
     for flag, value, fits in (
         ("--max-new", args.max_new, args.max_new is None or args.max_new > 0),
         ("--temperature", args.temperature, 0 <= (args.temperature or 0) < math.inf),
@@ -87,8 +92,6 @@ def check(args: argparse.Namespace, source: Endpoint | Folder) -> None:
 def outputs(path: str) -> Iterator[Callable[[dict], object]]:
     """Give a function that appends a row to AlpacaEval's outputs, one list of JSON. The file
     appears when the block ends."""
-    if not path.endswith(".json"):
-        raise ValueError(f"{path}: AlpacaEval's outputs are one list, in a .json file")
     with atomic(path) as file:
         rows: list[dict] = []
         yield rows.append
@@ -132,12 +135,11 @@ def run(args: argparse.Namespace) -> str:
 
     parameters = {"max_tokens": args.max_new or NEW[args.benchmark], "seed": args.seed}
     parameters |= {"top_p": 1.0} if alpaca else {}
+    pick = (lambda requests: best.answers(requests, answers)) if best else answers
+    said = converse(questions, pick, args.system, parameters)
+    if all(map(missing, said)):
+        raise ValueError(f"no question has an answer, the first: {said[0][-1].why}")
     with (outputs if alpaca else writing)(out) as write:
-        pick = (lambda requests: best.answers(requests, answers)) if best else answers
-        said = converse(questions, pick, args.system, parameters)
-        left = [k for k in range(len(questions)) if missing(said[k])]
-        if len(left) == len(questions):
-            raise ValueError(f"no question has an answer, the first: {said[0][-1].why}")
         for question, turns in zip(questions, said, strict=True):
             if not missing(turns):
                 write(row_of(args.benchmark, name, question, [answer.text for answer in turns]))

@@ -23,8 +23,8 @@ def report(questions: Sequence[Question], said: Sequence[Said], again: bool) -> 
         )
     if empty := [q for q, turns in both if not missing(turns) and not all(a.text for a in turns)]:
         lines += wrapped(
-            f"{len(empty)} of {len(said)} questions have an empty answer, the first {shown(empty[0].name, 40)};"
-            " it is in the file, and a judge grades it as any other"
+            f"{len(empty)} of {len(said)} questions have an empty answer, the first "
+            f"{shown(empty[0].name, 40)}; it is in the file, and a judge grades it as any other"
         )
     return lines
 
