@@ -222,6 +222,16 @@ def test_a_budget_ends_it_and_a_larger_one_goes_on(files, server, capsys):
     assert len(server.asked) == 25 and len(annotations(files)) == 12
 
 
+def test_an_empty_output_is_judged_and_told(files, server, capsys):
+    rows = [row for _, row in read_rows(files / "ours.jsonl")]
+    write_rows(files / "ours.jsonl", [rows[0] | {"output": " "}, *rows[1:]])
+    server.says = lambda body: "m"
+    command(files, server)
+    assert len(annotations(files)) == 12
+    name = rows[0]["instruction"]
+    assert f"1 outputs are empty, the first to {name!r}; the judge saw" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -230,7 +240,6 @@ def test_a_budget_ends_it_and_a_larger_one_goes_on(files, server, capsys):
             "11 instructions stand in one of .*base.json and .*ours.jsonl alone",
         ),
         ([output("one", "x")] * 2, "ours.jsonl:2: 'one' is answered before; delete one"),
-        ([output("one", " ")], "ours.jsonl:1: the output to 'one' is empty"),
         ([{"instruction": "one", "output": "x"}], "ours.jsonl:1 is no output, with instruction"),
         (
             [output("a", "x"), output("b", "x", "z")],

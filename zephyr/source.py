@@ -129,7 +129,7 @@ class Folder:
         groups: dict[str, dict[str, list[int]]] = {}
         for key, request in requests.items():
             try:
-                prompt = tokenizer.prompt(list(request.messages), system=self._empty_system)
+                prompt = tokenizer.prompt(list(request.messages), system=self.empty_system)
                 if len(prompt) >= c.max_position_embeddings:
                     raise ValueError(
                         f"the conversation has {len(prompt)} tokens, {self.path} has "
@@ -155,7 +155,7 @@ class Folder:
         return batches
 
     @cached_property
-    def _empty_system(self) -> bool:
+    def empty_system(self) -> bool:
         """True if the model was trained with an empty system message where there is none."""
         from zephyr.weights import config_json
 

@@ -30,7 +30,8 @@ PROBES = 3  # requests at most that show if a judge gives log-probs, before all 
 
 
 def read_outputs(path: str) -> tuple[str, dict[str, dict]]:
-    """Return the model of a file of AlpacaEval's outputs, and its rows by their instructions."""
+    """Return the model of a file of AlpacaEval's outputs, and its rows by their instructions. An
+    empty output is one: without it a model that says nothing would have a better win rate."""
     model, found = "", {}
     for where, row in read_rows(Path(path)):
         if "choices" in row and "question_id" in row:
@@ -47,11 +48,6 @@ def read_outputs(path: str) -> tuple[str, dict[str, dict]]:
             )
         if name != (model := model or name):
             raise ValueError(f"{where}: it is {shown(name)}'s output in a file of {shown(model)}'s")
-        if not output.strip():
-            raise ValueError(
-                f"{where}: the output to {shown(instruction, 50)} is empty; have it answered "
-                "again, or write what the judge shall see there, such as (empty)"
-            )
         found[instruction] = row
     return model, found
 
@@ -165,6 +161,12 @@ def run(args: argparse.Namespace, judge: Judge, out: str) -> list[str]:
     with atomic(out) as file:
         file.write(json.dumps(rows, indent=2, ensure_ascii=False).encode("utf-8", "replace"))
     notes = [f"the judge was read {how}; its prompt was {prompt}"]
+    both = [*ours.values(), *theirs.values()]
+    if empty := [row["instruction"] for row in both if not row["output"].strip()]:
+        notes.append(
+            f"{len(empty)} outputs are empty, the first to {shown(empty[0], 50)}; the judge saw "
+            "them as they are"
+        )
     if not args.prompt:
         notes.append("the prompt is our own: compare these figures with each other alone")
     return notes

@@ -17,12 +17,14 @@ from zephyr.endpoint import Answer, Request
 from zephyr.evals import mt_bench, mt_bench_prompts
 from zephyr.evals.asking import Judge
 from zephyr.evals.mt_bench_prompts import Prompt
+from zephyr.evals.questions import Question, read_questions
 from zephyr.files import home, shown
 
 BY_REFERENCE = ("math", "reasoning", "coding")  # categories whose prompts have a reference answer
 # of one side and of two: without a reference answer, and with it
 PROMPTS = ("single-v1", "single-math-v1"), ("pair-v2", "pair-math-v1")
 TOKENS = 2048  # of a judgment, at most
+OWN = "the prompts are our own: compare these figures with each other alone"
 
 
 class Match(NamedTuple):
@@ -34,21 +36,9 @@ class Match(NamedTuple):
     games: list[list[dict]]  # the messages: one game, or two
 
 
-def read_questions(path: str) -> dict[int, dict]:
-    """Return MT-Bench's questions by their number."""
-    found = {}
-    for where, row in read_rows(Path(path)):
-        number, turns = row.get("question_id"), row.get("turns")
-        if type(number) is not int or not _texts(turns):
-            raise ValueError(f"{where} is no question with question_id and turns: {shown(row, 60)}")
-        if number in found:
-            raise ValueError(f"{where}: question {number} is there twice; delete one of them")
-        found[number] = row
-    return found
-
-
 def read_answers(path: str) -> tuple[str, dict[int, list[str]]]:
-    """Return the model and its answers' turns by question, from FastChat's answer file."""
+    """Return the model and its answers' turns by question, from FastChat's answer file. An empty
+    answer is one: without it a model that says nothing would have a better mean."""
     model, found = "", {}
     for where, row in read_rows(Path(path)):
         if {"instruction", "output"} <= row.keys():
@@ -66,23 +56,16 @@ def read_answers(path: str) -> tuple[str, dict[int, list[str]]]:
             raise ValueError(f"{where}: question {number} is answered before; delete one of them")
         if name != (model := model or name):
             raise ValueError(f"{where}: it is {shown(name)}'s answer in a file of {shown(model)}'s")
-        if not _texts(turns):
+        if not isinstance(turns, list) or not all(isinstance(turn, str) for turn in turns):
             raise ValueError(
-                f"{where}: an answer to question {number} is empty: {shown(turns, 60)}; have it "
-                "answered again, or write what the judge shall see there, such as (empty)"
+                f"{where}: an answer to question {number} is no text: {shown(turns, 60)}"
             )
         found[number] = turns
     return model, found
 
 
-def _texts(turns: object) -> bool:
-    return bool(
-        isinstance(turns, list) and turns and all(isinstance(t, str) and t.strip() for t in turns)
-    )
-
-
 def matches(
-    questions: dict[int, dict],
+    questions: dict[int, Question],
     sides: list[dict[int, list[str]]],
     references: dict[int, list[str]],
     prompts: dict[str, Prompt],
@@ -94,14 +77,14 @@ def matches(
     for number in sides[0]:
         if number not in questions:
             raise ValueError(f"question {number} is answered and is none of --questions")
-        asked = questions[number]["turns"]
+        asked = questions[number].turns
         for turns in (side[number] for side in sides):
             if len(turns) != len(asked):
                 raise ValueError(
                     f"question {number} has {len(asked)} turns and {len(turns)} answers"
                 )
         values = {"question": asked[0], **_numbered("question", asked)}
-        by_reference = questions[number].get("category") in BY_REFERENCE
+        by_reference = questions[number].group in BY_REFERENCE
         if by_reference:
             if len(references.get(number, ())) != len(asked):
                 raise ValueError(
@@ -172,7 +155,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, judge: Judge, out: str) -> list[str]:
     """Have a model's answers graded or compared, write the judgments to `out`, and return what the
     page has to say besides the figures."""
-    questions = read_questions(home(args.questions))
+    questions = {q.name: q for q in read_questions(home(args.questions))}
     files = [home(path) for path in (args.answers, args.against) if path]
     models, sides = map(list, zip(*map(read_answers, files), strict=True))
     if len(set(models)) < len(models):
@@ -196,9 +179,14 @@ def run(args: argparse.Namespace, judge: Judge, out: str) -> list[str]:
                 write(pair(match, models, judge.name, texts))
             elif isinstance(answers[0], Answer):
                 write(single(match, models[0], judge.name, answers[0]))
-    if args.prompts:
-        return []
-    return ["the prompts are our own: compare these figures with each other alone"]
+    empty = [n for side in sides for n, turns in side.items() if not all(t.strip() for t in turns)]
+    notes = [] if args.prompts else [OWN]
+    if empty:
+        notes.append(
+            f"{len(empty)} answers are empty, the first to question {empty[0]}; the judge saw them "
+            "as they are"
+        )
+    return notes
 
 
 def _readable(text: str) -> bool:
