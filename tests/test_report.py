@@ -272,11 +272,14 @@ def test_both_orders(tmp_path):
         orders = {"preference_model_first": first, "preference_model_second": second}
         return annotation(k, sum(known) / len(known) if known else None, k, **orders, **more)
 
-    words = {"raw_completion_model_first": "M, I think", "raw_completion_model_second": {"a": 1}}
+    # the order of AlpacaEval's coin is in its own column, the other one beside it
+    first = alpaca.model_is_first(annotation(1, 2, 1)["instruction"])
+    names = ("raw_completion", "raw_completion_exchanged")[:: 1 if first else -1]
+    words = dict(zip(names, ("M, I think", {"a": 1}), strict=True))
     save(
         tmp_path / "a.jsonl",
         both(1, 2, 1, **words),
-        both(2, 2, 1.9, raw_completion="why"),
+        both(2, 2, 1.9),
         both(3, 1, 1.2),
         both(4, 1.5, 1.5),
         both(5, None, 2),
@@ -289,14 +292,13 @@ def test_both_orders(tmp_path):
     count = options(page, "verdict")
     assert count == {"win": 2, "loss": 2, "tie": 2, "no verdict": 1, "orders disagree": changed}
     assert changed == 2
-    one, two, *_, six, _ = page.data["entries"]
+    one, *_, six, _ = page.data["entries"]
     assert [j["verdict"] for j in one["judged"]] == [
         "win, preference 2.00",
         "loss, preference 1.00",
     ]
     assert [j["words"] for j in one["judged"]] == ["M, I think", '{"a": 1}']
     assert one["judged"][1]["how"] == "model shown second"
-    assert two["judged"][0] == {"verdict": "", "how": "", "words": "why"}
     assert six["verdict"] == ["no verdict"]
 
 
@@ -482,3 +484,20 @@ def test_another_prompt_is_left_as_it_is():
         assert conversation(prompt) is None
     cut = PAIR_PROMPT.format("a", "b").removesuffix("]")
     assert conversation(cut) is None
+
+
+def test_the_judge_s_words_stand_with_their_order(tmp_path):
+    """Whichever of the two AlpacaEval's coin gives, `raw_completion` is its own."""
+    rows = [
+        annotation(k, 1.5, k, raw_completion="coin's", raw_completion_exchanged="other's")
+        | {"preference_model_first": 2, "preference_model_second": 1}
+        for k in range(1, 12)
+    ]
+    save(tmp_path / "a.jsonl", *rows)
+    page, _ = made(tmp_path, tmp_path / "a.jsonl")
+    coins = [alpaca.model_is_first(row["instruction"]) for row in rows]
+    assert len(set(coins)) == 2
+    for first, entry in zip(coins, page.data["entries"], strict=True):
+        words = ["coin's", "other's"] if first else ["other's", "coin's"]
+        assert [j["words"] for j in entry["judged"]] == words
+        assert entry["judged"][0]["how"].endswith("shown first")

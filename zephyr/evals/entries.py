@@ -117,12 +117,10 @@ def _alpaca(path: str, rows: Rows, named: dict[str, dict]) -> Iterator[Entry]:
             how = f"{a.model} shown {slot}, by AlpacaEval's rule"
             said = [(how, preference, row.get("raw_completion"))]
         else:
-            said = [
-                (f"{a.model} shown {slot}", p, row.get(f"raw_completion_model_{slot}"))
-                for slot, p in zip(("first", "second"), orders, strict=True)
-            ]
-            if row.get("raw_completion"):
-                entry.judged.append(judgment("", "", row["raw_completion"]))
+            words = [row.get("raw_completion_exchanged"), row.get("raw_completion")]
+            words = words[:: -1 if alpaca.model_is_first(instruction) else 1]
+            slots = zip(("first", "second"), orders, words, strict=True)
+            said = [(f"{a.model} shown {slot}", p, said) for slot, p, said in slots]
         if output_1 != output_2 and not all(math.isnan(p) for _, p, _ in said):
             entry.place(named, name, named[name]["length_quarters"], by, BY)
         for how, p, words in said:
