@@ -135,8 +135,10 @@ def test_what_names_a_source():
     assert source.title(found) == "a@b/c"
     with pytest.raises(ValueError, match="names no model; write NAME@URL"):
         source.open_source("http://localhost:8000/v1")
-    with pytest.raises(ValueError, match="nowhere"):
-        source.open_source("nowhere")
+    with pytest.raises(ValueError, match="'gpt-4' is no folder here; .* is gpt-4@URL, as in"):
+        source.open_source("gpt-4")
+    with pytest.raises(ValueError, match="runs/nowhere"):
+        source.open_source("runs/nowhere")
 
 
 def test_a_parameter_that_sampling_lacks_is_refused(folder, tmp_path):

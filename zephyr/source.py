@@ -41,7 +41,12 @@ def open_source(name: str, key_from: str = "OPENAI_API_KEY") -> "Endpoint | Fold
         return Endpoint(match[2], match[1], key_from)
     if name.startswith(("http://", "https://")):
         raise ValueError(f"{shown(name)} names no model; write NAME@URL, as in gpt-4.1@{name}")
-    return Folder(home(name))
+    if not Path(path := home(name)).exists() and "/" not in name:
+        raise ValueError(
+            f"{shown(name)} is no folder here; a model at an endpoint is {name}@URL, as in "
+            f"{name}@http://localhost:8000/v1"
+        )
+    return Folder(path)
 
 
 def title(source: "Endpoint | Folder") -> str:
