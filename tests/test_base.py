@@ -96,7 +96,10 @@ def test_the_empty_system_message_is_the_folders_own(good):
     put(good, chat_template__jinja="{{ '<|im_start|>' }}")
     assert look() == (
         True,
-        [f"{good} has a chat template of its own; Zephyr's is used in its place, see docs/data.md"],
+        [
+            f"{good} has a chat template of its own; Zephyr's is used in its place, see "
+            "docs/operate/data.md"
+        ],
     )
 
 

@@ -173,12 +173,12 @@ def test_flops_are_what_torch_counts(as_on_a_gpu, monkeypatch, shape, batch):
 
 
 def test_flops_of_an_average_pair_of_ultrafeedback():
-    """The table of docs/performance.md, in TFLOP; each number is in the page too."""
+    """The table of docs/operate/performance.md, in TFLOP; each number is in the page too."""
     load = costs.pair(170, 320, 290, 4096)
     parts = {name: 3 * x / 1e12 for name, x in costs.forward(MISTRAL, load).items()}
     again = costs.recomputed(MISTRAL, load, "full") / 1e12
     whole = sum(parts.values())
-    page = (ROOT / "docs" / "performance.md").read_text()
+    page = (ROOT / "docs" / "operate" / "performance.md").read_text()
     for number in (parts["projections"] + parts["mlp"], parts["attention"], parts["head"]):
         assert f"| {number:.2f} |" in page
     assert f"| **{whole:.2f}** |" in page
@@ -191,8 +191,8 @@ def test_flops_of_an_average_pair_of_ultrafeedback():
     "recompute, size", [("none", 139_264), ("elementwise", 94_208), ("full", 8_192)]
 )
 def test_activations_of_a_token(recompute, size):
-    """Bytes per token and layer, as docs/performance.md has them, without the norms' scales and
-    attention's lse."""
+    """Bytes per token and layer, as docs/operate/performance.md has them, without the norms' scales
+    and attention's lse."""
     more = [dataclasses.replace(MISTRAL, num_hidden_layers=n) for n in (2, 1)]
     two, one = (costs.activations(c, costs.Load(1, 1, 1, 0), recompute, 2) for c in more)
     fp32 = {"none": 4 * (32 + 2), "elementwise": 4 * 32, "full": 0}

@@ -10,7 +10,7 @@ PAGES = ["README.md", *(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob(
 
 
 def test_every_test_that_the_reliability_page_names_exists():
-    page, name = (ROOT / "docs" / "reliability.md").read_text(), ""
+    page, name = (ROOT / "docs" / "operate" / "reliability.md").read_text(), ""
     named = re.findall(r"(test_\w+\.py)|::(test_\w+)", page)
     assert len(named) > 100
     for file, test in named:

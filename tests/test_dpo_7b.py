@@ -75,7 +75,7 @@ def test_a_mistake_costs_one_line(line, message, capsys):
 
 
 def test_pairs_have_ultrafeedbacks_lengths():
-    """Means of UltraFeedback's pairs after the cut to 512 and 1024, in docs/performance.md."""
+    """Means of UltraFeedback's pairs after the cut to 512 and 1024: docs/operate/performance.md."""
     data = dpo_7b.tokens(4 * 64)
     pairs = [data.pair(k) for k in range(len(data))]
     lengths = np.array([[len(part) for part in pair] for pair in pairs])

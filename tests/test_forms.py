@@ -176,7 +176,7 @@ def test_every_form_of_a_pair(name, tokenizer, tmp_path):
 
 
 def test_the_page_shows_lines_that_are_read():
-    page = (Path(__file__).parent.parent / "docs" / "data.md").read_text()
+    page = (Path(__file__).parent.parent / "docs" / "operate" / "data.md").read_text()
     talks, pairs = (part for part in page.split("\n### ") if part[:4] in ("dSFT", "dDPO"))
 
     def examples(part):

@@ -269,7 +269,8 @@ def test_the_slurm_script_starts_each_node_and_requeues_what_can_go_on(
         "CODE": str(code),
         "SAYS": says,
     }
-    command = ["bash", ROOT / "docs" / "zephyr.sbatch", "train_dpo.py", "--data", "a file.jsonl"]
+    script = ROOT / "docs" / "operate" / "zephyr.sbatch"
+    command = ["bash", script, "train_dpo.py", "--data", "a file.jsonl"]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == code and says in done.stdout and not done.stderr
     assert (tmp_path / "requeued").exists() == requeued

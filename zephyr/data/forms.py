@@ -1,7 +1,7 @@
 """A line of a data file as what was said: the forms of a conversation and of a preference pair.
 
-docs/data.md shows an example of each. What belongs to a prompt and cannot be used is refused by
-name, never left out; null, absent and blank are the same.
+docs/operate/data.md shows an example of each. What belongs to a prompt and cannot be used is
+refused by name, never left out; null, absent and blank are the same.
 """
 
 import re

@@ -59,7 +59,7 @@ def open_folder(folder: str | Path) -> Base:
     if own is None and config_json.own_template(folder):
         notes.append(
             f"{folder} has a chat template of its own; Zephyr's is used in its place, see "
-            "docs/data.md"
+            "docs/operate/data.md"
         )
     return Base(shape, tokenizer, own, notes)
 
