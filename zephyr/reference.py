@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import kernels
-from zephyr import attention, files
+from zephyr import attention, files, lora
 from zephyr.data.batching import PairSteps, packed_ahead
 from zephyr.data.cache import CHOOSE, cache_folder
 from zephyr.distributed import group, signals
@@ -56,11 +56,14 @@ class Reference:
 
 
 def live(model: Mistral) -> Reference:
-    """Return a reference that computes the log-probs of `model` again for every batch."""
+    """Return a reference that computes the log-probs of `model` again for every batch, without
+    adapters if it has some: then it is the policy itself, as it was at the start."""
 
     @torch.no_grad()
     def sums_2P(batch: Batch) -> Tensor:
-        return kernels.response_sums(model(batch), batch.response_N, 2 * len(batch.pairs))
+        with lora.switched_off(model):
+            logprob_N = model(batch)
+        return kernels.response_sums(logprob_N, batch.response_N, 2 * len(batch.pairs))
 
     return Reference(sums_2P, exact=True)
 
