@@ -119,6 +119,11 @@ def parse(argv: list[str] | None) -> tuple[Job, str]:
         raise ValueError(f"--gpu {args.gpu} is unknown; there are {', '.join(GPUS)}")
     c, card = architecture(args.model), CARDS[GPUS[args.gpu]]
     t, recipe = settings([*rest, "--model", args.model, "--data", "-", "--out", "-"])
+    if t.lora_rank:
+        raise ValueError(
+            f"--lora-rank {t.lora_rank}: the plan is of full training, and LoRA takes far less; "
+            "docs/running.md has the bytes of LoRA"
+        )
     card = card._replace(
         link=(args.intra_bandwidth or card.link / 1e9) * 1e9,
         network=(args.inter_bandwidth or card.network / 1e9) * 1e9,
