@@ -518,7 +518,6 @@ def test_a_pickle_or_a_quantized_base_is_refused(tmp_path, capsys):
             "--masters split does not go with --lora-rank",
         ),
         ("--lora-rank 4 --base elsewhere", "--base elsewhere is for a LoRA adapter, and"),
-        ("--lora-rank 4 --microbatch-tokens auto", "--microbatch-tokens auto does not know LoRA"),
     ],
 )
 def test_flags_that_cannot_be_meant(place, tmp_path, flags, line):

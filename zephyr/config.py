@@ -117,11 +117,6 @@ class Training:
                 f"--lora-targets {shown(self.lora_targets)} must be different ones of "
                 f"{','.join(PROJECTIONS)}"
             )
-        for name in ("microbatch_tokens", "recompute"):
-            if getattr(self, name) == "auto":
-                raise ValueError(
-                    f"{flag(name)} auto does not know LoRA's memory; say what it is to be"
-                )
         if self.masters == "split":
             raise ValueError(
                 "--masters split does not go with --lora-rank: the frozen weights are bf16 as they "

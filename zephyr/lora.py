@@ -70,9 +70,8 @@ class LoRALinear(nn.Linear):
 def attach(model: Mistral, spec: Spec, precision: str, device: torch.device) -> None:
     """Freeze a model that lies on the meta device, in the dtype that computes, and put adapters
     beside the targets of each block. `initial` has the values to start from."""
-    if precision == "bf16":
-        model.bfloat16()
-    model.requires_grad_(False)
+    for p in model.requires_grad_(False).parameters():
+        p.data = p.data.bfloat16() if precision == "bf16" else p.data
     for block in model.model.layers:
         for part in (block.self_attn, block.mlp):
             for name, layer in list(part.named_children()):

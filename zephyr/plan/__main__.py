@@ -119,11 +119,6 @@ def parse(argv: list[str] | None) -> tuple[Job, str]:
         raise ValueError(f"--gpu {args.gpu} is unknown; there are {', '.join(GPUS)}")
     c, card = architecture(args.model), CARDS[GPUS[args.gpu]]
     t, recipe = settings([*rest, "--model", args.model, "--data", "-", "--out", "-"])
-    if t.lora_rank:
-        raise ValueError(
-            f"--lora-rank {t.lora_rank}: the plan is of full training, and LoRA takes far less; "
-            "docs/running.md has the bytes of LoRA"
-        )
     card = card._replace(
         link=(args.intra_bandwidth or card.link / 1e9) * 1e9,
         network=(args.inter_bandwidth or card.network / 1e9) * 1e9,
@@ -140,6 +135,8 @@ def parse(argv: list[str] | None) -> tuple[Job, str]:
         efficiency=args.efficiency,
     )
     size = f"{sum(costs.parameters(c).values()):,} parameters"
+    if a := costs.adapters(t):
+        size += f" and {c.num_hidden_layers * costs.trained(c, a):,} of adapters"
     where = f"{args.gpus} x {args.gpu}" + f" on each of {args.nodes} nodes" * (args.nodes > 1)
     return job, f"{recipe or 'the defaults'}, {args.model}, {size}, {where}\n{items:,} {what}"
 
