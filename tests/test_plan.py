@@ -140,6 +140,24 @@ def test_adapters_on_a_24_gb_card(capsys):
     assert sent[1] / sent[0] == pytest.approx(2 * 335_544_320 / (7_241_732_096 + 335_544_320), 0.02)
 
 
+def test_the_cards_of_the_page_on_lora(capsys):
+    """docs/running.md's table, and docs/performance.md's numbers."""
+    rows = (ROOT / "docs" / "running.md").read_text().partition("## One card: LoRA")[2]
+    row = r"^\| \d+ GB \((\w+)\) \| (.*?) \| ([\d.]+) of [\d.]+ \| ([\d.]+) \|$"
+    cards = re.findall(row, rows, re.M)
+    assert len(cards) == 3
+    for name, flags, need, hours in cards:
+        flags = "" if flags == "nothing more" else flags.strip("`")
+        text = page(capsys, f"zephyr-7b-dpo-lora --gpu {name.lower()} {flags}")
+        assert f"{value(text, 'in all'):.1f}" == need and "\nfits, with" in text, name
+        assert f"{value(text, 'the run'):.1f}" == hours, name
+    text = page(capsys, "zephyr-7b-dpo-lora --gpu 4090")
+    (useful,) = re.findall(r"^  forward and backward +([\d.]+)", text, re.M)
+    numbers = (ROOT / "docs" / "performance.md").read_text()
+    assert f"{useful} TFLOP at rank 128" in numbers and "36 % of that" in numbers
+    assert re.search(r"^  full .* 35.7%$", text, re.M)
+
+
 def test_epochs_and_the_reference(capsys):
     text = page(capsys, "zephyr-7b-beta-dpo --gpu a100 --gpus 8")
     epoch, once = value(text, "an epoch"), value(text, "the reference pass")
