@@ -1,5 +1,6 @@
 """LoRA: PEFT, the textbook and torch's AdamW are the oracle, and what is frozen stays frozen."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -9,15 +10,18 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_costs import Live
 from torch import nn
 from transformers import MistralForCausalLM
 
+import kernels
 import train_dpo
 import train_sft
+from helpers import shared
 from model_helpers import close, folder_of, gradients, model, pairs
 from run_helpers import DPO, SFT, Theirs, in_the_textbook, launch, read, run, same, weights_of
-from zephyr import generate, lora, losses, optim
-from zephyr.architecture import PROJECTIONS
+from zephyr import feedback, generate, lora, losses, optim
+from zephyr.architecture import PROJECTIONS, MistralConfig
 from zephyr.attention import Layout
 from zephyr.distributed import fsdp
 from zephyr.lora import LoRALinear
@@ -246,6 +250,7 @@ def test_the_trajectory_is_the_same(place, tmp_path, six_steps, change, capfd):
     [
         "--reference live --recompute full --reshard always",
         pytest.param("--recompute elementwise --reshard never", marks=pytest.mark.slow),
+        pytest.param("--replicas 2 --adam-state fp32 --clip 1", marks=pytest.mark.slow),
     ],
 )
 def test_two_ranks_equal_one(place, tmp_path, six_steps, flags, monkeypatch):
@@ -292,7 +297,34 @@ def test_one_compiled_graph_serves_all_blocks_with_adapters_and_without(
     torch._dynamo.reset()
 
 
-def test_the_head_and_norms_make_no_gradient_that_nobody_wants(monkeypatch):
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="Inductor compiles C++")
+@pytest.mark.parametrize("reference", ["cached", "live"])
+def test_by_inductor_in_bf16_the_start_is_the_reference_to_the_bit(place, tmp_path, reference):
+    """As on a GPU, where blocks are compiled: one graph, so one rounding, adapters on or off."""
+    torch._dynamo.reset()
+    flags = "--precision", "bf16", "--compile", "on", "--reference", reference, "--steps", "3"
+    rows = run(train_dpo, place, tmp_path / "run", *LORA, *flags)
+    assert [row["rewards/margins"] == row["rewards/chosen"] == 0 for row in rows[:2]] == [True] * 2
+    assert rows[2]["rewards/margins"] != 0
+    torch._dynamo.reset()
+
+
+def test_a_frozen_head_makes_no_gradient_of_its_own_size():
+    h_ND = torch.randn(4, 8, requires_grad=True)
+    w_VD, targets_N = torch.randn(5000, 8), torch.arange(4)
+    found = {}
+    for frozen in (True, False):
+        loss = kernels.linear_logprob(h_ND, w_VD.requires_grad_(not frozen), targets_N).sum()
+        with Live([h_ND, w_VD]) as live:
+            loss.backward()
+        found[frozen], h_ND.grad = (live.peak, h_ND.grad), None
+    assert torch.equal(found[True][1], found[False][1])
+    assert found[True][0] < w_VD.nbytes <= found[False][0]
+
+
+def test_the_head_and_norms_make_no_gradient_that_nobody_wants():
     """Whatever it is that is recomputed; and the adapters' gradients are the same."""
     found = []
     for recompute in ("none", "elementwise", "full"):
@@ -404,7 +436,10 @@ def test_dpo_on_an_adapter_of_sft_is_an_adapter_of_the_same_base(place, tmp_path
     assert rows[0]["rewards/margins"] == 0 and rows[-1]["rewards/margins"] > 0.01
     told = capfd.readouterr().err
     assert f"the chat template of {start} inserts no empty system message" in told
-    assert f"{out}/adapter has rank 18: vllm serve BASE --enable-lora --max-lora-rank 32" in told
+    assert (
+        f"{out}/adapter has rank 18: vllm serve BASE --enable-lora --max-lora-rank 32 --lora-"
+        in told
+    )
     config = json.loads((out / "adapter" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (18, 18)
     assert config["target_modules"] == ["q_proj", "o_proj", "up_proj"]
@@ -431,6 +466,45 @@ def test_a_policy_that_does_not_move_stops_the_run(place, tmp_path):
     line = "after the first update the mean margin is 0 as before it: .* raise --lr 1e-30"
     with pytest.raises(ValueError, match=line):
         run(train_dpo, place, tmp_path / "run", *LORA, "--lr", "1e-30")
+
+
+@pytest.mark.slow
+def test_on_real_pairs_on_two_ranks_the_policy_learns_to_tell_them(tmp_path):
+    """UltraFeedback's, by Mistral's tokenizer, beside random weights that stay as they are."""
+    base, out = tmp_path / "base", tmp_path / "run"
+    base.mkdir()
+    shutil.copy(shared("mistral/tokenizer.model"), base)
+    shape = dataclasses.replace(SHAPE_OF_REAL, vocab_size=Tokenizer(base).vocab_size)
+    config_json.write_config(base, shape, "float32", {"initializer_range": 0.1})
+    hub.fresh(base, 0)
+    feedback.main(
+        [str(shared("ultrafeedback.train.jsonl.gz")), "--out", str(tmp_path / "all.jsonl")]
+    )
+    some = (tmp_path / "all.jsonl").read_text().splitlines(keepends=True)[:64]
+    (tmp_path / "pairs.jsonl").write_text("".join(some))
+    flags = "--lora-rank 16 --lr 3e-3 --schedule constant --epochs 12 --batch 32 --beta 0.1"
+    flags += " --precision fp32 --max-length 192 --max-prompt-length 96 --microbatch-tokens 4096"
+    launch("train_dpo.py", tmp_path, out, 2, *flags.split())
+    accuracies = [row["rewards/accuracies"] for row in read(out)]
+    assert accuracies[0] == 0 and sum(accuracies[-2:]) / 2 > 0.85
+    frozen, whole = load_file(base / "model.safetensors"), weights_of(out)
+    targets = [name for name in frozen if name.split(".")[-2] in PROJECTIONS]
+    assert all(torch.equal(frozen[x], whole[x]) != (x in targets) for x in frozen)
+
+
+SHAPE_OF_REAL = MistralConfig(
+    vocab_size=1,
+    hidden_size=64,
+    intermediate_size=192,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=2048,
+    rms_norm_eps=1e-5,
+    rope_theta=1e4,
+    sliding_window=128,
+)
 
 
 def broken(folder: Path, weights: dict | None = None, **changes) -> Path:

@@ -305,7 +305,7 @@ class Run:
             with together():
                 hub.save(model, self.out / "model", base=start, empty_system=empty)
             return
-        tensors = adapter.gathered(model)
+        tensors = adapter.gathered(model, keep=self.ranks.rank == 0)
         written = on_first(lambda: adapter.write(path, tensors, spec, start, empty))
         self.ranks.say(*adapter.serving(path, written))
         if self.c.merge:

@@ -133,11 +133,15 @@ def stacked(first: dict[str, Pair], second: dict[str, Pair]) -> dict[str, Pair]:
     return both
 
 
-def gathered(model: Mistral) -> dict[str, Tensor]:
-    """Return the masters of a model's adapters by name, whole and on the host; every rank calls
-    it."""
-    parameters = resharded_parameters(model).items()
-    return {name: full_master(p).cpu() for name, p in parameters if lora.is_adapter(name)}
+def gathered(model: Mistral, keep: bool) -> dict[str, Tensor]:
+    """Return the masters of a model's adapters by name, whole and on the host. Every rank calls it;
+    who does not `keep` them gets none."""
+    tensors = {}
+    for name, p in resharded_parameters(model).items():
+        if lora.is_adapter(name):
+            whole = full_master(p)
+            tensors |= {name: whole.cpu()} if keep else {}
+    return tensors
 
 
 def paired(tensors: dict[str, Tensor], spec: lora.Spec) -> dict[str, Pair]:
@@ -202,4 +206,5 @@ def serving(folder: Path, spec: lora.Spec) -> list[str]:
     most = next((n for n in SERVED if n >= spec.rank), None)
     if most is None:
         return [f"{folder} has rank {spec.rank}; vLLM serves {SERVED[-1]} at most: serve model/"]
-    return [f"{folder} has rank {spec.rank}: vllm serve BASE --enable-lora --max-lora-rank {most}"]
+    command = f"vllm serve BASE --enable-lora --max-lora-rank {most} --lora-modules NAME={folder}"
+    return [f"{folder} has rank {spec.rank}: {command}"]
