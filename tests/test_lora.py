@@ -145,6 +145,25 @@ def test_an_adapter_that_peft_made(place, tmp_path, rslora, capsys):
     near(ours_merged(found), logits)
 
 
+def test_an_adapter_of_several_ranks_on_which_another_is_trained(place, tmp_path, capfd):
+    """PEFT's rank_pattern; their sum has one rank, filled up with zeros."""
+    model = MistralForCausalLM.from_pretrained(place / "base", attn_implementation="eager")
+    ranks = {"rank_pattern": {"v_proj": 2}, "lora_dropout": 0.1, "init_lora_weights": False}
+    config = peft.LoraConfig(r=5, lora_alpha=3, target_modules=["q_proj", "v_proj"], **ranks)
+    torch.manual_seed(2)
+    theirs = peft.get_peft_model(model, config).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    with torch.no_grad():
+        near(ours_merged(tmp_path / "theirs"), theirs(IDS[None]).logits[0])
+    start = "--model", str(tmp_path / "theirs"), "--lora-targets", "v_proj,o_proj"
+    run(train_dpo, place, tmp_path / "run", *LORA, *start)
+    assert "theirs was trained with lora_dropout 0.1; it is added to" in capfd.readouterr().err
+    config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert config["r"] == 9 and config["target_modules"] == ["q_proj", "v_proj", "o_proj"]
+    logits = loaded_by_peft(place / "base", tmp_path / "run" / "adapter")
+    near(loaded_by_transformers(tmp_path / "run" / "model"), logits)
+
+
 @pytest.fixture
 def taken(monkeypatch):
     """The model and the optimizer of a run."""

@@ -120,7 +120,7 @@ def wrapped(
                  adapters, which is thin
     full         its input; its forward runs again but for the last matmul
 
-    Where split masters are not compiled, the last matmul runs again too.
+    Where split masters or layers with adapters are not compiled, the last matmul runs again too.
     """
     forward = block.forward
     if recompute != "none":

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn import functional as F
 
 from zephyr import files, lora
 from zephyr.architecture import PROJECTIONS
@@ -118,18 +119,16 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
 
 def stacked(first: dict[str, Pair], second: dict[str, Pair]) -> dict[str, Pair]:
     """Return the adapter that is the sum of two: B₁A₁ + B₂A₂ = [B₁ B₂] [A₁; A₂]. Its rank is the
-    sum of theirs; where one of them has nothing there are zeros."""
-
-    def padded(pairs: dict[str, Pair], name: str, other: Pair) -> Pair:
-        r = len(next(iter(pairs.values())).a)
-        zeros = Pair(torch.zeros(r, other.a.shape[1]), torch.zeros(len(other.b), r))
-        return pairs.get(name, zeros)
-
+    sum of their largest; what one of them lacks is zeros."""
+    ranks = [max(len(pair.a) for pair in pairs.values()) for pairs in (first, second)]
     both = {}
     for name in sorted(first.keys() | second.keys()):
-        any_ = first.get(name) or second[name]
-        (a, b), (c, d) = padded(first, name, any_), padded(second, name, any_)
-        both[name] = Pair(torch.cat([a, c]), torch.cat([b, d], 1))
+        a, b = first.get(name) or second[name]
+        none = Pair(a[:0], b[:, :0])
+        parts = [pairs.get(name, none) for pairs in (first, second)]
+        rows = [F.pad(a, (0, 0, 0, r - len(a))) for r, (a, _) in zip(ranks, parts, strict=True)]
+        columns = [F.pad(b, (0, r - b.shape[1])) for r, (_, b) in zip(ranks, parts, strict=True)]
+        both[name] = Pair(torch.cat(rows), torch.cat(columns, 1))
     return both
 
 

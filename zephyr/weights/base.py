@@ -40,6 +40,7 @@ def look(c: Training) -> tuple[Training, MistralConfig, Tokenizer, list[str]]:
             f"{c.model} was made for (max_position_embeddings); use {limit} or less"
         )
     notes += _tokenizer_json(place.tokenizer, tokenizer)
+    notes += _dropout(place)
     decided = next(x for x in (c.empty_system, own, True) if x is not None)
     if own is not None and (decided != own or not decided):
         does = "inserts an empty system message" if own else "inserts no empty system message"
@@ -66,6 +67,17 @@ def open_folder(folder: str | Path | Parts) -> Base:
             "docs/data.md"
         )
     return Base(shape, tokenizer, own, notes)
+
+
+def _dropout(place: Parts) -> list[str]:
+    """Return a line if a run starts from an adapter that was trained with dropout."""
+    config = files.read_json(place.adapter / locate.ADAPTER) if place.adapter else {}
+    if not (share := config.get("lora_dropout")):
+        return []
+    return [
+        f"{place.adapter} was trained with lora_dropout {shown(share)}; it is added to its base "
+        "without, and nothing is dropped out in this run"
+    ]
 
 
 def _vocabulary(folder: Path, shape: MistralConfig, tokenizer: Tokenizer) -> list[str]:

@@ -3,8 +3,6 @@
 Whoever opens a model folder asks here for its config.json, its weights and its tokenizer.model.
 """
 
-from __future__ import annotations
-
 import re
 import shlex
 from pathlib import Path
