@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_costs import Live
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MistralForCausalLM
 
 import kernels
@@ -19,12 +20,24 @@ import train_dpo
 import train_sft
 from helpers import shared
 from model_helpers import close, folder_of, gradients, model, pairs
-from run_helpers import DPO, SFT, Theirs, in_the_textbook, launch, read, run, same, weights_of
+from run_helpers import (
+    DPO,
+    SFT,
+    Theirs,
+    in_the_textbook,
+    launch,
+    read,
+    run,
+    same,
+    speak,
+    weights_of,
+)
 from zephyr import feedback, generate, lora, losses, optim
 from zephyr.architecture import PROJECTIONS, MistralConfig
 from zephyr.attention import Layout
 from zephyr.distributed import fsdp
 from zephyr.lora import LoRALinear
+from zephyr.metrics.journal import Journal
 from zephyr.model import Mistral
 from zephyr.run import checkpoint
 from zephyr.tokenizer import Tokenizer
@@ -343,8 +356,30 @@ def test_a_frozen_head_makes_no_gradient_of_its_own_size():
     assert found[True][0] < w_VD.nbytes <= found[False][0]
 
 
-def test_the_head_and_norms_make_no_gradient_that_nobody_wants():
-    """Whatever it is that is recomputed; and the adapters' gradients are the same."""
+class Ops(TorchDispatchMode):
+    """The names of the ops that ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.names.append(op.name())
+        return op(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_frozen_norm_sums_no_gradient_over_the_tokens(frozen):
+    x_TD, weight_D = torch.randn(5, 8, requires_grad=True), torch.ones(8, requires_grad=not frozen)
+    loss = kernels.rms_norm(x_TD, weight_D, 1e-5).sum()
+    with Ops() as ops:
+        loss.backward()
+    sums = [name for name in ops.names if name.startswith("aten::sum")]
+    assert len(sums) == (not frozen)
+
+
+def test_what_is_frozen_gets_no_gradient_whatever_is_recomputed():
+    """And the adapters' gradients are the same."""
     found = []
     for recompute in ("none", "elementwise", "full"):
         m = small_with_adapters()
@@ -509,6 +544,50 @@ def test_on_real_pairs_on_two_ranks_the_policy_learns_to_tell_them(tmp_path):
     frozen, whole = load_file(base / "model.safetensors"), weights_of(out)
     targets = [name for name in frozen if name.split(".")[-2] in PROJECTIONS]
     assert all(torch.equal(frozen[x], whole[x]) != (x in targets) for x in frozen)
+
+
+def test_a_step_that_was_left_out_is_no_policy_that_does_not_move(place, tmp_path, monkeypatch):
+    """The second step's, the first with a learning rate above 0."""
+    broken = Journal.broken
+
+    def broken_in_the_second(self: Journal) -> torch.Tensor:
+        self.flag = broken(self) + (self.step == 2)
+        return self.flag
+
+    monkeypatch.setattr(Journal, "broken", broken_in_the_second)
+    rows = run(train_dpo, place, tmp_path / "run", *LORA, "--on-nonfinite", "skip")
+    assert rows[1]["learning_rate"] > 0 == rows[2]["rewards/margins"] < rows[3]["rewards/margins"]
+
+
+def test_the_reference_is_shared_by_ranks_of_adapters_and_not_with_full_training(
+    place, tmp_path, own_cache
+):
+    """With adapters a compiled block is another graph, which may round in another way."""
+    tables = []
+    for name, flags in (("a", LORA), ("b", (*DPO, "--lora-rank", "2")), ("c", DPO)):
+        run(train_dpo, place, tmp_path / name, *flags, "--steps", "2")
+        tables.append(len(list((tmp_path / "cache").glob("reference-*.npy"))))
+    assert tables == [1, 1, 2]
+
+
+def test_an_adapter_answers(six_steps, place, tmp_path, monkeypatch, capsys):
+    answers = []
+    moved = shutil.copytree(six_steps[1] / "adapter", tmp_path / "moved")
+    config = json.loads((moved / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "mistralai/Mistral-7B-v0.1"
+    (moved / "adapter_config.json").write_text(json.dumps(config))
+    for flags in (
+        [six_steps[1] / "model"],
+        [six_steps[1] / "adapter"],
+        [moved, "--base", place / "base"],
+    ):
+        speak(monkeypatch, *flags, "--prompt", "one two", "--max-new", "9", "--temperature", "0")
+        answers.append(capsys.readouterr().out)
+    assert answers[0] and answers[1] == answers[2] == answers[0]
+    with pytest.raises(SystemExit):
+        speak(monkeypatch, moved, "--prompt", "one two")
+    told = capsys.readouterr().err
+    assert "is a LoRA adapter (adapter_config.json) of 'mistralai/Mistral-7B-v0.1', which" in told
 
 
 SHAPE_OF_REAL = MistralConfig(
