@@ -6,7 +6,7 @@ torchrun --nproc-per-node 8 train_dpo.py zephyr-7b-dpo --model PATH --data PATH 
 
 from functools import partial
 
-from zephyr import config, losses, optim, reference
+from zephyr import config, lora, losses, optim, reference
 from zephyr.data import arrays
 from zephyr.data.batching import PairSteps, epoch, prefetch
 from zephyr.distributed import fsdp, group
@@ -39,7 +39,7 @@ def main() -> None:
         optimizer = optim.adamw(policy, c.weight_decay, c.adam_state)  # before any forward
         # the reference is the policy as it is now: frozen in memory, or its log-probs in a table
         if c.reference == "live":
-            frozen = policy if c.lora_rank else fsdp.load(c, shape, ranks)
+            frozen = lora.without(policy) if c.lora_rank else fsdp.load(c, shape, ranks)
             on_train = on_held_out = reference.live(frozen)
         else:
             cached = partial(reference.cached, policy, weights=origin, bits=c.bits, ranks=ranks)

@@ -11,7 +11,7 @@ T tokens  D width in  F width out  r rank
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from hashlib import sha256
 from typing import NamedTuple
 
@@ -104,8 +104,7 @@ def initial(name: str, shape: torch.Size, seed: int) -> Tensor:
 
 @contextlib.contextmanager
 def switched_off(model: Mistral) -> Iterator[None]:
-    """Let the model compute without its adapters while the block runs: it is then the model that
-    the run started from. A model without adapters stays as it is."""
+    """Let the model compute without its adapters while the block runs."""
     layers = [layer for layer in model.modules() if isinstance(layer, LoRALinear)]
     for layer in layers:
         layer.scale = layer.off  # another tensor: a backward to come may need this one
@@ -114,3 +113,14 @@ def switched_off(model: Mistral) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.scale = layer.on
+
+
+def without(model: Mistral) -> Callable[..., Tensor]:
+    """Return a function that computes what the model does without its adapters: it is then the one
+    that the run started from."""
+
+    def start(batch) -> Tensor:
+        with switched_off(model):
+            return model(batch)
+
+    return start

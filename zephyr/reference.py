@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import kernels
-from zephyr import attention, files, lora
+from zephyr import attention, files
 from zephyr.data.batching import PairSteps, packed_ahead
 from zephyr.data.cache import CHOOSE, cache_folder
 from zephyr.distributed import group, signals
@@ -56,22 +56,13 @@ class Reference:
 
 
 def live(model: Mistral) -> Reference:
-    """Return a reference that computes the log-probs of `model` again for every batch, without
-    adapters if it has some: then it is the policy itself, as it was at the start."""
+    """Return a reference that computes the log-probs of `model` again for every batch."""
 
-    def start(batch: Batch) -> Tensor:
-        with lora.switched_off(model):
-            return model(batch)
-
-    return Reference(_summed(start), exact=True)
-
-
-def _summed(model: Callable[[Batch], Tensor]) -> Callable[[Batch], Tensor]:
     @torch.no_grad()
     def sums_2P(batch: Batch) -> Tensor:
         return kernels.response_sums(model(batch), batch.response_N, 2 * len(batch.pairs))
 
-    return sums_2P
+    return Reference(sums_2P, exact=True)
 
 
 def cached(
@@ -98,7 +89,7 @@ def cached(
         for s in range(min(steps, plan.steps_per_epoch))
         if table_P2[torch.from_numpy(plan.step(s)).to(device)].isnan().any()
     ]
-    reference, began = _summed(model), time.perf_counter()
+    reference, began = live(model), time.perf_counter()
     hidden = True if ranks.rank else None  # None: shown on a terminal only
     with tqdm(
         total=len(missing), desc="reference log-probs", delay=3, leave=False, disable=hidden
@@ -146,11 +137,7 @@ def _write(path: Path, table_P2: Tensor) -> None:
 
 
 def _fill(
-    table_P2: Tensor,
-    reference: Callable[[Batch], Tensor],
-    plan: PairSteps,
-    steps: list[int],
-    ranks: Ranks,
+    table_P2: Tensor, reference: Reference, plan: PairSteps, steps: list[int], ranks: Ranks
 ) -> None:
     """Write the pairs of `steps` into the table, on every rank."""
     sums_P2, done_P = torch.zeros_like(table_P2), torch.zeros_like(table_P2[:, 0])
