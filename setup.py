@@ -26,6 +26,7 @@ setup(
             "pytest>=8",
             "hypothesis>=6.100",
             "transformers>=5",
+            "peft>=0.21",
             "ruff>=0.12",
             "pyarrow>=15",
             "matplotlib>=3.8",

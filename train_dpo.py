@@ -6,7 +6,7 @@ torchrun --nproc-per-node 8 train_dpo.py zephyr-7b-dpo --model PATH --data PATH 
 
 from functools import partial
 
-from zephyr import config, losses, optim, reference
+from zephyr import config, lora, losses, optim, reference
 from zephyr.data import arrays
 from zephyr.data.batching import PairSteps, epoch, prefetch
 from zephyr.distributed import fsdp, group
@@ -37,15 +37,16 @@ def main() -> None:
             return group.finish()
         policy = fsdp.load(c, shape, ranks)
         optimizer = optim.adamw(policy, c.weight_decay, c.adam_state)  # before any forward
-        # the reference is the policy as it is now: a second model is kept of it, or its log-probs
+        # the reference is the policy as it is now: frozen in memory, or its log-probs in a table
         if c.reference == "live":
-            on_train = on_held_out = reference.live(fsdp.load(c, shape, ranks))
+            frozen = lora.without(policy) if c.lora_rank else fsdp.load(c, shape, ranks)
+            on_train = on_held_out = reference.live(frozen)
         else:
             cached = partial(reference.cached, policy, weights=origin, bits=c.bits, ranks=ranks)
             on_train = cached(train, steps)
             on_held_out = cached(held_out, held_out.steps_per_epoch) if held_out else None
         loss = partial(losses.preference, c.loss, beta=c.beta, smoothing=c.label_smoothing)
-        start = run.load(policy, optimizer)
+        start, moves = run.load(policy, optimizer), optim.first_moved(c, steps)
 
         with Journal(run, shape, losses.METRICS, train, steps) as journal:
             for step, batches in prefetch(train, range(start, steps), ranks.device, journal):
@@ -58,8 +59,8 @@ def main() -> None:
                         # a mean over the step's pairs; FSDP averages over ranks, which this undoes
                         (per_pair["loss"].sum() * ranks.size / count).backward()
                     journal.saw(batch, per_pair, len(batch.pairs))
-                if step == 0:
-                    losses.check_start(c, journal.means(), on_train.exact)
+                if step == 0 or (step == moves and not journal.guard.skipped):
+                    losses.check_start(c, journal.means(), step > 0, on_train.exact)
                 rate = c.lr * optim.schedule(c.schedule, step, steps, c.warmup)
                 with journal.phase("optimizer"):
                     norm = optim.step(optimizer, rate, c.clip, skip_if=journal.broken())

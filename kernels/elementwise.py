@@ -49,6 +49,8 @@ class _RMSNorm(torch.autograd.Function):
         x, weight, scale = ctx.saved_tensors
         unit, gw = x.float() * scale, (g * weight).float()
         dx = scale * (gw - unit * (gw * unit).mean(-1, keepdim=True))
+        if not ctx.needs_input_grad[1]:
+            return dx.to(x.dtype), None, None
         dweight = (g * unit.to(x.dtype)).sum(0, dtype=torch.float32)
         return dx.to(x.dtype), dweight.to(weight.dtype), None
 

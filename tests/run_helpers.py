@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import random
 import subprocess
@@ -12,13 +13,16 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from transformers import MistralForCausalLM
+from transformers.optimization import get_cosine_schedule_with_warmup
 
 import train_dpo
 from benchmarks import tiny
 from helpers import ROOT, WORKERS
-from zephyr import generate
+from zephyr import generate, textbook
 from zephyr.data import arrays
 from zephyr.run import exits
+from zephyr.tokenizer import Tokenizer
 
 
 def torchrun(script: Path, where: Path, ranks: int = 2) -> list[dict]:
@@ -120,6 +124,42 @@ def launch(script: str, place: Path, out: Path, ranks: int, *flags: str, check: 
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done
+
+
+class Theirs(torch.nn.Module):
+    """transformers' Mistral as zephyr/textbook.py calls a model."""
+
+    def __init__(self, folder: Path):
+        super().__init__()
+        self.model = MistralForCausalLM.from_pretrained(folder, attn_implementation="eager")
+
+    def forward(self, ids_T: torch.Tensor) -> torch.Tensor:
+        return self.model(ids_T[None]).logits[0]
+
+
+def ipo(chosen, rejected, beta: float, lengths: tuple[int, int]):
+    """Eq. 17 of arXiv:2310.12036, on means over the tokens."""
+    return (chosen / lengths[0] - rejected / lengths[1] - 1 / (2 * beta)) ** 2
+
+
+def in_the_textbook(
+    place: Path, loss: str, policy: torch.nn.Module, steps: int = 6, lr: float = 1e-3
+) -> list[dict]:
+    """zephyr/textbook.py with transformers' learning rates."""
+    tokenizer = Tokenizer(place / "base")
+    pairs = []
+    for line in (place / "pairs.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        prompt = tokenizer.prompt(row["chosen"][:-1])
+        whole = [tokenizer.render(row[side]).ids for side in ("chosen", "rejected")]
+        assert all(ids[: len(prompt)] == prompt for ids in whole)
+        pairs.append((prompt, *(ids[len(prompt) :] for ids in whole)))
+    idle = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr)
+    factor = get_cosine_schedule_with_warmup(idle, math.ceil(0.2 * steps), steps).lr_lambdas[0]
+    rates = [lr * factor(step) for step in range(steps)]
+    objective = textbook.dpo if loss == "dpo" else ipo
+    rows = textbook.train(policy, [pairs] * steps, rates, 0.1, objective)
+    return [row | {"step": k + 1, "learning_rate": rates[k]} for k, row in enumerate(rows)]
 
 
 def read(out: Path) -> list[dict]:

@@ -1,4 +1,4 @@
-"""A rank of many without the others: python tests/simulate.py MODEL RANKS REPLICAS RECOMPUTE
+"""A rank of many without the others: python tests/simulate.py MODEL RANKS REPLICAS RECOMPUTE LORA
 
 A fake process group answers every collective, and fake tensors have shapes but no numbers: a 70 B
 model on 512 ranks takes a step on a laptop. Prints what torch's own tracker saw of this rank's
@@ -17,7 +17,7 @@ from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker, _FSDPRefT
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from zephyr import attention, optim, packing
+from zephyr import attention, lora, optim, packing
 from zephyr.config import DPOConfig
 from zephyr.distributed import fsdp
 from zephyr.distributed.group import Ranks
@@ -28,7 +28,7 @@ from zephyr.plan import costs, fit
 LENGTHS = [(170, 320, 290)] * 5
 
 
-def main(model: str, ranks: int, replicas: int, recompute: str) -> dict:
+def main(model: str, ranks: int, replicas: int, recompute: str, rank: int) -> dict:
     attention.in_one_call = lambda _: True  # as on a GPU: the one call of variable length
     dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
     c, shards = plan_command.MODELS[model], ranks // replicas
@@ -45,8 +45,12 @@ def main(model: str, ranks: int, replicas: int, recompute: str) -> dict:
         batch.layout.attended(c.sliding_window),
     )
     cpu, seen = torch.device("cpu"), {}
+    t = DPOConfig(model="", data=("",), out="", replicas=replicas, lora_rank=rank)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        m = fsdp.build(c, Ranks(0, ranks, 0, cpu, mesh), "bf16", recompute)
+        here = Ranks(0, ranks, 0, cpu, mesh)
+        m = fsdp.build(c, here, "bf16", recompute, adapters=lora.spec(t))
+        if rank:  # as where blocks are compiled, the first one's input takes a gradient
+            m.model.embed_tokens.register_forward_hook(lambda *call: call[2].requires_grad_())
         optimizer = optim.adamw(m, 0.0)
         tracker = FSDPMemTracker(m, optimizer)
         tracker.track_inputs((batch.tokens_T,))
@@ -65,9 +69,9 @@ def main(model: str, ranks: int, replicas: int, recompute: str) -> dict:
         optim.step(optimizer, 1e-3, 1.0)
         moments = (x for kept in optimizer.state.values() for x in kept.values() if x.dim())
         seen["moments"] = sum(x.to_local().nbytes for x in moments)
-    t = DPOConfig(model="", data=("",), out="", replicas=replicas)
     parts = fit.occupied(c, t, ranks, load, recompute, reshard=True)
     del parts["context and fragments"]
+    parts["masters"] += parts.pop("frozen weights", 0)
     # the tracker ran before the optimizer made its moments
     parts["peak"] = sum(parts.values()) - parts["moments"]
     parts["activations"] += costs.head_kept(c, load, 2)
@@ -76,5 +80,5 @@ def main(model: str, ranks: int, replicas: int, recompute: str) -> dict:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    model, ranks, replicas, recompute = sys.argv[1:]
-    print(json.dumps(main(model, int(ranks), int(replicas), recompute), indent=1))
+    model, ranks, replicas, recompute, rank = sys.argv[1:]
+    print(json.dumps(main(model, int(ranks), int(replicas), recompute, int(rank)), indent=1))

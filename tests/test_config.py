@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zephyr import config, errors
+from zephyr.architecture import PROJECTIONS
 from zephyr.config import DPOConfig, SFTConfig
 from zephyr.run import exits
 
@@ -93,12 +94,26 @@ GOLDEN = {
     | dict(lr=2e-5, schedule="cosine", batch=128, max_length=2048, epochs=1, train_on="all"),
     "zephyr-7b-beta-dpo": PAIRS | dict(lr=5e-7, schedule="linear", batch=32, beta=0.1, epochs=3),
     "zephyr-7b-dpo": PAIRS | dict(lr=5e-7, schedule="cosine", batch=128, beta=0.01, epochs=1),
+    "zephyr-7b-sft-lora": SHARED
+    | dict(
+        lr=2e-4,
+        schedule="cosine",
+        batch=8,
+        max_length=2048,
+        epochs=1,
+        train_on="all",
+        eval_every=500,
+    )
+    | dict(lora_rank=16, lora_alpha=16, lora_targets=",".join(PROJECTIONS), lora_rslora=False),
+    "zephyr-7b-dpo-lora": PAIRS
+    | dict(lr=5e-6, schedule="cosine", batch=16, beta=0.01, epochs=1)
+    | dict(lora_rank=128, lora_alpha=128, lora_targets=",".join(PROJECTIONS), lora_rslora=False),
 }
 
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_the_published_recipes(name):
-    c = parse(SFTConfig if name.endswith("sft") else DPOConfig, name)
+    c = parse(SFTConfig if "-sft" in name else DPOConfig, name)
     assert {key: getattr(c, key) for key in GOLDEN[name]} == GOLDEN[name]
 
 
@@ -152,7 +167,7 @@ def test_every_shipped_recipe_parses_for_its_script():
         (
             "zephyr-8b",
             "^no recipe zephyr-8b; there are tiny, zephyr-7b-beta-dpo, zephyr-7b-dpo, "
-            "zephyr-7b-sft, or give the path of a .toml",
+            "zephyr-7b-dpo-lora, zephyr-7b-sft, zephyr-7b-sft-lora, or give the path of a .toml",
         ),
         ("none.toml", "^no recipe none.toml; there are tiny"),
         ("zephyr-7b-sft", r"zephyr-7b-sft.toml: has no \[dpo\] table; this script wants one"),
@@ -377,7 +392,7 @@ def test_to_toml_leaves_out_what_is_not_set():
     table = tomllib.loads(config.to_toml(c))
     assert set(table) == {"sft"} and "steps" not in table["sft"]
     names = {f.name for f in dataclasses.fields(SFTConfig)}
-    assert table["sft"].keys() == names - {"steps", "profile", "empty_system"}
+    assert table["sft"].keys() == names - {"base", "steps", "profile", "lora_alpha", "empty_system"}
     assert table["sft"]["train_on"] == "assistant" and table["sft"]["data"] == ["d.jsonl"]
 
 

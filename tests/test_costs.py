@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from helpers import ROOT, WORKERS
 from kernels import fused_logprob
 from run_helpers import torchrun
-from zephyr import attention, optim, packing
-from zephyr.architecture import MistralConfig
+from zephyr import attention, lora, optim, packing
+from zephyr.architecture import PROJECTIONS, MistralConfig
 from zephyr.distributed import fsdp
 from zephyr.model import Mistral
 from zephyr.packing import Pair
@@ -54,6 +54,12 @@ SHAPES = {
 WIDE = dataclasses.replace(
     SMALL, vocab_size=400, hidden_size=256, intermediate_size=896, num_hidden_layers=5
 )
+ADAPTERS = {
+    "all": costs.Adapters(8, PROJECTIONS),
+    "some": costs.Adapters(12, ("v_proj", "o_proj")),
+    "one": costs.Adapters(4, ("down_proj",)),
+}
+each_adapters = pytest.mark.parametrize("a", ADAPTERS.values(), ids=ADAPTERS)
 PAIRS = [(50, 60, 70), (100, 30, 20), (5, 9, 1)]
 
 
@@ -110,6 +116,25 @@ def model(c: MistralConfig, recompute: str = "none", dtype=torch.float32) -> Mis
     made = Mistral(c).to(dtype)
     for block in made.model.layers:
         block.forward = fsdp.wrapped(block, recompute, compiled=False)
+    return made
+
+
+def adapted(
+    c: MistralConfig, a: costs.Adapters, recompute: str = "none", dtype: str = "fp32"
+) -> Mistral:
+    """A model with adapters as `fsdp.build` makes it for one process. The input of the first block
+    takes a gradient, as it does where blocks are compiled."""
+    with torch.device("meta"):
+        made = Mistral(c)
+    spec = lora.Spec(a.rank, 1, a.targets)
+    lora.attach(made, spec, dtype, torch.device("cpu"))
+    made.to_empty(device="cpu")
+    for p in made.parameters():
+        torch.nn.init.normal_(p, std=0.02)
+    for block in made.model.layers:
+        matmuls = lora.matmuls(PROJECTIONS, spec)
+        block.forward = fsdp.wrapped(block, recompute, False, matmuls)
+    made.model.embed_tokens.register_forward_hook(lambda *call: call[2].requires_grad_())
     return made
 
 
@@ -170,6 +195,28 @@ def test_flops_are_what_torch_counts(as_on_a_gpu, monkeypatch, shape, batch):
         ours = costs.model_flops(shape, load.tokens, load.predicted, load.attended)
         ours += costs.recomputed(shape, load, recompute)
         assert ours - unseen == counter.get_total_flops()
+
+
+@each_adapters
+def test_flops_beside_frozen_weights_are_what_torch_counts(as_on_a_gpu, monkeypatch, a):
+    """Where blocks are not compiled, `full` repeats the last matmul too."""
+    monkeypatch.setenv("ZEPHYR_KERNELS", "reference")
+    b, load, c = pairs(SMALL), load_of(pairs(SMALL), SMALL), SMALL
+    parts = costs.forward(c, load, a)
+    nothing = {
+        op: lambda *args, **kwargs: 0
+        for op in (torch.ops.torch_attn._varlen_attn, torch.ops.torch_attn._varlen_attn_backward)
+    }
+    for recompute in ("none", "elementwise", "full"):
+        made = adapted(c, a, recompute)
+        with FlopCounterMode(display=False, custom_mapping=nothing) as counter:
+            made(b).sum().backward()
+        ours = costs.model_flops(c, load.tokens, load.predicted, load.attended, a)
+        ours += costs.recomputed(c, load, recompute, a)
+        ours -= parts["attention"] * (3 + (recompute == "full"))
+        if recompute != "none" and "down_proj" in a.targets:
+            ours += parts["mlp"] / 3
+        assert ours == counter.get_total_flops(), recompute
 
 
 def test_flops_of_an_average_pair_of_ultrafeedback():
@@ -234,6 +281,21 @@ def test_split_masters_keep_no_product_of_swiglu(as_on_a_gpu, shape, recompute):
     assert ours == pytest.approx(alive - b.layout.position_T.nbytes, rel=1e-3)
 
 
+@pytest.mark.parametrize("recompute", ["none", "elementwise", "full"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@each_adapters
+def test_activations_beside_frozen_weights(as_on_a_gpu, a, dtype, recompute):
+    b, made, itemsize = pairs(SMALL), adapted(SMALL, a, recompute, dtype), 2 + 2 * (dtype == "fp32")
+    with Live(made.parameters()) as live:
+        logprob_N = made(b)
+        alive = live.bytes() - logprob_N.untyped_storage().nbytes()
+    load = load_of(b, SMALL)
+    ours = costs.activations(SMALL, load, recompute, itemsize, a=a)
+    ours += costs.head_kept(SMALL, load, itemsize)
+    ours += costs.cast(SMALL, recompute, itemsize, a) * (recompute == "none")
+    assert ours == pytest.approx(alive - b.layout.position_T.nbytes, rel=1e-3)
+
+
 @pytest.mark.parametrize("batch", [pairs, documents])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_activations_are_what_autograd_saves(as_on_a_gpu, shape, batch):
@@ -279,6 +341,24 @@ def test_the_moment_of_a_blocks_backward(as_on_a_gpu, recompute):
     assert ours / 2 < live.peak - left < ours
 
 
+@pytest.mark.parametrize("recompute", ["none", "elementwise", "full"])
+@each_adapters
+def test_the_moment_of_a_blocks_backward_with_adapters(as_on_a_gpu, recompute, a):
+    c = dataclasses.replace(
+        SMALL, vocab_size=20, intermediate_size=224, num_key_value_heads=1, num_hidden_layers=4
+    )
+    b, made = pairs(c, times=4), adapted(c, a, recompute, "bf16")
+    trained = [p for p in made.parameters() if p.requires_grad]
+    for p in trained:
+        p.grad = torch.zeros_like(p)
+    with Live([*made.parameters(), *(p.grad for p in trained)]) as live:
+        logprob_N = made(b)
+        left, live.peak = live.bytes(), 0
+        logprob_N.sum().backward()
+    ours = costs.block_backward(c, load_of(b, c), recompute, 2, a) + costs.cast(c, "full", 2, a)
+    assert ours / 2 < live.peak - left < ours
+
+
 @pytest.mark.parametrize("rows", [0, 1, 29_360, 29_361, 60_000])
 def test_the_head_keeps_what_the_kernel_keeps(rows):
     load = costs.Load(rows, rows, rows, 0)
@@ -314,6 +394,25 @@ def test_state_is_what_adamw_has():
     moments = [torch.empty_like(p, dtype=torch.bfloat16) for p in made.parameters()] * 2
     assert sum(x.nbytes for x in moments) == costs.state(c, 1, "bf16")["moments"]
     assert costs.state(c, 8)["masters"] == 4 * math.ceil(found["masters"] / 4 / 8)
+
+
+@each_adapters
+def test_state_beside_frozen_weights(a):
+    c = dataclasses.replace(SMALL, vocab_size=61)
+    made = adapted(c, a, dtype="bf16")
+    optimizer = optim.adamw(made, 0.0)
+    made(documents(c)).sum().backward()
+    optimizer.step()
+    trained = [p for p in made.parameters() if p.requires_grad]
+    size = {
+        "frozen weights": [p for p in made.parameters() if not p.requires_grad],
+        "masters": trained,
+        "gradients": [p.grad for p in made.parameters() if p.grad is not None],
+        "moments": [s[k] for s in optimizer.state.values() for k in ("exp_avg", "exp_avg_sq")],
+    }
+    found = {name: sum(x.nbytes for x in of) for name, of in size.items()}
+    assert costs.state(c, 1, a=a) == found
+    assert found["masters"] == 4 * c.num_hidden_layers * costs.trained(c, a)
 
 
 def test_state_of_mistral_7b():

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = (
     "errors architecture",
     "files client endpoint attention distributed.machine distributed.signals",
-    "config losses model packing weights.locate tokenizer",
+    "config losses model lora packing weights.locate tokenizer",
     "weights",
     "distributed",
     "plan optim data",

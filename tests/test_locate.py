@@ -146,15 +146,20 @@ def test_quantized_by_its_tensors(tmp_path, ending):
 
 def test_a_lora_adapter(tmp_path, good):
     adapter = put(tmp_path / "my lora", adapter_config__json={"base_model_name_or_path": "a/b"})
-    line = refused(adapter)
-    assert "my lora is a LoRA adapter (adapter_config.json) of 'a/b', not a model" in line
-    merge, copy = line.partition("merge the two: ")[2].split("; cp ")
-    words = shlex.split(merge)
-    assert words[:2] == ["python", "-c"] and f"from_pretrained('{adapter}', dtype=" in words[2]
-    compile(words[2], "line", "exec")
-    assert shlex.split(copy) == ["BASE/tokenizer.model", f"{adapter}-merged"]
+    is_of = "my lora is a LoRA adapter (adapter_config.json) of 'a/b', "
+    assert f"{is_of}which is no folder here; give --base" in refused(adapter)
+    with pytest.raises(ValueError, match="not a model; merge the two: ") as raised:
+        config_json.read(adapter)
+    command = shlex.split(str(raised.value).partition("merge the two: ")[2])
+    assert command == ["python", "-m", "zephyr.weights", str(adapter), f"{adapter}-merged"]
+    with pytest.raises(ValueError, match="--base x is for a LoRA adapter, and .*good is none"):
+        locate.parts(good, "x")
+    other = put(tmp_path / "other", adapter_config__json={"base_model_name_or_path": str(adapter)})
+    assert f"is a LoRA adapter of another, {adapter}; make a model" in refused(other)
     put(good, adapter_config__json={})  # transformers would add it to the weights
-    assert "is a LoRA adapter" in refused(good)
+    assert "is a LoRA adapter (adapter_config.json) and a model (model.safetensors) at" in refused(
+        good
+    )
     names = {"model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2, 2)}
     both = folder_of(model(), tmp_path / "both", **names)
     assert "a LoRA adapter beside the weights" in refused(both)

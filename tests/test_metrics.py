@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import MistralConfig, MistralForCausalLM
 
 from zephyr import packing
+from zephyr.config import SFTConfig
 from zephyr.metrics import __main__ as metrics_command
 from zephyr.metrics import plots
 from zephyr.metrics.journal import Journal
@@ -157,8 +158,8 @@ def test_throughput_leaves_pauses_out(log, clock, tmp_path):
 
 def test_a_finished_run_says_what_passes_without_an_update_took(ranks, clock, tmp_path):
     """Beside an epoch of training, which is 5 steps of 4 s here; evaluations take 3, 1 and 2 s."""
-    settings = {"out": tmp_path / "run", "log_every": 1, "profile": None, "on_nonfinite": "stop"}
-    run = SimpleNamespace(c=SimpleNamespace(**settings), ranks=ranks, start=0, kept={})
+    c = SFTConfig(model="m", data=("d",), out=str(tmp_path / "run"))
+    run = SimpleNamespace(c=c, ranks=ranks, start=0, kept={})
     data = SimpleNamespace(steps_per_epoch=5, data=SimpleNamespace(where=str))
     with Journal(run, MODELS["mistral-7b"], ["loss"], data, 3) as journal:
         for step, seconds in enumerate((3, 1, 2), start=1):

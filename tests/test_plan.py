@@ -49,6 +49,10 @@ def value(text: str, row: str, column: int = 0) -> float:
         ("zephyr-7b-beta-dpo --gpu b200 --reference live", False),
         ("zephyr-7b-dpo --model llama-2-70b --gpu h100 --gpus 8", False),
         ("tiny --gpu a100 --gpus 8 --precision bf16", True),
+        ("zephyr-7b-dpo-lora --gpu 4090", True),
+        ("zephyr-7b-dpo-lora --gpu 4090 --recompute none", False),
+        ("zephyr-7b-sft-lora --gpu 4090 --gpus 4", True),
+        ("zephyr-7b-dpo-lora --gpu l40s --reference live --recompute auto", True),
         ("--gpu h100-nvl --gpus 2", False),
     ],
 )
@@ -77,6 +81,8 @@ def test_the_page(capsys, line, fits):
         "zephyr-7b-dpo --gpu a100-40 --gpus 8",
         "zephyr-7b-sft --gpu l40s",
         "zephyr-7b-dpo --model llama-2-70b --gpu h100 --gpus 8",
+        "zephyr-7b-dpo-lora --gpu 4090 --recompute none",
+        "zephyr-7b-dpo-lora --model llama-2-70b --gpu h100",
     ],
 )
 def test_what_the_verdict_says_is_enough(capsys, line):
@@ -110,6 +116,46 @@ def test_the_numbers_of_the_page(capsys):
     assert value(text, "the run") == pytest.approx(0.96, rel=0.02)
     text = page(capsys, "zephyr-7b-dpo --gpu h200 --efficiency 0.7988 --recompute full")
     assert value(text, "an epoch") == pytest.approx(0.72 * 1.24, rel=0.02)
+
+
+def test_adapters_on_a_24_gb_card(capsys):
+    """The notes' bytes: 13.5 GiB of bf16, 5.0 of adapters and their fp32 state, 0.26 MB a token."""
+    text = page(capsys, "zephyr-7b-dpo-lora --gpu 4090")
+    assert "7,241,732,096 parameters and 335,544,320 of adapters" in text
+    assert value(text, "frozen weights") == pytest.approx(13.49, abs=0.01)
+    state = sum(value(text, part) for part in ("masters", "gradients", "moments"))
+    assert state == pytest.approx(5.0, abs=0.02)
+    assert value(text, "activations") == pytest.approx(4096 * 0.27e6 / GIB, rel=0.03)
+    assert "gathered" not in text and "live reference" not in text
+    live = page(capsys, "zephyr-7b-dpo-lora --gpu 4090 --reference live")
+    assert value(live, "in all") == value(text, "in all"), "the policy without its adapters"
+    # a frozen matrix has no gradient of its own: two thirds of its FLOPs
+    full = page(capsys, "zephyr-7b-dpo --gpu 4090")
+    assert value(text, "blocks' matmuls") == pytest.approx(2 / 3 * value(full, "blocks' matmuls"))
+    assert value(text, "attention") == value(full, "attention")
+    thin = 6 * 335_544_320 * 778 / 1e12
+    assert value(text, "adapters") == pytest.approx(thin, rel=0.005)
+    many = page(capsys, "zephyr-7b-dpo-lora --gpu 4090 --gpus 8")
+    sent = [value(many, name) for name in ("all-gather, forward", "reduce-scatter")]
+    assert sent[1] / sent[0] == pytest.approx(2 * 335_544_320 / (7_241_732_096 + 335_544_320), 0.02)
+
+
+def test_the_cards_of_the_page_on_lora(capsys):
+    """docs/running.md's table, and docs/performance.md's numbers."""
+    rows = (ROOT / "docs" / "running.md").read_text().partition("## One card: LoRA")[2]
+    row = r"^\| \d+ GB \((\w+)\) \| (.*?) \| ([\d.]+) of [\d.]+ \| ([\d.]+) \|$"
+    cards = re.findall(row, rows, re.M)
+    assert len(cards) == 3
+    for name, flags, need, hours in cards:
+        flags = "" if flags == "nothing more" else flags.strip("`")
+        text = page(capsys, f"zephyr-7b-dpo-lora --gpu {name.lower()} {flags}")
+        assert f"{value(text, 'in all'):.1f}" == need and "\nfits, with" in text, name
+        assert f"{value(text, 'the run'):.1f}" == hours, name
+    text = page(capsys, "zephyr-7b-dpo-lora --gpu 4090")
+    (useful,) = re.findall(r"^  forward and backward +([\d.]+)", text, re.M)
+    numbers = (ROOT / "docs" / "performance.md").read_text()
+    assert f"{useful} TFLOP at rank 128" in numbers and "36 % of that" in numbers
+    assert re.search(r"^  full .* 35.7%$", text, re.M)
 
 
 def test_epochs_and_the_reference(capsys):

@@ -14,14 +14,17 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize(
-    "model, ranks, replicas, recompute",
+    "model, ranks, replicas, recompute, lora",
     [
-        ("mistral-7b", 8, 1, "elementwise"),
-        pytest.param("llama-2-70b", 512, 8, "full", marks=pytest.mark.slow),
+        ("mistral-7b", 8, 1, "elementwise", 0),
+        ("mistral-7b", 2, 1, "full", 128),
+        pytest.param("mistral-7b", 8, 2, "none", 16, marks=pytest.mark.slow),
+        pytest.param("llama-2-70b", 512, 8, "full", 0, marks=pytest.mark.slow),
     ],
 )
-def test_a_rank_has_the_bytes_that_were_planned(model, ranks, replicas, recompute):
-    command = [sys.executable, "tests/simulate.py", model, *map(str, (ranks, replicas)), recompute]
+def test_a_rank_has_the_bytes_that_were_planned(model, ranks, replicas, recompute, lora):
+    numbers = map(str, (ranks, replicas, recompute, lora))
+    command = [sys.executable, "tests/simulate.py", model, *numbers]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     ran = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-2000:]

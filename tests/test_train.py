@@ -20,52 +20,29 @@ from transformers.optimization import get_cosine_schedule_with_warmup
 
 import train_dpo
 import train_sft
-from run_helpers import DPO, EVALUATED, SFT, launch, read, run, same, weights_of
-from zephyr import reference, textbook
+from run_helpers import (
+    DPO,
+    EVALUATED,
+    SFT,
+    Theirs,
+    in_the_textbook,
+    launch,
+    read,
+    run,
+    same,
+    weights_of,
+)
+from zephyr import reference
 from zephyr.run import checkpoint
 from zephyr.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
 
 
-class Theirs(torch.nn.Module):
-    """transformers' Mistral as zephyr/textbook.py calls a model."""
-
-    def __init__(self, folder: Path):
-        super().__init__()
-        self.model = MistralForCausalLM.from_pretrained(folder, attn_implementation="eager")
-
-    def forward(self, ids_T: torch.Tensor) -> torch.Tensor:
-        return self.model(ids_T[None]).logits[0]
-
-
-def ipo(chosen, rejected, beta: float, lengths: tuple[int, int]):
-    """Eq. 17 of arXiv:2310.12036, on means over the tokens."""
-    return (chosen / lengths[0] - rejected / lengths[1] - 1 / (2 * beta)) ** 2
-
-
-def in_the_textbook(place: Path, loss: str, steps: int = 6, lr: float = 1e-3) -> list[dict]:
-    """zephyr/textbook.py with transformers' model and learning rates."""
-    tokenizer = Tokenizer(place / "base")
-    pairs = []
-    for line in (place / "pairs.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        prompt = tokenizer.prompt(row["chosen"][:-1])
-        whole = [tokenizer.render(row[side]).ids for side in ("chosen", "rejected")]
-        assert all(ids[: len(prompt)] == prompt for ids in whole)
-        pairs.append((prompt, *(ids[len(prompt) :] for ids in whole)))
-    idle = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr)
-    factor = get_cosine_schedule_with_warmup(idle, math.ceil(0.2 * steps), steps).lr_lambdas[0]
-    rates = [lr * factor(step) for step in range(steps)]
-    objective = textbook.dpo if loss == "dpo" else ipo
-    rows = textbook.train(Theirs(place / "base"), [pairs] * steps, rates, 0.1, objective)
-    return [row | {"step": k + 1, "learning_rate": rates[k]} for k, row in enumerate(rows)]
-
-
 @pytest.mark.parametrize("loss", ["dpo", "ipo"])
 def test_dpo_equals_the_textbook(place, tmp_path, loss):
     rows = run(train_dpo, place, tmp_path / "run", *DPO, "--loss", loss)
-    expected = in_the_textbook(place, loss)
+    expected = in_the_textbook(place, loss, Theirs(place / "base"))
     same(rows, expected, rel=1e-4, abs=1e-4)
     assert [r["rewards/accuracies"] for r in rows] == [r["rewards/accuracies"] for r in expected]
     start = math.log(2) if loss == "dpo" else 25.0

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+# the matrices of a block, in the order of its forward
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
 
 @dataclass(frozen=True, kw_only=True)
 class MistralConfig:

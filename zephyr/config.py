@@ -17,10 +17,12 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
+from zephyr.architecture import PROJECTIONS
 from zephyr.files import home, plain, shown
 
 RECIPES = Path(__file__).parent / "recipes"
-PATHS = {"model", "data", "eval_data", "out"}
+PATHS = {"model", "base", "data", "eval_data", "out"}
+LARGEST_RANK = 4096  # of adapters: the width of a 7 B model
 KNOBS = (
     "epochs",
     "microbatch_tokens",
@@ -39,6 +41,7 @@ class Training:
     """The settings that both stages share."""
 
     model: str  # Hugging Face folder to start from: config.json, safetensors, tokenizer.model
+    base: str | None = None  # if --model is a LoRA adapter: its base, where its config is wrong
     data: tuple[str, ...]  # training files: .jsonl .json (.gz) .parquet; several, or a glob
     out: str  # run folder: config.toml, run.json, metrics.jsonl, checkpoints/, model/
     eval_data: tuple[str, ...] = ()  # held-out files, read as --data is
@@ -53,6 +56,11 @@ class Training:
     recompute: Literal["none", "elementwise", "full", "auto"] = "none"  # activation checkpointing
     masters: Literal["fp32", "split"] = "fp32"  # split: bf16 weights, and the masters' lower halves
     adam_state: Literal["fp32", "bf16"] = "fp32"  # AdamW's moments; bf16 saves 4 bytes a weight
+    lora_rank: int = 0  # freeze the model, and train adapters of this rank beside it; 0: no LoRA
+    lora_alpha: int | None = None  # adapters count alpha / rank times; by default the rank: once
+    lora_targets: str = ",".join(PROJECTIONS)  # the matrices that get adapters
+    lora_rslora: bool = False  # adapters count alpha / sqrt(rank) times (rsLoRA)
+    merge: bool = True  # with LoRA leave model/, where the adapters are added, beside adapter/
     reshard: Literal["auto", "always", "never"] = "auto"  # always is ZeRO-3, never ZeRO-2
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile each block; auto: on a GPU
     deterministic: bool = False  # on a GPU: the same bits in every run, as on a CPU
@@ -73,7 +81,8 @@ class Training:
     @property
     def bits(self) -> str:
         """The settings that change the last bits of a log-prob, besides weights and data."""
-        return f"{self.precision}, masters {self.masters}, compile {self.compile}"
+        lora = ", lora" * (self.lora_rank > 0)
+        return f"{self.precision}, masters {self.masters}, compile {self.compile}{lora}"
 
     def check(self) -> None:
         """Raise ValueError for the first value out of range."""
@@ -83,6 +92,7 @@ class Training:
                 raise ValueError(f"{flag(name)} {value} must be finite and above 0")
         if self.masters == "split" and self.precision == "fp32":
             raise ValueError("--masters split is for --precision bf16; an fp32 weight is a master")
+        self._check_lora()
         if self.steps is not None and self.steps <= 0:
             raise ValueError(f"--steps {self.steps} must be greater than 0; leave it out for all")
         for name in ("eval_every", "save_every", "keep", "weight_decay", "seed"):
@@ -90,6 +100,28 @@ class Training:
                 raise ValueError(f"{flag(name)} {getattr(self, name)} must be finite and 0 or more")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"--warmup {self.warmup} must be a share of the steps, 0 <= w < 1")
+
+    def _check_lora(self) -> None:
+        if not 0 <= self.lora_rank <= LARGEST_RANK:
+            raise ValueError(f"--lora-rank {self.lora_rank} must be from 0 to {LARGEST_RANK}")
+        if not self.lora_rank:
+            if self.lora_alpha or self.lora_rslora:
+                name = flag("lora_alpha" if self.lora_alpha else "lora_rslora")
+                raise ValueError(f"{name} is for adapters; give --lora-rank too, such as 128")
+            return
+        if self.lora_alpha is not None and not 0 < self.lora_alpha < 1 << 20:
+            raise ValueError(f"--lora-alpha {self.lora_alpha} must be above 0 and below {1 << 20}")
+        targets = self.lora_targets.split(",")
+        if not set(targets) <= set(PROJECTIONS) or len(targets) > len(set(targets)):
+            raise ValueError(
+                f"--lora-targets {shown(self.lora_targets)} must be different ones of "
+                f"{','.join(PROJECTIONS)}"
+            )
+        if self.masters == "split":
+            raise ValueError(
+                "--masters split does not go with --lora-rank: the frozen weights are bf16 as they "
+                "are, and an adapter's masters are small; leave it out"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +155,7 @@ class DPOConfig(Training):
     lr: float = 5e-7  # peak learning rate
     max_length: int = 1024  # longest prompt + response, in tokens
     max_prompt_length: int = 512  # tokens that a prompt keeps, its last, when a pair is too long
-    reference: Literal["cached", "live"] = "cached"  # live: keep a second, frozen model in memory
+    reference: Literal["cached", "live"] = "cached"  # live: keep a second, frozen model; LoRA: none
 
     def __post_init__(self) -> None:
         self.check()

@@ -11,7 +11,6 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -24,7 +23,7 @@ from zephyr.distributed import machine
 from zephyr.model import Mistral
 from zephyr.run import exits
 from zephyr.tokenizer import Tokenizer
-from zephyr.weights import base, config_json, hub
+from zephyr.weights import base, config_json, hub, locate
 
 CAPTURE = 16  # steps; a capture takes the time of ten or more
 
@@ -245,10 +244,12 @@ def generate(
     return answers
 
 
-def load(folder: str) -> tuple[Mistral, Tokenizer]:
+def load(folder: str, under: str | None = None) -> tuple[Mistral, Tokenizer]:
     """Return a model and its tokenizer to sample from: bf16 on a GPU, fp32 on a CPU. Prints what is
-    odd about the folder."""
-    shape, tokenizer, _, notes = base.open_folder(folder)
+    odd about the folder. A LoRA adapter is added to its base, which is `under` or the folder that
+    the adapter names."""
+    place = locate.parts(folder, under)
+    shape, tokenizer, _, notes = base.open_folder(place)
     for note in [*notes, *machine.tune_allocators()]:
         print(note, file=sys.stderr)
     attention.prepare_back_end()
@@ -256,7 +257,7 @@ def load(folder: str) -> tuple[Mistral, Tokenizer]:
     with torch.device("meta"):
         model = Mistral(shape).to(torch.bfloat16 if cuda else torch.float32)
     model.to_empty(device="cuda" if cuda else "cpu")
-    hub.load(folder, model)
+    hub.load(place, model)
     return model.eval(), tokenizer
 
 
@@ -289,7 +290,8 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", help="a Hugging Face folder, as a run's model/")
+    parser.add_argument("model", help="a Hugging Face folder, as a run's model/ or adapter/")
+    parser.add_argument("--base", help="of an adapter: its base, if not where its config says")
     parser.add_argument("--prompt", help="answer this and end; without it, chat")
     parser.add_argument("--system", default="", help="the system message [empty]")
     parser.add_argument(
@@ -318,10 +320,12 @@ def main() -> None:
             error(f"{flag} {value} is out of range")
     args.model, args.system = files.home(args.model), text(args.system, "--system")
     args.prompt = args.prompt and text(args.prompt, "--prompt")
-    model, tokenizer = load(args.model)
+    args.base = args.base and files.home(args.base)
+    model, tokenizer = load(args.model, args.base)
     sampling = {"temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
     if args.empty_system is None:
-        args.empty_system = config_json.empty_system(Path(args.model)) is not False
+        place = locate.parts(args.model, args.base)
+        args.empty_system = config_json.empty_system(place.tokenizer) is not False
     opens = args.system or args.empty_system
     messages = [{"role": "system", "content": args.system}] if opens else []
     while asked := args.prompt or ask():

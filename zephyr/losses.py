@@ -115,8 +115,11 @@ def preference(
     }
 
 
-def check_start(c: DPOConfig, means: dict[str, float], exact: bool = False) -> None:
-    """Raise ValueError unless a step taken before any update starts from equal policies.
+def check_start(
+    c: DPOConfig, means: dict[str, float], updated: bool = False, exact: bool = False
+) -> None:
+    """Raise ValueError unless a step taken before any update starts from equal policies, or, if
+    `updated`, unless the first update has moved the margin.
 
     Then every margin is 0 and the loss is the objective's at h = 0 (`dpo`: ln 2), to 1e-5 in fp32
     and 1e-2 in bf16. `exact` says that the same code computed the reference of the same
@@ -128,6 +131,15 @@ def check_start(c: DPOConfig, means: dict[str, float], exact: bool = False) -> N
     loss, margin = means["loss"], means["rewards/margins"]
     if math.isnan(loss + margin):
         return
+    if updated:
+        if margin:
+            return
+        raise shared(
+            ValueError(
+                "after the first update the mean margin is 0 as before it: the adapters do not "
+                f"move the policy; raise --lr {c.lr} or --lora-alpha"
+            )
+        )
     problem = None
     # relative where the loss is large (ipo)
     if abs(loss - expected) > tolerance * max(1, expected) or abs(margin) > 4 * tolerance:

@@ -15,7 +15,8 @@ BETAS, EPS = (0.9, 0.999), 1e-8  # Zephyr's (model card of zephyr-7b-beta)
 
 
 def adamw(model: nn.Module, weight_decay: float, state: str = "fp32") -> torch.optim.Optimizer:
-    """Return AdamW (arXiv:1711.05101) on the fp32 masters. Norms, being vectors, are not decayed.
+    """Return AdamW (arXiv:1711.05101) on the fp32 masters of what is trained: all, or the adapters.
+    Norms, being vectors, are not decayed.
     Moments are fp32 or, with `state` bf16, rounded to that after each update.
 
     Build the optimizer before any forward. A forward without a backward (reference pass,
@@ -24,8 +25,9 @@ def adamw(model: nn.Module, weight_decay: float, state: str = "fp32") -> torch.o
     """
     sharded = {isinstance(p, DTensor) for p in model.parameters()}
     assert len(sharded) == 1, "some parameters are gathered: build the optimizer before a forward"
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() == 1]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trained if p.dim() > 1]
+    vectors = [p for p in trained if p.dim() == 1]
     groups = [
         {"params": matrices, "weight_decay": weight_decay},
         {"params": vectors, "weight_decay": 0.0},
@@ -103,6 +105,14 @@ def steps(c: Training, per_epoch: int, size: int, what: str, ranks: Ranks) -> in
             "rate"
         )
     return total
+
+
+def first_moved(c: Training, total: int) -> int | None:
+    """Return the first step, counted from 0, at which adapters must have moved the policy: the one
+    after the first update with a learning rate above 0. It is None if all weights are trained, as
+    bf16 may not show the first updates of those."""
+    rates = (schedule(c.schedule, step, total, c.warmup) for step in range(total))
+    return next(k for k, rate in enumerate(rates, 1) if rate) if c.lora_rank else None
 
 
 def schedule(kind: str, step: int, total: int, warmup: float) -> float:

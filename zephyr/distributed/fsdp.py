@@ -20,12 +20,13 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from zephyr.architecture import MistralConfig
+from zephyr import lora
+from zephyr.architecture import PROJECTIONS, MistralConfig
 from zephyr.config import Training
 from zephyr.distributed import compiled_attention
 from zephyr.distributed.group import Ranks, together
 from zephyr.model import Mistral
-from zephyr.weights import hub
+from zephyr.weights import hub, locate
 from zephyr.weights.masters import attach_halves, fuse_matmuls
 
 ATTENTION = (  # the ops whose output is kept, by name
@@ -35,17 +36,18 @@ ATTENTION = (  # the ops whose output is kept, by name
     compiled_attention.NAME,  # on a CPU, compiled
 )
 # a block's matmuls in the order of its forward, and those after masters.fuse_matmuls; nothing in
-# the backward needs the last one's output
-MATMULS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# the backward needs the output of LAST
+MATMULS, LAST = PROJECTIONS, "down_proj"
 FUSED = ("qkv", "o_proj", "gate_up", "down_proj")
 
 
 def load(c: Training, shape: MistralConfig, ranks: Ranks) -> Mistral:
     """Return the model of the folder that the run starts from, sharded over the ranks as the
     settings say."""
-    model = build(shape, ranks, c.precision, c.recompute, c.masters, c.compile, c.reshard)
+    settings = c.precision, c.recompute, c.masters, c.compile, c.reshard
+    model = build(shape, ranks, *settings, lora.spec(c))
     with together():
-        hub.load(c.model, model)
+        hub.load(locate.parts(c.model, c.base), model, c.seed)
     return model
 
 
@@ -57,6 +59,7 @@ def build(
     masters: str = "fp32",
     compiled: str = "auto",
     reshard: str = "always",
+    adapters: lora.Spec | None = None,
 ) -> Mistral:
     """The model with empty weights, sharded over the ranks; `hub.load` fills them.
 
@@ -68,14 +71,17 @@ def build(
     for a GPU.
 
     A single process in fp32 has nothing to shard and nothing to cast, so its model stays a plain
-    module. So does a model with `masters` split; see masters.attach_halves.
+    module. So does a model with `masters` split, see masters.attach_halves, and one with
+    `adapters`, whose layers cast them themselves.
     """
-    plain = ranks.size == 1 and (precision == "fp32" or masters == "split")
+    plain = ranks.size == 1 and (precision == "fp32" or masters == "split" or bool(adapters))
     with torch.device("meta"):
         model = Mistral(config)
+    if adapters:
+        lora.attach(model, adapters, precision, ranks.device)
     compiling = compiled == "on" or (compiled == "auto" and ranks.device.type == "cuda")
     for block in model.model.layers:
-        matmuls = FUSED if masters == "split" else MATMULS
+        matmuls = FUSED if masters == "split" else lora.matmuls(MATMULS, adapters)
         block.forward = wrapped(block, recompute, compiling, matmuls)
     if not plain:
         shard(model, ranks.mesh, precision, reshard != "never")
@@ -110,10 +116,11 @@ def wrapped(
 
     none         all inputs of its matmuls and of attention, and what kernels.elementwise names
     elementwise  the outputs of attention and of its matmuls but the last, and its input: norms,
-                 rotations and SwiGLU's product are computed again, no matmul is
+                 rotations and SwiGLU's product are computed again, and no matmul but B of
+                 adapters, which is thin
     full         its input; its forward runs again but for the last matmul
 
-    Where split masters are not compiled, the last matmul runs again too.
+    Where split masters or layers with adapters are not compiled, the last matmul runs again too.
     """
     forward = block.forward
     if recompute != "none":
@@ -127,13 +134,13 @@ def matmuls_and_attention(
     matmuls: tuple[str, ...],
 ) -> tuple[AbstractContextManager, AbstractContextManager]:
     """Return the contexts for a block's forward and for its recomputation. In them, the outputs of
-    the matmuls but the last and of ATTENTION are saved. The matmuls are told apart by their order,
+    the matmuls but LAST and of ATTENTION are saved. The matmuls are told apart by their order,
     which is that of their names in `matmuls`."""
     forward, again = iter(matmuls), iter(matmuls)
 
     def policy(context, op: OpOverload, *args, **kwargs) -> CheckpointPolicy:
         if op is torch.ops.aten.mm.default:
-            kept = next(again if context.is_recompute else forward) != matmuls[-1]
+            kept = next(again if context.is_recompute else forward) != LAST
         else:
             kept = op.name().startswith(ATTENTION)
         return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
@@ -164,7 +171,8 @@ def one_graph(forward: Callable) -> Callable:
         if x.shape[-2] < 2:
             return forward(x, *rest, **named)
         if torch.is_grad_enabled():
-            return traced(x, *rest, **named)
+            # beside frozen embeddings the first block's input takes no gradient, and others' do
+            return traced(x if x.requires_grad else x.detach().requires_grad_(), *rest, **named)
         with torch.enable_grad(), saved_tensors_hooks(_nothing, _nothing):
             return traced(x.detach().requires_grad_(), *rest, **named).detach()
 

@@ -13,6 +13,7 @@ from zephyr.data.batching import DocumentSteps, PairSteps
 from zephyr.metrics.log import BAR, Log
 from zephyr.metrics.means import Means, work
 from zephyr.packing import Batch
+from zephyr.plan import costs
 from zephyr.run.folder import Run
 from zephyr.run.guard import Guard
 
@@ -41,6 +42,7 @@ class Journal:
     ):
         c, ranks = run.c, run.ranks
         self.shape, self.keys, self.ranks, self.per_epoch = shape, keys, ranks, data.steps_per_epoch
+        self.adapters = costs.adapters(c)
         self.log = Log(
             c.out,
             steps,
@@ -66,7 +68,7 @@ class Journal:
         """Add a micro-batch: `values` belong to `count` pairs or tokens, and `loss` is one of
         them."""
         self.guard.saw(batch.documents or batch.pairs, values["loss"])
-        self.log.add(count, values, **work(self.shape, batch))
+        self.log.add(count, values, **work(self.shape, batch, self.adapters))
 
     def means(self) -> dict[str, float]:
         """The global means of what was seen since the last line; every rank calls it."""

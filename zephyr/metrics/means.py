@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from zephyr.plan.costs import CARDS, model_flops
+from zephyr.plan.costs import CARDS, Adapters, model_flops
 
 
 def peak_flops(name: str) -> float | None:
@@ -22,11 +22,12 @@ def peak_flops(name: str) -> float | None:
     return next(fits, None)
 
 
-def work(config: Any, batch: Any) -> dict[str, float]:
+def work(config: Any, batch: Any, adapters: Adapters | None = None) -> dict[str, float]:
     """Return what `Log.add` counts of a batch: tokens, pairs, FLOPs, and the tokens it would have
     without shared prompts."""
     layout, tokens, predicted = batch.layout, len(batch.tokens_T), len(batch.targets_N)
-    flops = model_flops(config, tokens, predicted, layout.attended(config.sliding_window))
+    attended = layout.attended(config.sliding_window)
+    flops = model_flops(config, tokens, predicted, attended, adapters)
     # each response beside a prompt of its own has as many tokens as keys are gathered here
     unshared = tokens if layout.kv_rows_G is None else len(layout.kv_rows_G)
     return {"tokens": tokens, "unshared": unshared, "pairs": len(batch.pairs), "flops": flops}

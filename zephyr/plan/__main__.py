@@ -135,6 +135,8 @@ def parse(argv: list[str] | None) -> tuple[Job, str]:
         efficiency=args.efficiency,
     )
     size = f"{sum(costs.parameters(c).values()):,} parameters"
+    if a := costs.adapters(t):
+        size += f" and {c.num_hidden_layers * costs.trained(c, a):,} of adapters"
     where = f"{args.gpus} x {args.gpu}" + f" on each of {args.nodes} nodes" * (args.nodes > 1)
     return job, f"{recipe or 'the defaults'}, {args.model}, {size}, {where}\n{items:,} {what}"
 

@@ -10,6 +10,7 @@ K key/value heads  E head width  V vocabulary  L layers
 from typing import NamedTuple
 
 from zephyr.architecture import MistralConfig
+from zephyr.config import Training
 
 WORKSPACE, CHUNK = 2**31, 4096  # of kernels.linear_logprob: its default, its rows at a time
 
@@ -84,6 +85,45 @@ def parameters(c: MistralConfig) -> dict[str, int]:
     }
 
 
+class Adapters(NamedTuple):
+    """LoRA's: their rank, and the names of the matrices of a block that have some."""
+
+    rank: int
+    targets: tuple[str, ...]
+
+    def among(self, *names: str) -> int:
+        """Return how many of the matrices named have adapters."""
+        return sum(name in self.targets for name in names)
+
+
+def adapters(t: Training) -> Adapters | None:
+    """Return the adapters that the settings ask for; None if all weights are trained."""
+    return Adapters(t.lora_rank, tuple(t.lora_targets.split(","))) if t.lora_rank else None
+
+
+def matrices(c: MistralConfig) -> dict[str, tuple[int, int]]:
+    """Return the widths in and out of a block's matrices."""
+    D, F, q, kv = (
+        c.hidden_size,
+        c.intermediate_size,
+        *(n * c.head_dim for n in (c.num_attention_heads, c.num_key_value_heads)),
+    )
+    return {
+        "q_proj": (D, q),
+        "k_proj": (D, kv),
+        "v_proj": (D, kv),
+        "o_proj": (q, D),
+        "gate_proj": (D, F),
+        "up_proj": (D, F),
+        "down_proj": (F, D),
+    }
+
+
+def trained(c: MistralConfig, a: Adapters | None) -> int:
+    """Return the number of parameters that a block's adapters have, A [r, in] and B [out, r]."""
+    return a.rank * sum(sum(matrices(c)[name]) for name in a.targets) if a else 0
+
+
 def units(c: MistralConfig) -> tuple[int, int]:
     """Return the number of parameters of the two kinds of FSDP unit: of a block, and of embedding,
     final norm and head."""
@@ -92,7 +132,7 @@ def units(c: MistralConfig) -> tuple[int, int]:
     return (sum(parts.values()) - root) // c.num_hidden_layers, root
 
 
-def forward(c: MistralConfig, load: Load) -> dict[str, float]:
+def forward(c: MistralConfig, load: Load, a: Adapters | None = None) -> dict[str, float]:
     """Return the FLOPs of one forward, by part. The head sees only the places that predict."""
     D, L, E = c.hidden_size, c.num_hidden_layers, c.head_dim
     H, K = c.num_attention_heads, c.num_key_value_heads
@@ -101,25 +141,38 @@ def forward(c: MistralConfig, load: Load) -> dict[str, float]:
         "mlp": 6.0 * D * c.intermediate_size * L * load.tokens,
         "attention": 4.0 * L * H * E * load.attended,
         "head": 2.0 * c.vocab_size * D * load.predicted,
+        "adapters": 2.0 * trained(c, a) * L * load.tokens,
     }
 
 
-def model_flops(c: MistralConfig, tokens: float, predicted: float, attended: float) -> float:
-    """Return the FLOPs of forward and backward: three times the forward's.
+def model_flops(
+    c: MistralConfig, tokens: float, predicted: float, attended: float, a: Adapters | None = None
+) -> float:
+    """Return the FLOPs of forward and backward: three times the forward's, but beside adapters
+    twice those of the frozen matrices, which have no gradient of their own.
 
     `predicted` counts the places that the head runs on, `attended` the visible (query, key) pairs
     of one layer. Recomputation, the reference pass and padding are not counted, as MFU is about
     useful work. Nor are the scores that flash attention's backward computes again.
     """
-    return 3 * sum(forward(c, Load(tokens, tokens, predicted, attended)).values())
+    parts = forward(c, Load(tokens, tokens, predicted, attended), a)
+    frozen = parts["projections"] + parts["mlp"] + parts["head"] if a else 0
+    return 3 * sum(parts.values()) - frozen
 
 
-def recomputed(c: MistralConfig, load: Load, recompute: str) -> float:
+def recomputed(c: MistralConfig, load: Load, recompute: str, a: Adapters | None = None) -> float:
     """Return the FLOPs that a backward does again. With `full` that is a block's forward without
-    its last matmul."""
-    parts = forward(c, load)
-    again = parts["projections"] + parts["mlp"] * 2 / 3 + parts["attention"]
-    return again if recompute == "full" else 0.0
+    its last matmul; with `elementwise`, of adapters, B a x but for the last."""
+    parts = forward(c, load, a)
+    b = 0.0
+    if a:
+        widths = matrices(c)
+        each = {name: 2.0 * a.rank * widths[name][1] for name in a.targets}
+        tokens = c.num_hidden_layers * load.tokens
+        b = tokens * (sum(each.values()) - each.get("down_proj", 0))
+        parts["adapters"] -= tokens * each.get("down_proj", 0)
+    again = parts["projections"] + parts["mlp"] * 2 / 3 + parts["attention"] + parts["adapters"]
+    return {"none": 0.0, "elementwise": b, "full": again}[recompute]
 
 
 class Kept(NamedTuple):
@@ -130,27 +183,37 @@ class Kept(NamedTuple):
     token_fp32: int  # for each token, fp32 whatever the precision
 
 
-def kept(c: MistralConfig, recompute: str, split: bool = False) -> Kept:
+def kept(c: MistralConfig, recompute: str, split: bool = False, a: Adapters | None = None) -> Kept:
     """Return what a block saves; a compiled one saves no more. (x is a block's input, h a norm's
     output, y the hidden states between attention and MLP.) With `split` masters SwiGLU's product is
-    never saved: see `kernels.swiglu_linear`."""
+    never saved: see `kernels.swiglu_linear`. A frozen matrix does not need its input, adapters do,
+    and what is between A and B."""
     D, F, H = c.hidden_size, c.intermediate_size, c.num_attention_heads
     q, kv = H * c.head_dim, c.num_key_value_heads * c.head_dim
+    norms, product, thin = 2, not split, 0
+    if a:
+        norms = (a.among("q_proj", "k_proj", "v_proj") > 0) + (a.among("gate_proj", "up_proj") > 0)
+        product, thin = "down_proj" in a.targets, a.rank * len(a.targets)
     return {
         # x h q o, k v; y h, gate up product; norms' scales and attention's lse
-        "none": Kept(4 * D + 2 * q + (3 - split) * F, 2 * kv, H + 2),
+        "none": Kept((2 + norms) * D + 2 * q + (2 + product) * F + thin, 2 * kv, H + 2),
         # x q k v o as they leave the matmuls and attention; o_proj's output, gate up
-        "elementwise": Kept(2 * D + 2 * q + 2 * kv + 2 * F, 0, H),
+        "elementwise": Kept(2 * D + 2 * q + 2 * kv + 2 * F + thin, 0, H),
         "full": Kept(D, 0, 0),
     }[recompute]
 
 
 def activations(
-    c: MistralConfig, load: Load, recompute: str, itemsize: int, split: bool = False
+    c: MistralConfig,
+    load: Load,
+    recompute: str,
+    itemsize: int,
+    split: bool = False,
+    a: Adapters | None = None,
 ) -> float:
     """Return the bytes that a micro-batch's forward leaves for its backward, without the head's G
     and the batch itself. itemsize is 2 for bf16, 4 for fp32."""
-    k, L, (T, G, N, _) = kept(c, recompute, split), c.num_hidden_layers, load
+    k, L, (T, G, N, _) = kept(c, recompute, split, a), c.num_hidden_layers, load
     numbers = L * (k.token * T + k.key * G)
     fp32 = L * k.token_fp32 * T
     # cos and sin; the final norm's input and output, its scales and the head's lse
@@ -158,15 +221,23 @@ def activations(
     return itemsize * numbers + 4 * (fp32 + 2 * N)
 
 
-def block_backward(c: MistralConfig, load: Load, recompute: str, itemsize: int) -> float:
+def block_backward(
+    c: MistralConfig, load: Load, recompute: str, itemsize: int, a: Adapters | None = None
+) -> float:
     """Return the bytes that the backward of one block needs at its peak: what it computes again;
     five gradients of activations, two of the MLP's width and three of the model's; and one weight's
-    gradient, held twice: in the run's precision, and in fp32 while it is added to the others."""
-    again = Kept(*(x - y for x, y in zip(kept(c, "none"), kept(c, recompute), strict=True)))
+    gradient, held twice: in the run's precision, and in fp32 while it is added to the others. Of
+    adapters there is what is between A and B, in both. If down_proj is frozen, no product is freed
+    as SwiGLU's gradients are made, which are another of the MLP's width."""
+    whole, some = (kept(c, x, a=a) for x in ("none", recompute))
+    again = Kept(*(x - y for x, y in zip(whole, some, strict=True)))
     numbers = again.token * load.tokens + again.key * load.gathered
     numbers += (2 * c.intermediate_size + 3 * c.hidden_size) * load.tokens
-    weight = c.intermediate_size * c.hidden_size
+    weight = c.intermediate_size * (a.rank if a else c.hidden_size)
     fp32 = again.token_fp32 * load.tokens + weight
+    if a:
+        numbers += (a.rank + c.intermediate_size * (not a.among("down_proj"))) * load.tokens
+        fp32 += 2 * a.rank * load.tokens
     return itemsize * (numbers + weight) + 4 * fp32
 
 
@@ -177,31 +248,54 @@ def head_kept(c: MistralConfig, load: Load, itemsize: int, workspace: int = WORK
     return size if size <= workspace * 7 // 8 else 0
 
 
-def head(c: MistralConfig, load: Load, itemsize: int, workspace: int = WORKSPACE) -> float:
+def head(
+    c: MistralConfig,
+    load: Load,
+    itemsize: int,
+    workspace: int = WORKSPACE,
+    a: Adapters | None = None,
+) -> float:
     """Return the bytes that the head's forward and backward need at their peak: G and a chunk of
-    fp32 logits; dh and the fp32 sum it grows in; dw, held once more in fp32 while it is added to
-    the gradients."""
+    fp32 logits; dh and the fp32 sum it grows in; dw, unless it is frozen, held once more in fp32
+    while it is added to the gradients."""
     N, V, D = load.predicted, c.vocab_size, c.hidden_size
     logits = N * V * itemsize + min(N, CHUNK) * V * 4
-    return min(workspace, logits) + (4 + itemsize) * (N + V) * D
+    return min(workspace, logits) + (4 + itemsize) * (N + (0 if a else V)) * D
 
 
-def state(c: MistralConfig, shards: int, adam_state: str = "fp32") -> dict[str, int]:
-    """Return the bytes of a rank that last from step to step: masters, gradients and moments. A
-    split master takes the same 4 bytes a weight as an fp32 one, as its bf16 half is the weight that
-    computes."""
-    share = -(-sum(parameters(c).values()) // shards)
+def state(
+    c: MistralConfig,
+    shards: int,
+    adam_state: str = "fp32",
+    a: Adapters | None = None,
+    itemsize: int = 2,
+) -> dict[str, int]:
+    """Return the bytes of a rank that last from step to step: masters, gradients and moments; with
+    adapters theirs, and the frozen weights. A split master takes the same 4 bytes a weight as an
+    fp32 one, as its bf16 half is the weight that computes."""
+    whole = -(-sum(parameters(c).values()) // shards)
+    share = -(-c.num_hidden_layers * trained(c, a) // shards) if a else whole
     moments = {"fp32": 8, "bf16": 4}[adam_state]
-    return {"masters": 4 * share, "gradients": 4 * share, "moments": moments * share}
+    frozen = {"frozen weights": itemsize * whole} if a else {}
+    return frozen | {"masters": 4 * share, "gradients": 4 * share, "moments": moments * share}
 
 
-def plain(ranks: int, precision: str, masters: str) -> bool:
+def plain(ranks: int, precision: str, masters: str, a: Adapters | None = None) -> bool:
     """Return True if the model is a plain module, without FSDP; the same rule as in
     `fsdp.build`."""
-    return ranks == 1 and (precision == "fp32" or masters == "split")
+    return ranks == 1 and (precision == "fp32" or masters == "split" or a is not None)
 
 
-def sharding(c: MistralConfig, shards: int, itemsize: int, reshard: bool) -> dict[str, int]:
+def cast(c: MistralConfig, recompute: str, itemsize: int, a: Adapters | None) -> int:
+    """Return the bytes of a plain module's adapters in bf16: of all from their forward to their
+    backward, or, where a block is computed again, of that block's."""
+    blocks = c.num_hidden_layers if recompute == "none" else 1
+    return 2 * blocks * trained(c, a) if itemsize == 2 else 0
+
+
+def sharding(
+    c: MistralConfig, shards: int, itemsize: int, reshard: bool, a: Adapters | None = None
+) -> dict[str, int]:
     """Return the bytes of a rank for what FSDP gathers, and for gradients before they are
     scattered.
 
@@ -209,27 +303,35 @@ def sharding(c: MistralConfig, shards: int, itemsize: int, reshard: bool) -> dic
     gathered at a time, or two if there are several ranks, as the next one is prefetched; without
     `reshard` every block stays gathered. A block's gradients are whole at first: in the dtype of
     its weights, and once more in fp32 as reduce-scatter takes them, which gives this rank a shard.
-    The head's gradient is whole while it waits for the embedding's.
+    The head's gradient is whole while it waits for the embedding's. Frozen weights have none.
     """
-    block, root = units(c)
+    (block, root), thin = units(c), trained(c, a)
     apart, blocks = shards > 1, c.num_hidden_layers
-    gathered = root + (min(1 + apart, blocks) if reshard else blocks) * block
-    buffers = (itemsize + 4) * (block + apart * block // shards)
-    buffers += itemsize * c.vocab_size * c.hidden_size
+    gathered = root + (min(1 + apart, blocks) if reshard else blocks) * (block + thin)
+    graded = thin if a else block
+    buffers = (itemsize + 4) * (graded + apart * graded // shards)
+    buffers += 0 if a else itemsize * c.vocab_size * c.hidden_size
     return {"gathered weights": itemsize * gathered, "gradient buffers": buffers}
 
 
 def traffic(
-    c: MistralConfig, shards: int, replicas: int, itemsize: int, reshard: bool
+    c: MistralConfig,
+    shards: int,
+    replicas: int,
+    itemsize: int,
+    reshard: bool,
+    a: Adapters | None = None,
 ) -> dict[str, float]:
     """Return the bytes that a rank sends, and receives, for one micro-batch, by collective. Blocks
-    are gathered again for the backward if they were resharded; gradients are fp32."""
-    block, root = units(c)
-    blocks = c.num_hidden_layers * block
+    are gathered again for the backward if they were resharded; gradients, of adapters theirs alone,
+    are fp32."""
+    (block, root), thin = units(c), trained(c, a)
+    blocks = c.num_hidden_layers * (block + thin)
+    graded = c.num_hidden_layers * thin if a else root + blocks
     others = (shards - 1) / shards
     return {
         "all-gather, forward": itemsize * (root + blocks) * others,
         "all-gather, backward": itemsize * blocks * others * reshard,
-        "reduce-scatter": 4 * (root + blocks) * others,
-        "all-reduce, replicas": 2 * 4 * (root + blocks) / shards * (replicas - 1) / replicas,
+        "reduce-scatter": 4 * graded * others,
+        "all-reduce, replicas": 2 * 4 * graded / shards * (replicas - 1) / replicas,
     }

@@ -5,7 +5,7 @@ import bisect
 from zephyr.architecture import MistralConfig
 from zephyr.config import Training
 from zephyr.plan import costs
-from zephyr.plan.costs import Load
+from zephyr.plan.costs import Adapters, Load
 
 GIB = 2**30
 CONTEXT = 1.0 * GIB  # CUDA's context, and what cuBLAS and NCCL hold
@@ -22,19 +22,17 @@ def occupied(
     """Return the bytes of one GPU by part, at the peak of a micro-batch of `load`."""
     # --precision auto is bf16 on every card there is a plan for
     itemsize, shards = 2 if t.precision != "fp32" else 4, ranks // t.replicas
-    parts: dict[str, float] = {**costs.state(c, shards, t.adam_state)}
-    fsdp = (
-        {}
-        if costs.plain(ranks, t.precision, t.masters)
-        else costs.sharding(c, shards, itemsize, reshard)
-    )
-    parts |= fsdp
-    if getattr(t, "reference", "") == "live":
-        parts["live reference"] = parts["masters"] + fsdp.get("gathered weights", 0)
-    split = t.masters == "split"
-    parts["activations"] = costs.activations(c, load, recompute, itemsize, split)
-    block = costs.block_backward(c, load, recompute, itemsize)
-    parts["head, or a block's backward"] = max(costs.head(c, load, itemsize), block)
+    a, split = costs.adapters(t), t.masters == "split"
+    parts: dict[str, float] = {**costs.state(c, shards, t.adam_state, a, itemsize)}
+    if not costs.plain(ranks, t.precision, t.masters, a):
+        parts |= costs.sharding(c, shards, itemsize, reshard, a)
+    elif a and itemsize == 2:
+        parts["bf16 copies"] = costs.cast(c, recompute, itemsize, a)
+    if getattr(t, "reference", "") == "live" and not a:
+        parts["live reference"] = parts["masters"] + parts.get("gathered weights", 0)
+    parts["activations"] = costs.activations(c, load, recompute, itemsize, split, a)
+    block = costs.block_backward(c, load, recompute, itemsize, a)
+    parts["head, or a block's backward"] = max(costs.head(c, load, itemsize, a=a), block)
     parts["context and fragments"] = CONTEXT + FRAGMENTS * sum(parts.values())
     return parts
 
@@ -73,6 +71,7 @@ def choose(
     row, share = Load(1, 1 + (t.table == "dpo"), 1, 0), step / ranks
     most, auto = share + longest, t.microbatch_tokens == "auto"
     least = longest if auto else min(t.microbatch_tokens, most)
+    a = costs.adapters(t)
     policies = POLICIES if t.recompute == "auto" else (t.recompute,)
     fit = []
     for recompute in policies:
@@ -80,19 +79,22 @@ def choose(
         if room >= least:
             fit.append((room if auto else t.microbatch_tokens, recompute))
     smallest = (longest if auto else t.microbatch_tokens, policies[-1])
-    return min(fit, key=lambda x: slowness(c, share, *x), default=smallest)
+    return min(fit, key=lambda x: slowness(c, share, *x, a), default=smallest)
 
 
-def slowness(c: MistralConfig, share: float, budget: int, recompute: str) -> float:
+def slowness(
+    c: MistralConfig, share: float, budget: int, recompute: str, a: Adapters | None = None
+) -> float:
     """Return the time of a token, in units of the least that it could be."""
-    return (1 + again(c, Load(1, 1, 1, 0), recompute)) * (1 + FIXED * -(-share // budget) / share)
+    more = again(c, Load(1, 1, 1, 0), recompute, a)
+    return (1 + more) * (1 + FIXED * -(-share // budget) / share)
 
 
-def again(c: MistralConfig, load: Load, recompute: str) -> float:
+def again(c: MistralConfig, load: Load, recompute: str, a: Adapters | None = None) -> float:
     """Return the time of what is computed again, as a share of forward and backward."""
-    useful = costs.model_flops(c, load.tokens, load.predicted, load.attended)
-    more = costs.recomputed(c, load, recompute) / useful
-    return ELEMENTWISE if recompute == "elementwise" else more
+    useful = costs.model_flops(c, load.tokens, load.predicted, load.attended, a)
+    more = costs.recomputed(c, load, recompute, a) / useful
+    return more + ELEMENTWISE * (recompute == "elementwise")
 
 
 def reshard(

@@ -9,7 +9,7 @@ from zephyr import config
 from zephyr.architecture import MistralConfig
 from zephyr.config import Training
 from zephyr.plan import costs
-from zephyr.plan.costs import Card, Load
+from zephyr.plan.costs import Adapters, Card, Load
 from zephyr.plan.fit import GIB, again, choose, occupied, reshard
 
 NETWORK = 0.8  # of a link's rate is what collectives reach
@@ -54,6 +54,10 @@ class Job:
         return 2 if self.t.precision != "fp32" else 4
 
     @property
+    def adapters(self) -> Adapters | None:
+        return costs.adapters(self.t)
+
+    @property
     def share(self) -> float:
         """Return how many tokens of a step a rank gets."""
         return self.t.batch * self.item.tokens / self.ranks
@@ -61,7 +65,7 @@ class Job:
     @property
     def useful(self) -> float:
         """Return the FLOPs of an item, forward and backward."""
-        return costs.model_flops(self.c, self.item.tokens, *self.item[2:])
+        return costs.model_flops(self.c, self.item.tokens, *self.item[2:], self.adapters)
 
     def settled(self) -> "Job":
         """Return the job with values for what is auto. The longest possible pair has two responses
@@ -109,7 +113,8 @@ class Job:
         within = min(card.link, card.network * self.gpus) if shards > self.gpus else card.link
         across = card.network if self.nodes > 1 else card.link
         n, units = self.microbatches(), self.c.num_hidden_layers + 1
-        sent = costs.traffic(self.c, shards, replicas, self.itemsize, self.t.reshard == "always")
+        anew = self.t.reshard == "always"
+        sent = costs.traffic(self.c, shards, replicas, self.itemsize, anew, self.adapters)
         found = {}
         for name, size in sent.items():
             tree = "replicas" in name
@@ -125,9 +130,10 @@ class Job:
         While a block computes, the next is gathered, the last one's gradients are scattered, and
         those before it are added up over the replicas, on links of their own.
         """
-        load, rate = self.item.times(self.t.batch / self.ranks), self.card.flops * self.efficiency
-        forward = sum(costs.forward(self.c, load).values()) / rate
-        backward = (2 + 3 * again(self.c, load, self.t.recompute)) * forward
+        items, rate = self.t.batch / self.ranks, self.card.flops * self.efficiency
+        forward = sum(costs.forward(self.c, self.item, self.adapters).values()) * items / rate
+        more = again(self.c, self.item, self.t.recompute, self.adapters)
+        backward = (1 + more) * self.useful * items / rate - forward
         gather, anew, scatter, between = (s for _, s in self.traffic().values())
         block, root = costs.units(self.c)
         # nothing is computed while the first unit is gathered and the last is scattered
@@ -147,8 +153,9 @@ def remedy(job: Job) -> str:
     """Return the first flags with which a job fits, found by trying: one change, several, then the
     same on more GPUs; "" if nothing helps. Changes of speed come before changes of rounding."""
     t = job.t
+    splits = job.ranks == 1 and t.precision != "fp32" and not t.lora_rank
     changes: list[dict[str, str]] = [
-        {"masters": "split"} if job.ranks == 1 and t.precision != "fp32" else {},
+        {"masters": "split"} if splits else {},
         {"recompute": "elementwise"} if t.recompute == "none" else {},
         {"microbatch_tokens": "auto"},
         {"recompute": "full"} if t.recompute != "auto" else {},

@@ -22,9 +22,12 @@ def report(job: Job) -> str:
 
 def _memory(job: Job) -> str:
     t, parts = job.t, job.parts()
+    rank = f", adapters of rank {t.lora_rank}" if t.lora_rank else ""
     notes = {
-        "masters": "fp32" if t.masters == "fp32" else "bf16 weights, and the other 16 bits",
+        "frozen weights": "bf16" if t.precision != "fp32" else "fp32",
+        "masters": "bf16 weights, and the other 16 bits" if t.masters == "split" else "fp32" + rank,
         "gradients": "fp32",
+        "bf16 copies": "of the adapters, while they compute",
         "moments": f"AdamW's, {t.adam_state}",
         "gathered weights": f"reshard {t.reshard}",
         "gradient buffers": "before reduce-scatter",
@@ -38,24 +41,25 @@ def _memory(job: Job) -> str:
 
 def _policies(job: Job) -> str:
     rows, one = [], job.item.times(1 / job.item.tokens)
+    how = job.itemsize, job.t.masters == "split", job.adapters
     for recompute in POLICIES:
-        split = job.t.masters == "split"
-        size = costs.activations(job.c, one.times(1000), recompute, job.itemsize, split) / GIB
+        size = costs.activations(job.c, one.times(1000), recompute, *how) / GIB
         most = largest(job.c, job.t, job.memory, job.ranks, recompute, True, one, 1 << 20)
         shown = f"{most:,}" if most >= job.item.tokens else "none fits"
-        more = again(job.c, job.item, recompute)
+        more = again(job.c, job.item, recompute, job.adapters)
         rows.append((recompute, f"{size:.2f}", shown, f"{more:.1%}"))
     return _table(("recompute", "GiB per 1,000 tokens", "largest micro-batch", "more time"), rows)
 
 
 def _flop(job: Job) -> str:
-    parts, t = costs.forward(job.c, job.item), job.t
+    parts, t, a = costs.forward(job.c, job.item, job.adapters), job.t, job.adapters
     flop = {
-        "blocks' matmuls": 3 * (parts["projections"] + parts["mlp"]),
+        "blocks' matmuls": (2 if a else 3) * (parts["projections"] + parts["mlp"]),
         "attention": 3 * parts["attention"],
-        "head": 3 * parts["head"],
+        "head": (2 if a else 3) * parts["head"],
+        **({"adapters": 3 * parts["adapters"]} if a else {}),
         "forward and backward": job.useful,
-        "recomputed": costs.recomputed(job.c, job.item, t.recompute),
+        "recomputed": costs.recomputed(job.c, job.item, t.recompute, a),
     }
     if t.table == "dpo":
         once = "reference, each epoch" if t.reference == "live" else "reference, once"

@@ -19,16 +19,17 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from zephyr import files, optim
+from zephyr import files, lora, optim
 from zephyr.errors import BadCheckpoint, shared
 from zephyr.model import Mistral
-from zephyr.weights import config_json, hub, masters, safetensor_files
+from zephyr.weights import adapter, config_json, hub, locate, masters, safetensor_files
 
 STATE, SUMS = "state.json", "SHA256SUMS"
 FILE_BYTES = 1 << 30  # of a rank's file: one more in memory while it is written
@@ -172,22 +173,45 @@ def verified(folder: Path, shards: slice = slice(None)) -> dict:
 def export(folder: Path | str, target: Path | str, base: Path | str | None = None) -> None:
     """Write the Hugging Face folder of a checkpoint, of any number of ranks, a tensor at a time.
 
-    `base` has the config and the tokenizer; without it, the folder that the run started from.
+    `base` has the config and the tokenizer; without it, the folder that the run started from. The
+    checkpoint of a LoRA run is added to that folder's weights: raises ValueError if those are not
+    the bytes that the run started from.
     """
     state = verified(folder := Path(folder))
     try:
         settings = state["run"]["settings"]
+        under = None if base else settings.get("base")
         base, empty_system = base or settings["model"], settings["empty_system"] is not False
-    except (KeyError, TypeError):
+        spec = lora.spec(SimpleNamespace(**{"lora_rank": 0} | settings))
+        digest = state["run"]["model"] if spec else None
+    except (KeyError, TypeError, AttributeError):
         raise BadCheckpoint(f"{folder}/{STATE} does not say whose run this is") from None
     if not Path(base).is_dir():
         raise ValueError(
             f"{folder} was trained from {base}, which is not there; give --base, a "
             "folder with its config.json and tokenizer.model"
         )
-    shape = config_json.read(base)
+    place = locate.parts(base, under)
+    shape = config_json.read(place.model)
     with torch.device("meta"):
-        shapes = {name: tuple(p.shape) for name, p in Mistral(shape).named_parameters()}
+        model = Mistral(shape)
+        if spec:
+            lora.attach(model, spec, "fp32", torch.device("cpu"))
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    if spec:
+        if hub.digest(place) != digest:
+            raise ValueError(
+                f"{folder} holds adapters of another model than {base}: they were trained beside "
+                "other bytes; give --base, the folder that their run started from"
+            )
+        tensors = {
+            name: torch.empty(size) for name, size in shapes.items() if lora.is_adapter(name)
+        }
+        read(folder, tensors, alone=True)
+        added = adapter.paired(tensors, spec)
+        if place.adapter:
+            added = adapter.stacked(adapter.read(place.adapter), added)
+        return hub.merge(place, target, added, empty_system)
 
     def whole() -> Iterator[Tensor]:
         for name, size in shapes.items():
@@ -195,7 +219,7 @@ def export(folder: Path | str, target: Path | str, base: Path | str | None = Non
             read(folder, parts, alone=True)
             yield masters.joined(name, parts)
 
-    hub.write(target, shape, shapes, whole(), base, empty_system=empty_system)
+    hub.write(target, shape, shapes, whole(), place, empty_system=empty_system)
 
 
 def read(folder: Path, tensors: dict[str, Tensor], alone: bool = False) -> None:
@@ -233,10 +257,13 @@ def _sum(path: Path) -> str:
 
 
 def tensors_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Masters and moments by name; moments that no step has made yet are zeros."""
+    """Masters and moments of what is trained, by name; moments that no step has made yet are
+    zeros."""
     tensors: dict[str, Tensor] = {}
     optim.fill_state(optimizer)
     for name, p in masters.resharded_parameters(model).items():
+        if not p.requires_grad:
+            continue
         kept = optimizer.state[p]
         tensors |= masters.parts(name, p) | {
             f"{name}.exp_avg": kept["exp_avg"],

@@ -5,6 +5,7 @@ run.json        versions, git commit, ranks, what shapes the trajectory
 metrics.jsonl   one line per logged step
 checkpoints/    step-000100/, ...; `latest` links to the newest: see zephyr/run/checkpoint.py
 model/          the result, a Hugging Face folder
+adapter/        with LoRA: what is added to the base, in PEFT's files; see zephyr/weights/adapter.py
 """
 
 import fcntl
@@ -30,7 +31,7 @@ from torch import Tensor
 
 import kernels
 from kernels.provenance import commit, installed
-from zephyr import attention, config, files
+from zephyr import attention, config, files, lora
 from zephyr.config import Training
 from zephyr.distributed import machine, signals
 from zephyr.distributed.group import (
@@ -47,7 +48,8 @@ from zephyr.model import Mistral
 from zephyr.run import checkpoint
 from zephyr.run.checkpoint import STATE
 from zephyr.run.settings import restarted
-from zephyr.weights import hub
+from zephyr.weights import adapter, hub, locate
+from zephyr.weights.locate import Parts
 
 # settings that may change between a run and its continuation: they leave the trajectory as it is
 FREE = {
@@ -68,9 +70,11 @@ FREE = {
     "reshard",
     "profile",
     "deterministic",
+    "merge",
 }
+NAMES = "config.toml", "run.json", "metrics.jsonl", "model", "adapter"
 # what a kill in the middle of writing leaves in the run folder
-LEFTOVERS = [f".{name}.????????" for name in ("config.toml", "run.json", "metrics.jsonl", "model")]
+LEFTOVERS = [f".{name}.????????" for name in NAMES]
 
 
 class Journal(Protocol):
@@ -105,6 +109,9 @@ class Run:
             self.folder, self.finished = on_first(self._open)
             if self.finished:
                 ranks.say(f"{self.out} is finished; --resume fresh starts over and keeps it")
+                if c.merge and not (self.out / "model").exists():
+                    where = f"{self.out / 'adapter'} {self.out / 'model'}"
+                    ranks.say(f"its adapter is not merged yet: python -m zephyr.weights {where}")
             shared_folder(self.out)
             self.group = dist.new_group(backend="gloo")  # a background save's own
             self.copies = checkpoint.HostCopies(pinned=ranks.device.type == "cuda")
@@ -123,7 +130,7 @@ class Run:
         left += [*out.glob("checkpoints/.trash*"), *out.glob("checkpoints/step-*.part")]
         for path in left:
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
-        if (out / "model").exists():
+        if (out / "model").exists() or (out / "adapter").exists():
             self._same(out / "run.json")
             return None, True
         saved = checkpoint.complete(out)
@@ -157,7 +164,7 @@ class Run:
             old, new = before.pop("settings"), dict(self.identity)
             settings = new.pop("settings")
             # of what has a digest the content counts, wherever it lies and however it is spelt
-            settled = FREE | (before.keys() & new.keys())
+            settled = FREE | {"base"} | (before.keys() & new.keys())
             changed = [
                 f"{config.flag(name)} was {old.get(name)!r}, is {settings.get(name)!r}"
                 for name in sorted((old.keys() | settings.keys()) - settled)
@@ -288,12 +295,21 @@ class Run:
                 future.result()
 
     def export(self, model: Mistral) -> None:
-        """Write the finished model as a Hugging Face folder, RUN/model; every rank calls it."""
+        """Write the finished model as a Hugging Face folder, RUN/model; every rank calls it. With
+        LoRA write the adapters, RUN/adapter, and of those and their base RUN/model."""
         self.wait()
         set_timeout(PATIENCE)  # while the first rank writes, the others wait
-        with together():
-            empty = self.c.empty_system is not False
-            hub.save(model, self.out / "model", base=self.c.model, empty_system=empty)
+        start, empty = locate.parts(self.c.model, self.c.base), self.c.empty_system is not False
+        spec, path = lora.spec(self.c), self.out / "adapter"
+        if not spec:
+            with together():
+                hub.save(model, self.out / "model", base=start, empty_system=empty)
+            return
+        tensors = adapter.gathered(model, keep=self.ranks.rank == 0)
+        written = on_first(lambda: adapter.write(path, tensors, spec, start, empty))
+        self.ranks.say(*adapter.serving(path, written))
+        if self.c.merge:
+            on_first(lambda: hub.merge(Parts(start.model, path), self.out / "model"))
 
     @contextmanager
     def _written(self) -> Iterator[None]:

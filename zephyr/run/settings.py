@@ -15,7 +15,7 @@ from zephyr.distributed import group, machine
 from zephyr.distributed.group import Ranks
 from zephyr.plan import fit
 from zephyr.tokenizer import Tokenizer
-from zephyr.weights import base, hub
+from zephyr.weights import base, hub, locate
 
 
 def look(c: Training, ranks: Ranks) -> tuple[Training, MistralConfig, Tokenizer]:
@@ -30,7 +30,7 @@ def look(c: Training, ranks: Ranks) -> tuple[Training, MistralConfig, Tokenizer]
 
 def origin(c: Training) -> str:
     """Return the SHA-256 of the model that the run starts from, which rank 0 computes for all."""
-    return group.on_first(lambda: hub.digest(c.model))
+    return group.on_first(lambda: hub.digest(locate.parts(c.model, c.base)))
 
 
 def fitted(c: Training, shape: MistralConfig, ranks: Ranks, *lengths: np.ndarray) -> Training:

@@ -7,7 +7,9 @@ base.py               what the folder that a run starts from holds besides weigh
 safetensor_files.py   tensors in files
 hub.py                load a model a tensor at a time, save it a file at a time; sharded or not
 masters.py            fp32 masters, whole or in two halves
+adapter.py            LoRA adapters in PEFT's files
 mistral.py            from the layout that Mistral publishes
 
-    python -m zephyr.weights SOURCE TARGET     makes such a folder of a checkpoint or of Mistral's
+    python -m zephyr.weights SOURCE TARGET     makes such a folder of a checkpoint, of a LoRA
+                                               adapter and its base, or of Mistral's
 """

@@ -10,7 +10,8 @@ from zephyr.architecture import MistralConfig
 from zephyr.config import Training, flag
 from zephyr.files import shown
 from zephyr.tokenizer import Tokenizer
-from zephyr.weights import config_json, tokenizer_json
+from zephyr.weights import config_json, locate, tokenizer_json
+from zephyr.weights.locate import Parts
 
 TOKENIZER_JSON = "tokenizer.json"
 
@@ -23,20 +24,23 @@ class Base(NamedTuple):
 
 
 def look(c: Training) -> tuple[Training, MistralConfig, Tokenizer, list[str]]:
-    """Return the settings with `empty_system` decided, the architecture, the tokenizer, and lines
-    that the user should read.
+    """Return the settings with `empty_system` decided and an adapter's `base` found, the
+    architecture, the tokenizer, and lines that the user should read.
 
     An empty system message is inserted if the user says so; if the user says nothing, if the
     folder's chat template does so; else as Zephyr does. Raises ValueError if the folder cannot be
     trained, or if --max-length is beyond its positions.
     """
-    shape, tokenizer, own, notes = open_folder(c.model)
+    place = locate.parts(c.model, c.base)
+    shape, tokenizer, own, notes = open_folder(place)
+    c = replace(c, base=str(place.model) if place.adapter else None)
     if c.max_length > (limit := shape.max_position_embeddings):
         raise ValueError(
             f"--max-length {c.max_length} is beyond the {limit} positions that "
             f"{c.model} was made for (max_position_embeddings); use {limit} or less"
         )
-    notes += _tokenizer_json(Path(c.model), tokenizer)
+    notes += _tokenizer_json(place.tokenizer, tokenizer)
+    notes += _dropout(place)
     decided = next(x for x in (c.empty_system, own, True) if x is not None)
     if own is not None and (decided != own or not decided):
         does = "inserts an empty system message" if own else "inserts no empty system message"
@@ -46,14 +50,15 @@ def look(c: Training) -> tuple[Training, MistralConfig, Tokenizer, list[str]]:
     return replace(c, empty_system=decided), shape, tokenizer, notes
 
 
-def open_folder(folder: str | Path) -> Base:
-    """Return what a model folder holds besides its weights.
+def open_folder(folder: str | Path | Parts) -> Base:
+    """Return what a model folder, or an adapter with its base, holds besides weights.
 
     Raises ValueError if config.json or tokenizer.model is missing or cannot be used, or if they do
     not belong together.
     """
-    folder = Path(folder)
-    shape, tokenizer = config_json.read(folder), Tokenizer(folder)
+    place = locate.parts(folder)
+    folder = place.tokenizer
+    shape, tokenizer = config_json.read(place.model), Tokenizer(folder)
     notes = _vocabulary(folder, shape, tokenizer)
     own = config_json.empty_system(folder)
     if own is None and config_json.own_template(folder):
@@ -62,6 +67,17 @@ def open_folder(folder: str | Path) -> Base:
             "docs/operate/data.md"
         )
     return Base(shape, tokenizer, own, notes)
+
+
+def _dropout(place: Parts) -> list[str]:
+    """Return a line if a run starts from an adapter that was trained with dropout."""
+    config = files.read_json(place.adapter / locate.ADAPTER) if place.adapter else {}
+    if not (share := config.get("lora_dropout")):
+        return []
+    return [
+        f"{place.adapter} was trained with lora_dropout {shown(share)}; it is added to its base "
+        "without, and nothing is dropped out in this run"
+    ]
 
 
 def _vocabulary(folder: Path, shape: MistralConfig, tokenizer: Tokenizer) -> list[str]:

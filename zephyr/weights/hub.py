@@ -6,7 +6,7 @@ transformers fills in what a folder lacks and loads what is broken; here both ar
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,11 +19,13 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from tqdm import tqdm
 
-from zephyr import files
+from zephyr import files, lora
 from zephyr.architecture import MistralConfig
 from zephyr.model import Mistral
 from zephyr.tokenizer import Tokenizer
-from zephyr.weights import config_json, locate, safetensor_files
+from zephyr.weights import adapter, config_json, locate, safetensor_files
+from zephyr.weights.adapter import Pair
+from zephyr.weights.locate import Parts
 from zephyr.weights.masters import fill, full_master, resharded_parameters
 
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -47,20 +49,21 @@ QUANTIZED = (  # how the names end that GPTQ, AWQ, bitsandbytes, fp8 and compres
 
 
 @torch.no_grad()
-def load(folder: Path | str, model: Mistral) -> None:
+def load(folder: Path | str | Parts, model: Mistral, seed: int = 0) -> None:
     """Fill the model's parameters in place; each rank reads only its own slices of the files.
 
-    Weights are cast to the dtype of the parameters. A tied model is tied again, as `to_empty`
-    unties it. Raises ValueError unless the files hold exactly the model's tensors and all are
-    finite; of NaN and infinity a rank sees only its own slices.
+    Weights are cast to the dtype of the parameters; if the folder is an adapter's, after it was
+    added to its base in fp32. Adapters that the model itself has start by `seed`, see
+    `lora.initial`. A tied model is tied again, as `to_empty` unties it. Raises ValueError unless
+    the files hold exactly the model's tensors and all are finite; of NaN and infinity a rank sees
+    only its own slices.
     """
     if model.config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
-    parameters = dict(model.named_parameters())
-    found = safetensor_files.stored(*locate.weight_files(Path(folder)))
-    if model.config.tie_word_embeddings:
-        check_tied(folder, found)
-    check(folder, found, parameters)
+    place, parameters = locate.parts(folder), dict(model.named_parameters())
+    added = adapter.read(place.adapter) if place.adapter else {}
+    stored = {name: p for name, p in parameters.items() if not lora.is_adapter(name)}
+    values = opened(place, stored, model.config.tie_word_embeddings, added)
     broken = []
     hidden = True if dist.is_initialized() and dist.get_rank() else None  # on a terminal only
     bar = tqdm(parameters.items(), "weights", delay=3, leave=False, disable=hidden)
@@ -68,14 +71,47 @@ def load(folder: Path | str, model: Mistral) -> None:
         local, part = _share(parameter)
         if not local.numel():  # fewer rows than ranks
             continue
-        # opened for each tensor, so that no more than one is mapped at a time
-        with safe_open(found[name].path, "pt") as file:
-            fill(parameter, local, file.get_slice(name)[part])
+        if name in stored:
+            fill(parameter, local, values(name, part))
+        else:
+            fill(parameter, local, lora.initial(name, parameter.shape, seed)[part])
         # the extremes carry any NaN or infinity, and need no second tensor as isfinite() does
         if not all(math.isfinite(x) for x in torch.aminmax(local)):
             broken.append(f"{name} as {local.dtype}")
     if broken:
-        raise ValueError(f"{folder}: NaN or infinity in {files.some(broken)}")
+        raise ValueError(f"{place.adapter or place.model}: NaN or infinity in {files.some(broken)}")
+
+
+def opened(
+    place: Parts, wanted: dict[str, Tensor], tied: bool, added: dict[str, Pair]
+) -> Callable[[str, tuple[slice, ...]], Tensor]:
+    """Return a function that gives a part of a stored tensor, with B A of what is `added` to it, in
+    fp32. Raises ValueError unless the files hold exactly the tensors wanted, and `added` fits
+    them."""
+    folder = place.model
+    found = safetensor_files.stored(*locate.weight_files(folder))
+    if tied:
+        check_tied(folder, found)
+    check(folder, found, wanted)
+    for name, (a, b) in added.items():
+        shape = wanted[name].shape if name in wanted else None
+        if shape != (len(b), a.shape[1]):
+            there = "has none" if shape is None else f"has {list(shape)}"
+            raise ValueError(
+                f"{place.adapter}: the adapter of {name} is for {[len(b), a.shape[1]]}, and "
+                f"{folder} {there}: it is another model's; give --base"
+            )
+
+    def values(name: str, part: tuple[slice, ...]) -> Tensor:
+        # opened for each tensor, so that no more than one is mapped at a time
+        with safe_open(found[name].path, "pt") as file:
+            w = file.get_slice(name)[part]
+        if name not in added:
+            return w
+        a, b = added[name]
+        return w.float() + b[part[0]] @ a[:, part[1]]
+
+    return values
 
 
 def _share(parameter: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
@@ -130,9 +166,13 @@ def check(
             raise ValueError(f"{path}: {inside} is {dtype}; weights are one of {', '.join(FLOATS)}")
 
 
-def digest(folder: Path | str) -> str:
-    """Return the SHA-256 over config.json and the weight files, read at about the disk's speed."""
-    paths = [Path(folder) / "config.json", *locate.weight_files(Path(folder))[0]]
+def digest(folder: Path | str | Parts) -> str:
+    """Return the SHA-256 over config.json and the weight files, and an adapter's two, read at about
+    the disk's speed."""
+    place = locate.parts(folder)
+    paths = [place.model / "config.json", *locate.weight_files(place.model)[0]]
+    if place.adapter:
+        paths += [place.adapter / name for name in (locate.ADAPTER, locate.ADAPTER_WEIGHTS)]
 
     def line(path: Path) -> str:
         with open(path, "rb") as file:
@@ -146,12 +186,12 @@ def digest(folder: Path | str) -> str:
 def save(
     model: Mistral,
     folder: Path | str,
-    base: Path | str,
+    base: Path | str | Parts,
     dtype: torch.dtype | None = None,
     empty_system: bool = True,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write a (sharded) model as a Hugging Face folder; see `write`.
+    """Write a (sharded) model without adapters as a Hugging Face folder; see `write`.
 
     Every rank calls it, and one tensor at a time is gathered; rank 0 writes, a file at a time.
     Raises its errors on rank 0 only; no other rank is left waiting."""
@@ -171,7 +211,7 @@ def write(
     config: MistralConfig,
     shapes: dict[str, tuple[int, ...]],
     tensors: Iterator[Tensor],
-    base: Path | str,
+    base: Path | str | Parts,
     dtype: torch.dtype | None = None,
     empty_system: bool = True,
     shard_bytes: int = SHARD_BYTES,
@@ -182,10 +222,11 @@ def write(
     template inserts an empty system message if training did. Raises ValueError if the folder exists
     or cannot be written; then there is none.
     """
-    path = Path(base) / "config.json"
+    place = locate.parts(base)
+    path = place.model / "config.json"
     raw = files.read_json(path)
     dtype = dtype or getattr(torch, config_json.dtype(raw, path))
-    tokenizer = Tokenizer(base)
+    tokenizer = Tokenizer(place.tokenizer)
     sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
     groups = safetensor_files.group_by_size(sizes, shard_bytes)
     with files.new_folder(Path(folder), sum(sizes.values())) as temp:
@@ -194,6 +235,28 @@ def write(
         )
         config_json.write_tokenizer(temp, tokenizer, config_json.chat_template(empty_system))
         safetensor_files.write_shards(temp, groups, dtype, tensors)
+
+
+@torch.no_grad()
+def merge(
+    place: Parts,
+    target: Path | str,
+    added: dict[str, Pair] | None = None,
+    empty_system: bool | None = None,
+) -> None:
+    """Write the Hugging Face folder of a model with an adapter added in fp32, then cast to the
+    base's dtype, a tensor at a time. Without `added` it is the adapter of `place`; without
+    `empty_system` the chat template has such a message if that of `place` does."""
+    shape = config_json.read(place.model)
+    with torch.device("meta"):
+        wanted = dict(Mistral(shape).named_parameters())
+    added = adapter.read(place.adapter) if added is None else added
+    values = opened(place, wanted, shape.tie_word_embeddings, added)
+    shapes = {name: tuple(p.shape) for name, p in wanted.items()}
+    whole = (values(name, tuple(map(slice, size))) for name, size in shapes.items())
+    if empty_system is None:
+        empty_system = config_json.empty_system(place.tokenizer) is not False
+    write(target, shape, shapes, whole, place, empty_system=empty_system)
 
 
 def initialise(model: Mistral, seed: int, std: float = 0.02) -> None:

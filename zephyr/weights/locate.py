@@ -6,20 +6,65 @@ Whoever opens a model folder asks here for its config.json, its weights and its 
 import re
 import shlex
 from pathlib import Path
+from typing import NamedTuple
 
-from zephyr.files import inside, read_json, shown, size_of, some
+from zephyr.files import home, inside, read_json, shown, size_of, some
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FILES = 1000  # of weights, in a folder
 
-MERGE = (
-    "from peft import AutoPeftModelForCausalLM as A; A.from_pretrained({0}, dtype='auto')"
-    ".merge_and_unload().save_pretrained({1})"
-)
 CONVERT = (
     "from transformers import AutoModelForCausalLM as A; A.from_pretrained({0}, "
     "dtype='auto', use_safetensors=False).save_pretrained({1})"
 )
+
+
+class Parts(NamedTuple):
+    """Where the parts of a model lie: a folder of its own, or a LoRA adapter and its base."""
+
+    model: Path  # config.json and the weights
+    adapter: Path | None = None  # what is added to them
+
+    @property
+    def tokenizer(self) -> Path:
+        """The folder with the tokenizer and the chat template: the adapter's if it has them."""
+        own = self.adapter and (self.adapter / "tokenizer.model").is_file()
+        return self.adapter if own else self.model
+
+
+def parts(folder: Path | str | Parts, base: Path | str | None = None) -> Parts:
+    """Return the parts of a model folder or a LoRA adapter. An adapter's base is `base`, or else
+    the folder that its config names.
+
+    Raises ValueError if that is no folder or an adapter too, if the folder is a model and an
+    adapter at once, and if there is a `base` for what is no adapter.
+    """
+    if isinstance(folder, Parts):
+        return folder
+    folder = Path(folder)
+    if not (folder / ADAPTER).exists():
+        if base is not None:
+            raise ValueError(f"--base {base} is for a LoRA adapter, and {folder} is none; leave it")
+        return Parts(folder)
+    if weights := [name for name in (SINGLE, INDEX) if (folder / name).exists()]:
+        raise ValueError(
+            f"{folder} is a LoRA adapter ({ADAPTER}) and a model ({weights[0]}) at once, and "
+            "programs differ in whether they add the two; put them in folders of their own"
+        )
+    named = base or read_json(folder / ADAPTER).get("base_model_name_or_path")
+    if not isinstance(named, str | Path) or not Path(home(named)).is_dir():
+        raise ValueError(
+            f"{folder} is a LoRA adapter ({ADAPTER}) of {shown(named and str(named))}, which is no "
+            "folder here; give --base, the folder of that model"
+        )
+    named = Path(home(named))
+    if (named / ADAPTER).exists():
+        raise ValueError(
+            f"{folder} is a LoRA adapter of another, {named}; make a model of that one first: "
+            f"python -m zephyr.weights {shlex.quote(str(named))} NEW; then give --base NEW"
+        )
+    return Parts(named, folder)
 
 
 def config_file(folder: Path) -> Path:
@@ -117,13 +162,13 @@ def _other(folder: Path) -> str | None:
     def has(*names: str) -> bool:
         return all((folder / name).exists() for name in names)
 
-    if has("adapter_config.json"):
+    if has(ADAPTER):
         whole = folder.with_name(f"{folder.name}-merged")
-        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        base = read_json(folder / ADAPTER).get("base_model_name_or_path")
+        where = " ".join(shlex.quote(str(path)) for path in (folder, whole))
         return (
-            f"is a LoRA adapter (adapter_config.json) of {shown(base)}, not a model; merge "
-            f"the two: {_python(MERGE, folder, whole)}; cp BASE/tokenizer.model "
-            f"{shlex.quote(str(whole))}"
+            f"is a LoRA adapter ({ADAPTER}) of {shown(base)}, not a model; merge the two: "
+            f"python -m zephyr.weights {where}"
         )
     if has("SHA256SUMS", "state.json"):
         return f"is a run's checkpoint; make a model of it: python -m zephyr.weights {folder} NEW"
