@@ -5,6 +5,7 @@
 Nothing is downloaded: the village (village.py) and a seed make, the same bytes each time,
     ultrachat.{train,test}.jsonl.gz      what the birds said, for dSFT
     ultrafeedback.{train,test}.jsonl.gz  four answers to each prompt with their scores, for AIF
+    ultrafeedback.held_out.jsonl.gz      likewise, for what is measured once: it chose no setting
     base/                                tokenizer.model and config.json of a model to be born
 """
 
@@ -157,21 +158,22 @@ def scored(prompt: str, rng: Random) -> dict:
 
 FILES = {
     "ultrachat": (chat, {"train": 6000, "test": 200}),
-    "ultrafeedback": (scored, {"train": 2400, "test": 200}),
+    "ultrafeedback": (scored, {"train": 2400, "test": 200, "held_out": 200}),
 }
 
 
 def split(rng: Random) -> dict[str, list[str]]:
-    """Return the texts of questions for training and for test: a tenth of each kind is held out, so
-    no such question is trained on."""
-    by_kind, parts = defaultdict(list), {"train": [], "test": []}
+    """Return the texts of questions for training, for test and held out: a tenth of each kind is
+    for test, another tenth is held out, and no such question is trained on."""
+    by_kind, parts = defaultdict(list), {"held_out": [], "test": [], "train": []}
     for text, q in questions().items():
         by_kind[q.kind].append(text)
     for texts in by_kind.values():
         rng.shuffle(texts)
-        held = len(texts) // 10
-        parts["test"] += texts[:held]
-        parts["train"] += texts[held:]
+        tenth = len(texts) // 10
+        parts["held_out"] += texts[:tenth]
+        parts["test"] += texts[tenth : 2 * tenth]
+        parts["train"] += texts[2 * tenth :]
     return parts
 
 
