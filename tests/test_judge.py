@@ -1,18 +1,19 @@
-"""MT-Bench graded by a judge at an endpoint: its prompts against FastChat's own, and its file."""
+"""MT-Bench judged at an endpoint: prompts against FastChat's own, grades, games, its files."""
 
 import gzip
 import json
 import re
-import threading
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from judge_helpers import judging
 
 from helpers import shared
+from model_helpers import folder_of, model
+from zephyr import source
 from zephyr.data.readers import read_rows, write_rows
 from zephyr.evals import __main__ as evals_command
-from zephyr.evals import judge
+from zephyr.evals import judge_mt_bench, mt_bench, mt_bench_prompts
 
 QUESTIONS = [
     {"question_id": 81, "category": "writing", "turns": ["Write a poem.", "Shorter."]},
@@ -41,37 +42,14 @@ def files(tmp_path):
 
 @pytest.fixture
 def server():
-    """A judge that says what `says` makes of the messages, and the bodies that it got."""
-
-    class Judge(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            httpd.asked.append(body)
-            said = httpd.says(body)
-            reply = {"choices": [{"message": {"content": said}, "finish_reason": "stop"}]}
-            reply |= {"usage": {"prompt_tokens": 10, "completion_tokens": 5}}
-            data = json.dumps(reply).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, *_):
-            pass
-
-    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Judge)
-    httpd.asked, httpd.says = [], lambda body: "Fine. [[7]]"
-    httpd.url = f"http://127.0.0.1:{httpd.server_address[1]}/v1"
-    threading.Thread(target=httpd.serve_forever, daemon=True).start()
-    yield httpd
-    httpd.shutdown()
-    httpd.server_close()
+    with judging() as httpd:
+        yield httpd
 
 
 def command(files, server, *more, references=True):
     argv = ["judge", "mt-bench", files / "a.jsonl", "--questions", files / "q.jsonl"]
     argv += ["--references", files / "r.jsonl"] if references else []
-    argv += ["--url", server.url, "--judge", "gpt-x", "--out", files / "out.jsonl", *more]
+    argv += ["--judge", f"gpt-x@{server.url}", "--out", files / "out.jsonl", *more]
     evals_command.main(list(map(str, argv)))
 
 
@@ -79,9 +57,9 @@ def test_the_prompts_are_fastchats_to_the_letter():
     """Of 320 published judgments, of both turns, with and without references; FastChat's own file
     has what its judge was sent."""
     data = shared("mt_bench")
-    questions = judge.read_questions(str(data / "question.jsonl"))
-    references = judge.read_answers(str(data / "reference_answer_gpt-4.jsonl"))[1]
-    prompts = judge.read_prompts(str(data / "judge_prompts.jsonl"))
+    questions = judge_mt_bench.read_questions(str(data / "question.jsonl"))
+    references = judge_mt_bench.read_answers(str(data / "reference_answer_gpt-4.jsonl"))[1]
+    prompts = mt_bench_prompts.read(str(data / "judge_prompts.jsonl"))
     with gzip.open(data / "judgment.mistral-orpo-mix.jsonl.gz", "rt") as file:
         rows = [json.loads(line) for line in file]
     answers = {}
@@ -95,13 +73,14 @@ def test_the_prompts_are_fastchats_to_the_letter():
             last = last.rsplit("\n\n<|The End of Assistant A's", 1)[0]
             answers[number] = [said.search(text)[1], last]
     found = {
-        (g.question, g.turn): g
-        for g in judge.gradings(questions, "m", answers, references, prompts)
+        (match.question, match.turn): match
+        for match in judge_mt_bench.matches(questions, [answers], references, prompts)
     }
     assert len(found) == len(rows) == 160
     for row in rows:
-        grading = found[row["question_id"], row["turn"]]
-        assert grading.prompt == row["judge"][1] and grading.user == row["user_prompt"]
+        match = found[row["question_id"], row["turn"]]
+        ((_, user),) = match.games
+        assert match.prompt == row["judge"][1] and user["content"] == row["user_prompt"]
 
 
 def test_judgments_are_written_as_fastchat_has_them(files, server, capsys):
@@ -148,13 +127,13 @@ def test_an_answer_without_a_grade_is_asked_for_again(files, server, capsys):
     server.says = lambda body: "[[6]]" if body.get("seed") == 1 else "Hard to say."
     command(files, server)
     assert len(server.asked) == 8
-    server.says = lambda body: "Hard to say."
+    server.says = lambda body: "[[5]]" if "Other." in str(body) else "Hard to say."
     write_rows(files / "a.jsonl", [answer_line(81, ["Else.", "Other."])])
     server.asked.clear()
     capsys.readouterr()
     command(files, server)
-    assert len(server.asked) == 6
-    assert "2 judgments have no score and are in no mean" in capsys.readouterr().out
+    assert len(server.asked) == 4
+    assert "1 judgments have no score and are in no mean" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -180,8 +159,173 @@ def test_mistakes_cost_one_line(change, message, files, server, capsys):
 
 
 def test_an_endpoint_that_is_not_there(files, server, capsys, monkeypatch):
-    monkeypatch.setattr(judge, "ask", partial(judge.ask, sleep=lambda seconds: None))
+    quick = partial(source.ask_endpoint, sleep=lambda seconds: None)
+    monkeypatch.setattr(source, "ask_endpoint", quick)
     server.url = "http://127.0.0.1:9/v1"
     with pytest.raises(SystemExit) as ended:
         command(files, server)
     assert ended.value.code == 2 and "cannot be reached" in capsys.readouterr().err
+
+
+# two models
+
+
+OTHERS = {81: ["A longer poem, of roses.", "Rosy."], 101: ["It is 2.", "{x} is 3"]}
+
+
+def compare(files, server, *more, others=OTHERS, name="theirs"):
+    write_rows(files / "b.jsonl", [answer_line(*item, name) for item in others.items()])
+    command(files, server, "--against", files / "b.jsonl", *more)
+
+
+def lines(files):
+    return [row for _, row in read_rows(files / "out.jsonl")]
+
+
+def test_games_are_written_as_fastchat_has_them(files, server, capsys):
+    """A judge that prefers our answers wherever they are shown, and once sees a tie."""
+
+    def says(body):
+        user = body["messages"][1]["content"]
+        if "Reference" in user:
+            return "[[C]] they are equal"
+        return "So [[A]]" if user.index("Roses are red.") < user.index("A longer poem") else "[[B]]"
+
+    server.says = says
+    compare(files, server, "--json", files / "f.json")
+    rows = lines(files)
+    keys = "question_id model_1 model_2 g1_winner g2_winner judge g1_user_prompt g1_judgment "
+    assert all(" ".join(r) == keys + "g2_user_prompt g2_judgment turn tstamp" for r in rows)
+    found = [(r["question_id"], r["turn"], r["g1_winner"], r["g2_winner"]) for r in rows]
+    assert found == [
+        (81, 1, "model_1", "model_1"),
+        (81, 2, "model_1", "model_1"),
+        (101, 1, "tie", "tie"),
+        (101, 2, "tie", "tie"),
+    ]
+    assert (rows[0]["model_1"], rows[0]["model_2"]) == ("ours", "theirs")
+    assert (rows[0]["g1_judgment"], rows[0]["g2_judgment"]) == ("So [[A]]", "[[B]]")
+    assert rows[3]["judge"] == ["gpt-x", "zephyr-pair-math-v1-multi-turn"]
+    figures = json.loads((files / "f.json").read_text())
+    assert figures["ours"]["pairs"]["win_rate"] == 75
+    assert figures["theirs"]["pairs"]["win_rate"] == 25
+    assert figures["ours"]["pairs"]["consistency"]["consistent"] == 100
+    assert len(server.asked) == 8 and "prompts are our own" in capsys.readouterr().out
+
+
+def test_game_2_exchanges_the_answers(files, server):
+    """FastChat's templates: apart from whose answers they are, the two games' prompts are equal."""
+    data = shared("mt_bench")
+    server.says = lambda body: "[[A]]"
+    compare(files, server, "--prompts", data / "judge_prompts.jsonl")
+    for row in lines(files):
+        number, turn = row["question_id"], row["turn"]
+        first, second = row["g1_user_prompt"], row["g2_user_prompt"]
+        for k in range(turn):
+            ours, theirs = ANSWERS[number][k], OTHERS[number][k]
+            for start, end in (("Answer]\n", "\n["), ("### Assistant {}:\n", "\n\n")):
+                for letter, one, two in (("A", ours, theirs), ("B", theirs, ours)):
+                    mark = start.format(letter)
+                    first = first.replace(f"{mark}{one}{end}", f"{mark}<{letter}{k}>{end}")
+                    second = second.replace(f"{mark}{two}{end}", f"{mark}<{letter}{k}>{end}")
+        assert first == second and "<A0>" in first and f"<B{turn - 1}>" in first
+        names = {True: "pair-math-v1", False: "pair-v2"}[number == 101]
+        assert row["judge"][1] == names + "-multi-turn" * (turn == 2)
+    prompts = {(r["question_id"], r["turn"]): r["g1_user_prompt"] for r in lines(files)}
+    assert "[The Start of Reference Answer]\ntwo\n[The End" in prompts[101, 1]
+    assert "### Reference answer:\nthree\n\n<|The End" in prompts[101, 2]
+    assert "### User:\nAnd {x}?\n\n### Assistant B:\n{x} is 3\n\n<|The End" in prompts[101, 2]
+
+
+def test_our_own_prompts_show_the_answers_lengths(files, server):
+    server.says = lambda body: "[[7]] [[A]]"
+    command(files, server)
+    for row in lines(files):
+        answer = ANSWERS[row["question_id"]][row["turn"] - 1]
+        assert mt_bench.answer_length(row["user_prompt"]) == len(answer)
+    compare(files, server)
+    for row in lines(files):
+        turns = slice(0, row["turn"])
+        ours, theirs = ("".join(a[row["question_id"]][turns]) for a in (ANSWERS, OTHERS))
+        assert mt_bench.longer(row["g1_user_prompt"]) == len(ours) - len(theirs)
+        assert mt_bench.longer(row["g2_user_prompt"]) == len(theirs) - len(ours)
+
+
+def test_a_judge_that_always_says_first(files, server, capsys):
+    server.says = lambda body: "The first. [[A]]"
+    compare(files, server, "--json", files / "f.json")
+    figures = json.loads((files / "f.json").read_text())["ours"]["pairs"]
+    assert figures["win_rate"] == 50 and figures["ties"] == 4
+    assert figures["consistency"]["consistent"] == 0
+    assert figures["slots"]["first"]["mean"] == 100
+    assert "the judge favours what it is shown first" in capsys.readouterr().out
+
+
+def test_a_judge_that_prefers_length_is_exposed(files, server):
+    def says(body):
+        return "[[A]]" if mt_bench.longer(body["messages"][1]["content"]) > 0 else "[[B]]"
+
+    server.says = says
+    others = {81: ["A poem that is longer than ours.", "x" * 90], 101: ["2", "3"]}
+    write_rows(
+        files / "a.jsonl", [answer_line(81, ["Poem.", "x"]), answer_line(101, ["2 2 2", "3"])]
+    )
+    compare(files, server, "--json", files / "f.json", others=others)
+    figures = json.loads((files / "f.json").read_text())["ours"]["pairs"]
+    assert figures["win_rate"] == 50 and figures["consistency"]["consistent"] == 100
+    means = [quarter["mean"] for quarter in figures["length_quarters"]]
+    assert means[0] == 0 and means[-1] == 100
+
+
+def test_a_game_without_a_verdict_is_an_error(files, server, capsys):
+    """Of an answer that cannot be read, asked for thrice, and of one that does not come."""
+
+    def says(body):
+        user = body["messages"][1]["content"]
+        if "Reference" in user:
+            return "[[A]]"
+        first = user.index("Roses") < user.index("A longer")
+        return "Both are fine." if first else 400 if "Shorter." in user else "[[B]]"
+
+    server.says, server.why = says, "the filter has refused"
+    compare(files, server)
+    rows = {(r["question_id"], r["turn"]): r for r in lines(files)}
+    assert (rows[81, 1]["g1_winner"], rows[81, 1]["g2_winner"]) == ("error", "model_1")
+    assert (rows[81, 2]["g1_judgment"], rows[81, 2]["g2_judgment"]) == ("Both are fine.", "$ERROR$")
+    assert len(server.asked) == 4 + 3 + 1 + 3 + 1
+    said = capsys.readouterr().out
+    assert "3 have no verdict" in said and "1 requests have no answer" in said
+    seeds = [(b.get("seed"), b["temperature"]) for b in server.asked if "Roses" in str(b)]
+    assert sorted(map(str, seeds)).count("(2, 1)") == 2
+
+
+@pytest.mark.parametrize(
+    "others, name, message",
+    [
+        (
+            {81: ["x", "y"]},
+            "theirs",
+            "1 questions are answered in one of .*a.jsonl and .*b.jsonl al",
+        ),
+        (OTHERS, "ours", "b.jsonl: both files are of 'ours'; change a model_id"),
+        ({81: ["x"], 101: ["y", "z"]}, "theirs", "question 81 has 2 turns and 1 answers"),
+    ],
+)
+def test_mistakes_of_two_models_cost_one_line(others, name, message, files, server, capsys):
+    with pytest.raises(SystemExit) as ended:
+        compare(files, server, others=others, name=name)
+    err = capsys.readouterr().err
+    assert ended.value.code == 2 and re.search(message, err) and err.count("\n") == 1
+    assert not server.asked and not (files / "out.jsonl").exists()
+
+
+def test_a_judge_in_a_folder(files, capsys):
+    """It is sampled here; this one, untrained, says nothing that is a grade."""
+    folder = folder_of(model(max_position_embeddings=4096), files / "judge")
+    argv = ["judge", "mt-bench", files / "a.jsonl", "--questions", files / "q.jsonl"]
+    argv += ["--references", files / "r.jsonl", "--judge", folder, "--out", files / "out.jsonl"]
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            evals_command.main([*map(str, argv), "--max-tokens", "2"])
+        assert "judge: none of its 4 verdicts can be read, the first is" in capsys.readouterr().err
+        assert (files / "out.jsonl.answers").read_text().count("\n") == 12

@@ -16,7 +16,7 @@ FLOORS = (
     "distributed",
     "plan optim data",
     "run",
-    "metrics feedback generate",
+    "metrics feedback generate source",
     "reference toy evals",
     "textbook __main__",
 )

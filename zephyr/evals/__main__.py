@@ -1,7 +1,7 @@
 """Evaluate a model, and the judge that does.
 
 python -m zephyr.evals show FILE... [--alpaca-data DIR]         figures of a judge's annotations
-python -m zephyr.evals judge mt-bench ANSWERS --url URL --judge NAME ...    grades by a judge
+python -m zephyr.evals judge mt-bench|alpaca ANSWERS --judge NAME@URL ...    what a judge says
 python -m zephyr.evals pairs MODEL --reference REF --data PAIRS  accuracy of the implicit reward
 """
 
@@ -14,7 +14,7 @@ from zephyr.run import exits
 
 COMMANDS = {
     "show": "the figures in files of annotations or judgments, and what they tell of the judge",
-    "judge": "grade MT-Bench's answers by a model at an OpenAI-compatible endpoint",
+    "judge": "have a model judge answers to MT-Bench or AlpacaEval",
     "pairs": "which held-out pairs a model's implicit reward ranks rightly",
 }
 

@@ -7,7 +7,7 @@ answers give kappa.
 
 import argparse
 import json
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from itertools import combinations
 
 from zephyr.data.readers import expand, read_rows
@@ -33,7 +33,19 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> str:
     """Return the page of the files, and write their figures if that was asked for."""
-    files = {str(path): list(read_rows(path)) for path in expand(args.files)}
+    figures, text = page_of(args.files, args.alpaca_data, args.questions, args.feedback)
+    save(args.json, figures)
+    return text
+
+
+def page_of(
+    paths: Sequence[str],
+    alpaca_data: str | None = None,
+    questions: str | None = None,
+    feedback: str | None = None,
+) -> tuple[dict, str]:
+    """Return the figures in files of one benchmark, and the page that shows them."""
+    files = {str(path): list(read_rows(path)) for path in expand(paths)}
     kinds = {path: kind(path, rows[0][1]) for path, rows in files.items()}
     first = next(iter(kinds))
     for path, name in kinds.items():
@@ -42,14 +54,14 @@ def run(args: argparse.Namespace) -> str:
                 f"{path} has {name}, {first} has {kinds[first]}; show one benchmark at a time"
             )
     if kinds[first] == ALPACA:
-        if args.questions:
+        if questions:
             raise ValueError(f"--questions is for {MT_BENCH}, and {first} has {ALPACA}")
-        figures, text = _alpaca(files, args.alpaca_data, args.feedback)
+        figures, text = _alpaca(files, alpaca_data, feedback)
     else:
-        if args.alpaca_data:
+        if alpaca_data:
             raise ValueError(f"--alpaca-data is for {ALPACA}, and {first} has {MT_BENCH}")
-        figures, text = _mt_bench(files, args.questions, args.feedback)
-    if not args.feedback:
+        figures, text = _mt_bench(files, questions, feedback)
+    if not feedback:
         text += "\n" + "\n".join(
             page.said(
                 "--feedback NAME tells what labelled or wrote the model's training data; a judge "
@@ -57,10 +69,14 @@ def run(args: argparse.Namespace) -> str:
                 "note: ",
             )
         )
-    if args.json:
-        with atomic(home(args.json)) as file:
+    return figures, text
+
+
+def save(path: str | None, figures: dict) -> None:
+    """Write the figures as a JSON object, if there is a path to write them to."""
+    if path:
+        with atomic(home(path)) as file:
             file.write((json.dumps(figures, indent=2) + "\n").encode())
-    return text
 
 
 def kind(path: str, row: dict) -> str:

@@ -1,0 +1,185 @@
+"""Who answers: a model at an OpenAI-compatible endpoint, or one in a folder, which is sampled here.
+
+    open_source("qwen3@http://localhost:8000/v1")      the model qwen3 of that server
+    open_source("runs/tiny/dpo/model")                 a Hugging Face folder
+
+Both are asked in the same way, and both keep their answers in a file, so that the same call goes on
+where it was killed:
+
+    for answer in ask(model, [Request(messages, {"max_tokens": 100})], "answers.jsonl"):
+        print(answer.text)
+"""
+
+import contextlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+
+from tqdm import tqdm
+
+from zephyr.client.exchange import Answer, Endpoint
+from zephyr.client.store import AnswerFile
+from zephyr.endpoint import Failure, Request, key_of
+from zephyr.endpoint import ask as ask_endpoint
+from zephyr.files import home, shown
+
+AT = re.compile(r"(.+)@(https?://.*)", re.DOTALL)
+SAMPLING = {"temperature": 1.0, "top_p": 1.0, "seed": 0}  # of a request that does not say
+NEW = 1024  # tokens of an answer to a request without max_tokens
+ROWS, PROMPTS = 256, 1 << 14  # of a batch, at most: its conversations, and their prompts' tokens
+CACHE = 1 << 30  # bytes of keys and values on a CPU; on a GPU it is a third of the free memory
+
+
+def open_source(name: str, key_from: str = "OPENAI_API_KEY") -> "Endpoint | Folder":
+    """Return the model that `NAME@URL` or a folder's path names. A folder is loaded when it is
+    first asked. Raises ValueError if there is no model under that name."""
+    if match := AT.fullmatch(name):
+        return Endpoint(match[2], match[1], key_from)
+    if name.startswith(("http://", "https://")):
+        raise ValueError(f"{shown(name)} names no model; write NAME@URL, as in gpt-4.1@{name}")
+    return Folder(home(name))
+
+
+def title(source: "Endpoint | Folder") -> str:
+    """Return what files call a source: the endpoint's model, or the folder's name; of a run's
+    `model/`, the run's."""
+    return source.model if isinstance(source, Endpoint) else source.name
+
+
+def ask(
+    source: "Endpoint | Folder", requests: Iterable[Request], path: str | Path, **how
+) -> Iterator[Answer | Failure]:
+    """Yield an answer for each request, in their order, from the file `path` or the source.
+
+    `how` is what `endpoint.ask` takes: concurrency, budget. What is sampled here is in no budget.
+    """
+    if isinstance(source, Endpoint):
+        return ask_endpoint(source, requests, path, **how)
+    return source.ask([Request(*request) for request in requests], path)
+
+
+class Folder:
+    """A model in a Hugging Face folder.
+
+    Answers are filed under the content of its files, so that those of a model which lay there
+    before are not taken for its own. Log-probs of tokens are not given.
+    """
+
+    def __init__(self, path: str):
+        from zephyr.weights import base  # here, as it needs torch and an endpoint does not
+
+        base.open_folder(path)  # raises ValueError if it is none
+        self.path = path
+        parts = Path(path).resolve().parts
+        self.name = parts[-2] if parts[-1] == "model" and len(parts) > 2 else parts[-1]
+
+    @cached_property
+    def model(self) -> str:
+        """What its answers are filed under."""
+        from zephyr.weights import base, hub
+
+        return f"{hub.digest(self.path)} {base.open_folder(self.path).tokenizer.digest}"
+
+    @cached_property
+    def loaded(self):
+        from zephyr import generate
+
+        return generate.load(self.path)
+
+    def ask(self, requests: Sequence[Request], path: str | Path) -> Iterator[Answer | Failure]:
+        """Yield an answer for each request, see `ask` of this module.
+
+        Batches depend on all of the requests, whichever are answered already, and a batch whose
+        answers are not all in the file is sampled again as a whole. So whenever the call is killed
+        and given again, it ends with the same answers.
+        """
+        known = {*SAMPLING, "max_tokens", "logprobs", "top_logprobs"}
+        for name in {name for request in requests for name in request.parameters} - known:
+            raise ValueError(f"{self.path} is sampled here, which takes no parameter {name}")
+        keys = [key_of(self.model, request) for request in requests]
+        unique = dict(zip(keys, requests, strict=True))
+        failed: dict[str, Failure] = {}
+        with contextlib.closing(AnswerFile(path, unique)) as file:
+            if todo := unique.keys() - file.found:
+                batches = self._batches(unique, failed)
+                bar = tqdm(total=len(todo), unit=" answers", delay=2, leave=False, disable=None)
+                for batch in batches:
+                    if not batch.keys() <= file.found.keys():
+                        self._sample(batch, unique, file)
+                    bar.update(len(batch.keys() & todo))
+                bar.close()
+            for key in keys:
+                yield file.found.get(key) or failed[key]
+
+    def _batches(self, requests: dict[str, Request], failed: dict) -> list[dict[str, list[int]]]:
+        """Return the requests' prompts by key, those of one batch together: alike in parameters and
+        in length, the longest first. A request that has no prompt gets its reason in `failed`."""
+        model, tokenizer = self.loaded
+        c, weight = model.config, model.lm_head.weight
+        room = CACHE
+        if weight.is_cuda:
+            import torch
+
+            room = torch.cuda.mem_get_info(weight.device)[0] // 3
+        each = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * weight.itemsize
+        groups: dict[str, dict[str, list[int]]] = {}
+        for key, request in requests.items():
+            try:
+                prompt = tokenizer.prompt(list(request.messages), system=self._empty_system)
+                if len(prompt) >= c.max_position_embeddings:
+                    raise ValueError(
+                        f"the conversation has {len(prompt)} tokens, {self.path} has "
+                        f"{c.max_position_embeddings} positions"
+                    )
+            except ValueError as error:
+                failed[key] = Failure(str(error))
+                continue
+            alike = json.dumps(request.parameters, sort_keys=True)
+            groups.setdefault(alike, {})[key] = prompt
+        batches: list[dict[str, list[int]]] = []
+        for group in groups.values():
+            batch, rows = {}, 0
+            for key in sorted(group, key=lambda key: (-len(group[key]), key)):
+                if len(batch) == rows:  # another batch; its first prompt is its longest
+                    longest = len(group[key])
+                    slots = longest + requests[key].parameters.get("max_tokens", NEW)
+                    slots = min(slots, c.sliding_window or c.max_position_embeddings)
+                    rows = max(1, min(ROWS, PROMPTS // longest, room // (each * slots)))
+                    batches.append(batch := {})
+                batch[key] = group[key]
+        return batches
+
+    @cached_property
+    def _empty_system(self) -> bool:
+        """True if the model was trained with an empty system message where there is none."""
+        from zephyr.weights import config_json
+
+        return config_json.empty_system(Path(self.path)) is not False
+
+    def _sample(self, batch: dict[str, list[int]], requests: dict[str, Request], file: AnswerFile):
+        """Answer a batch, and write its answers to the file."""
+        from zephyr import generate
+
+        model, tokenizer = self.loaded
+        parameters = requests[next(iter(batch))].parameters
+        sampling = SAMPLING | {k: parameters[k] for k in SAMPLING if k in parameters}
+        # another for each batch: equal ones would make the first tokens of their answers alike
+        name = sha256(f"{sampling['seed']} {' '.join(batch)}".encode()).digest()
+        sampling["seed"] = int.from_bytes(name[:6])
+        longest = max(map(len, batch.values()))
+        new = min(parameters.get("max_tokens", NEW), model.config.max_position_embeddings - longest)
+        answers = generate.generate(
+            model, list(batch.values()), new, tokenizer.eos, pieces=tokenizer.vocab_size, **sampling
+        )
+        for (key, prompt), ids in zip(batch.items(), answers, strict=True):
+            used = {"prompt_tokens": len(prompt), "completion_tokens": len(ids)}
+            why = "length" if len(ids) == new else "stop"
+            answer = Answer(tokenizer.decode(ids), why, used, None)
+            row = {"key": key, "model": self.model, "parameters": dict(parameters)}
+            if key not in file.found:
+                file.add(row | asdict(answer))
+                file.found[key] = answer
