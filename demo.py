@@ -2,7 +2,8 @@
 
 A small Mistral is born with random weights, learns to answer from four birds of uneven quality
 (dSFT), the judge's scores of their answers become pairs (AI feedback), the pairs align it (dDPO);
-then the judge compares what it says before and after, on prompts it was never trained on.
+then the judge, behind an endpoint as GPT-4 would be, compares what it says before and after, on
+prompts that neither training nor the choice of a setting has seen.
 """
 
 import json
@@ -10,47 +11,37 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 
 import torch
 
-from zephyr import generate
+from zephyr import files, generate
 from zephyr.data import readers
 from zephyr.run import exits
-from zephyr.toy import birds, village
+from zephyr.toy import birds, serve, village
 
 RUNS = Path("runs/tiny")
+WORLD = birds.FOLDER
 CORES = os.cpu_count() or 1
 RANKS = torch.cuda.device_count() or min(2, CORES)
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
+TORCHRUN = f"-m torch.distributed.run --standalone --nproc-per-node {RANKS}"
 STAGES = {
-    "dSFT: learn to answer from the birds' conversations": [
-        *TORCHRUN,
-        "train_sft.py",
-        "--resume",
-        "fresh",
-    ],
-    "AI feedback: the judge's scores become preference pairs": [
-        "-m",
-        "zephyr.feedback",
-        str(birds.FOLDER / "ultrafeedback.train.jsonl.gz"),
-        "--out",
-        str(birds.FOLDER / "pairs.train.jsonl.gz"),
-    ],
-    "dDPO: prefer what the judge preferred": [*TORCHRUN, "train_dpo.py", "--resume", "fresh"],
-    "curves": ["-m", "zephyr.metrics", f"{RUNS}/sft", f"{RUNS}/dpo", "--out", f"{RUNS}/curves.png"],
-    "its implicit reward, on held-out pairs: has it learned more than length?": [
-        "-m",
-        "zephyr.evals",
-        "pairs",
-        f"{RUNS}/dpo/model",
-        "--reference",
-        f"{RUNS}/sft/model",
-        "--data",
-        str(birds.FOLDER / "pairs.test.jsonl.gz"),
-    ],
+    "dSFT: learn to answer from the birds' conversations": f"{TORCHRUN} train_sft.py "
+    "--resume fresh",
+    "AI feedback: the judge's scores become preference pairs": "-m zephyr.feedback "
+    f"{WORLD}/ultrafeedback.train.jsonl.gz --out {WORLD}/pairs.train.jsonl.gz",
+    "dDPO: prefer what the judge preferred": f"{TORCHRUN} train_dpo.py --resume fresh",
+    "curves": f"-m zephyr.metrics {RUNS}/sft {RUNS}/dpo --out {RUNS}/curves.png",
+    "its implicit reward, on held-out pairs: has it learned more than length?": "-m zephyr.evals "
+    f"pairs {RUNS}/dpo/model --reference {RUNS}/sft/model --data {WORLD}/pairs.test.jsonl.gz",
 }
+JUDGE = f"-m zephyr.evals judge alpaca {RUNS}/answers.dpo.json --against {RUNS}/answers.sft.json"
+SHOW = f"-m zephyr.evals show {RUNS}/annotations.json --html {RUNS}/report.html"
+LABELLED = (
+    f"--feedback {serve.NAME}"  # the judge's own verdicts made the pairs, and the page says so
+)
 
 
 def main() -> None:
@@ -58,52 +49,62 @@ def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, CORES // RANKS)))
     torch.set_num_threads(1)  # sampling from so small a model gains nothing from more
     for title, command in STAGES.items():
-        print(f"\n{title}\n$ python {' '.join(command)}", flush=True)
-        if code := subprocess.run([sys.executable, *command], check=False).returncode:
-            sys.exit(code)
-    print("\nBefore and after, on prompts never trained on", flush=True)
-    rows = [row for _, row in readers.read_rows(birds.FOLDER / "ultrafeedback.test.jsonl.gz")]
-    prompts = [row["instruction"] for row in rows]
-    answers = {stage: sample(f"{RUNS}/{stage}/model", prompts) for stage in ("sft", "dpo")}
-    print(verdict(prompts, answers))
+        run(command, title)
+    print("\nBefore and after, on prompts that were held out until now", flush=True)
+    print(before_and_after())
+    # the judge ends when this closes its stdin, or is killed
+    serving = [sys.executable, "-m", "zephyr.toy", "serve", "--until-eof"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(serving, **pipes, text=True) as server:
+        judge = server.stdout.readline().strip()
+        quiet = {"stdout": subprocess.DEVNULL}  # `show` says it all
+        out = f"--out {RUNS}/annotations.json"
+        run(f"{JUDGE} --judge {judge} {out} {LABELLED}", "its judge compares them", **quiet)
+        run(f"{SHOW} {LABELLED}", "what the judge said, and how far to believe it")
     print(
-        f"\n{time.time() - began:.0f} s; curves: {RUNS}/curves.png; talk to it: "
-        f"python -m zephyr.generate {RUNS}/dpo/model"
+        f"\n{time.time() - began:.0f} s; every answer and verdict: {RUNS}/report.html; curves: "
+        f"{RUNS}/curves.png; talk to it: python -m zephyr.generate {RUNS}/dpo/model"
     )
 
 
-def sample(folder: str, prompts: list[str]) -> list[str]:
+def run(command: str, title: str, **how) -> None:
+    print(f"\n{title}\n$ python {command}", flush=True)
+    if code := subprocess.run([sys.executable, *command.split()], check=False, **how).returncode:
+        sys.exit(code)
+
+
+def before_and_after() -> str:
+    """Return how both models answer the held-out prompts, and write it as AlpacaEval's outputs."""
+    rows = readers.read_rows(WORLD / "ultrafeedback.held_out.jsonl.gz")
+    prompts = [row["instruction"] for _, row in rows]
+    said = {stage: sample(f"{RUNS}/{stage}/model", prompts) for stage in ("sft", "dpo")}
+    for stage, answers in said.items():
+        about = {"generator": stage, "dataset": "larkmere"}
+        pairs = zip(prompts, answers, strict=True)
+        outputs = [{"instruction": p, "output": a} | about for p, a in pairs]
+        with files.atomic(RUNS / f"answers.{stage}.json") as file:
+            file.write(json.dumps(outputs, indent=1).encode())
+    scores = {
+        stage: [village.judge(p, a).score for p, a in zip(prompts, answers, strict=True)]
+        for stage, answers in said.items()
+    }
+    words = {stage: mean(len(a.split()) for a in answers) for stage, answers in said.items()}
+    lines = [
+        f"  judge's mean score, 1 to 10    {mean(scores['sft']):.2f} -> {mean(scores['dpo']):.2f}",
+        f"  words per answer               {words['sft']:.1f} -> {words['dpo']:.1f}",
+    ]
+    for k in range(3):
+        lines.append(f"\n  {prompts[k]}")
+        lines += [f"    {stage}  {scores[stage][k]:4.1f}  {said[stage][k]}" for stage in said]
+    return "\n".join(lines)
+
+
+def sample(folder: str, prompts: Sequence[str]) -> list[str]:
     """One sampled answer to each prompt."""
     model, tokenizer = generate.load(folder)
     ids = [tokenizer.prompt([{"role": "user", "content": prompt}]) for prompt in prompts]
     answers = generate.generate(model, ids, 100, tokenizer.eos, temperature=0.7, seed=0)
     return [tokenizer.decode(answer) for answer in answers]
-
-
-def verdict(prompts: list[str], answers: dict[str, list[str]]) -> str:
-    """What the judge says of both models' answers; a tie is half a win."""
-    scores = {
-        stage: [village.judge(p, a).score for p, a in zip(prompts, said, strict=True)]
-        for stage, said in answers.items()
-    }
-    compared = list(zip(scores["dpo"], scores["sft"], strict=True))
-    wins, ties = sum(d > s for d, s in compared), sum(d == s for d, s in compared)
-    losses = len(compared) - wins - ties
-    rate = (wins + 0.5 * ties) / len(compared)
-    lines = [json.loads(line) for line in (RUNS / "dpo/metrics.jsonl").read_text().splitlines()]
-    accuracy = next(row for row in reversed(lines) if "eval_loss" in row)
-    words = {stage: mean(len(a.split()) for a in said) for stage, said in answers.items()}
-    out = [
-        f"  held-out preference accuracy   {accuracy['eval_rewards/accuracies']:.1%}",
-        f"  judge's win rate, DPO to SFT   {rate:.1%}: {wins} wins, {losses} losses, {ties} ties, "
-        "which count half",
-        f"  judge's mean score, 1 to 10    {mean(scores['sft']):.2f} -> {mean(scores['dpo']):.2f}",
-        f"  words per answer               {words['sft']:.1f} -> {words['dpo']:.1f}",
-    ]
-    for k in range(3):
-        out.append(f"\n  {prompts[k]}")
-        out += [f"    {stage}  {scores[stage][k]:4.1f}  {answers[stage][k]}" for stage in answers]
-    return "\n".join(out)
 
 
 if __name__ == "__main__":

@@ -11,13 +11,14 @@ from pathlib import Path
 from zephyr import files
 from zephyr.run import exits
 from zephyr.toy import serve
-from zephyr.toy.birds import build, summary
 
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["serve"]:
         return serve.main(argv[1:])
+    from zephyr.toy.birds import build, summary  # they need torch, which the judge starts without
+
     parser = argparse.ArgumentParser(
         prog="zephyr.toy", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

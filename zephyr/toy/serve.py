@@ -53,8 +53,8 @@ def reply(body: dict) -> dict:
     question, *answers = found[0][0].groups()
     verdicts = [judge(question, answer) for answer in answers]
     logprobs, letters = None, []
-    if len(verdicts) == 2:  # a letter's probability is σ of how much higher its answer scores
-        gap = verdicts[0].score - verdicts[1].score
+    if len(verdicts) == 2:  # P(letter) is σ(10 gap): 1/2 for equal scores, 0.73 for 0.1 more
+        gap = 10 * (verdicts[0].score - verdicts[1].score)
         by_letter = {"m": -math.log1p(math.exp(-gap)), "M": -math.log1p(math.exp(gap))}
         letters = [{"token": c, "logprob": by_letter[c]} for c in ("mM" if gap >= 0 else "Mm")]
         if body.get("logprobs"):
