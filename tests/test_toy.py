@@ -56,7 +56,7 @@ def test_no_held_out_question_is_ever_trained_on(world):
     test = asked["ultrachat", "test"] | asked["ultrafeedback", "test"]
     held_out = asked["ultrafeedback", "held_out"]
     assert not train & test and not train & held_out and not test & held_out
-    assert len(train) > 500 and len(test) > 50 and len(held_out) > 50
+    assert len(train) > 500 and len(test) > 40 and len(held_out) > 40
     for part in ("test", "held_out"):
         prompts = [row["instruction"] for row in rows(world, f"ultrafeedback.{part}")]
         assert len(set(prompts)) == 200
