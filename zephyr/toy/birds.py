@@ -97,15 +97,16 @@ def cuckoo(q: Question, rng: Random) -> list[str]:
 BIRDS = {owl: 3, wren: 6, magpie: 5, cuckoo: 2}  # and their shares of the conversations
 
 
-def draw(texts: Iterable[str], count: int, rng: Random) -> list[str]:
-    """Return `count` different prompts, equally many of each kind of question."""
+def draw(texts: Iterable[str], count: int, rng: Random, unique: bool = True) -> list[str]:
+    """Return `count` prompts, different ones if `unique`, equally many of each kind of question."""
     by_kind, drawn = defaultdict(list), {}
     for text in texts:
         by_kind[questions()[text].kind].append(text)
     while len(drawn) < count:
         text = rng.choice(by_kind[rng.choice(list(by_kind))])
-        drawn[" ".join(filter(None, (rng.choice(HELLOS), text, rng.choice(THANKS))))] = None
-    return list(drawn)
+        prompt = " ".join(filter(None, (rng.choice(HELLOS), text, rng.choice(THANKS))))
+        drawn[prompt if unique else len(drawn)] = prompt
+    return list(drawn.values())
 
 
 def chat(prompt: str, rng: Random) -> dict:
@@ -157,8 +158,8 @@ def scored(prompt: str, rng: Random) -> dict:
 
 
 FILES = {
-    "ultrachat": (chat, {"train": 6000, "test": 200}),
-    "ultrafeedback": (scored, {"train": 2400, "test": 200, "held_out": 200}),
+    "ultrachat": (chat, {"train": 12000, "test": 200}),
+    "ultrafeedback": (scored, {"train": 4800, "test": 200, "held_out": 200}),
 }
 
 
@@ -247,7 +248,8 @@ def build(folder: Path | str, seed: int = 0) -> None:
         new = Path(scratch) / folder.name
         for name, (make, sizes) in FILES.items():
             for part, count in sizes.items():
-                prompts = draw(parts[part], count, rng)
+                # two birds may be asked the same, but a prompt has one row of scored answers
+                prompts = draw(parts[part], count, rng, unique=make is scored)
                 readers.write_rows(new / f"{name}.{part}.jsonl.gz", (make(p, rng) for p in prompts))
         config = json.dumps(base_config(VOCAB), indent=2) + "\n"
         for name, data in (
