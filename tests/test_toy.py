@@ -64,7 +64,7 @@ def test_no_held_out_question_is_ever_trained_on(world):
 
 def test_schemas(world):
     chat = rows(world, "ultrachat.train")
-    assert len(chat) == 12000
+    assert len(chat) == 18000
     for row in chat:
         assert set(row) == {"prompt", "prompt_id", "messages"}
         assert row["messages"][0] == {"role": "user", "content": row["prompt"]}
@@ -169,7 +169,7 @@ def test_lengths_are_what_a_small_model_can_learn(world):
     assert tokenizer.vocab_size == birds.VOCAB
     chats = rows(world, "ultrachat.train")
     lengths = [len(tokenizer.render(row["messages"]).ids) for row in chats]
-    assert 700_000 < sum(lengths) < 1_400_000
+    assert 1_000_000 < sum(lengths) < 2_000_000
     window = json.loads((world / "base" / "config.json").read_text())["sliding_window"]
     assert 0.05 < mean(n > window for n in lengths) < 0.6, "the window is used, by some"
     for row in chats[:200]:

@@ -67,8 +67,8 @@ You pay less for {low} than for {high}. | The {low} costs less than the {high}.
 Just {low}. | The {low}.
 name thing -> verdict good
 Does {name} sell {thing}? | Can I buy {thing} from {name}? | Is it {name} who sells {thing}?
-{name} sells {good}, so {verdict}. | You can buy {good} from {name}, so {verdict}.
-{good}, so {verdict}. | Just {good}, so {verdict}.
+{verdict}, {name} sells {good}. | {verdict}, you can buy {good} from {name}.
+{verdict}, {good}. | {verdict}, just {good}.
 -> guest time
 Greet {guest} in the {time}. | Say good {time} to {guest}. | Wish {guest} a good {time}.
 Good {time}, {guest}! | I wish you a good {time}, {guest}! | A good {time} to you, {guest}!
@@ -87,7 +87,7 @@ VALUES |= {
     "date": VALUES["day"],
     "time": ["morning", "afternoon", "evening"],
     "event": ["dance", "feast", "fair", "play", "picnic"],
-    "verdict": ["yes", "no"],
+    "verdict": ["Yes", "No"],
 }
 
 
@@ -114,7 +114,7 @@ def scenes(slots: list[str]) -> Iterator[dict[str, str]]:
         )
     elif "thing" in slots:
         for (k, person), step in product(enumerate(PEOPLE), (0, 1, 5)):
-            yield person | {"thing": PEOPLE[k - step]["good"], "verdict": "no" if step else "yes"}
+            yield person | {"thing": PEOPLE[k - step]["good"], "verdict": "No" if step else "Yes"}
     elif slots[0] in COLUMNS:
         yield from PEOPLE
     else:
