@@ -11,7 +11,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 
@@ -27,47 +26,47 @@ WORLD = birds.FOLDER
 CORES = os.cpu_count() or 1
 RANKS = torch.cuda.device_count() or min(2, CORES)
 TORCHRUN = f"-m torch.distributed.run --standalone --nproc-per-node {RANKS}"
-STAGES = {
-    "dSFT: learn to answer from the birds' conversations": f"{TORCHRUN} train_sft.py "
-    "--resume fresh",
-    "AI feedback: the judge's scores become preference pairs": "-m zephyr.feedback "
-    f"{WORLD}/ultrafeedback.train.jsonl.gz --out {WORLD}/pairs.train.jsonl.gz",
-    "dDPO: prefer what the judge preferred": f"{TORCHRUN} train_dpo.py --resume fresh",
-    "curves": f"-m zephyr.metrics {RUNS}/sft {RUNS}/dpo --out {RUNS}/curves.png",
-    "its implicit reward, on held-out pairs: has it learned more than length?": "-m zephyr.evals "
-    f"pairs {RUNS}/dpo/model --reference {RUNS}/sft/model --data {WORLD}/pairs.test.jsonl.gz",
-}
-JUDGE = f"-m zephyr.evals judge alpaca {RUNS}/answers.dpo.json --against {RUNS}/answers.sft.json"
-SHOW = f"-m zephyr.evals show {RUNS}/annotations.json --html {RUNS}/report.html"
-LABELLED = (
-    f"--feedback {serve.NAME}"  # the judge's own verdicts made the pairs, and the page says so
-)
+FRESH = "--resume fresh"
+EVALS = "-m zephyr.evals"
+LABELLED = f"--feedback {serve.NAME}"  # its verdicts made the pairs, which the page is to know
 
 
 def main() -> None:
     began = time.time()
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, CORES // RANKS)))
     torch.set_num_threads(1)  # sampling from so small a model gains nothing from more
-    for title, command in STAGES.items():
-        run(command, title)
+    sft, dpo = f"{RUNS}/sft/model", f"{RUNS}/dpo/model"
+    raw, pairs = f"{WORLD}/ultrafeedback.train.jsonl.gz", f"{WORLD}/pairs.train.jsonl.gz"
+    run("dSFT: learn to answer from the birds' conversations", f"{TORCHRUN} train_sft.py {FRESH}")
+    run("AI feedback: the judge's scores become pairs", f"-m zephyr.feedback {raw} --out {pairs}")
+    run("dDPO: prefer what the judge preferred", f"{TORCHRUN} train_dpo.py {FRESH}")
+    run("curves", f"-m zephyr.metrics {RUNS}/sft {RUNS}/dpo --out {RUNS}/curves.png")
+    run(
+        "its implicit reward, on pairs never trained on: has it learned more than length?",
+        f"{EVALS} pairs {dpo} --reference {sft} --data {WORLD}/pairs.test.jsonl.gz",
+    )
     print("\nBefore and after, on prompts that were held out until now", flush=True)
     print(before_and_after())
     # the judge ends when this closes its stdin, or is killed
     serving = [sys.executable, "-m", "zephyr.toy", "serve", "--until-eof"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen(serving, **pipes, text=True) as server:
-        judge = server.stdout.readline().strip()
-        quiet = {"stdout": subprocess.DEVNULL}  # `show` says it all
-        out = f"--out {RUNS}/annotations.json"
-        run(f"{JUDGE} --judge {judge} {out} {LABELLED}", "its judge compares them", **quiet)
-        run(f"{SHOW} {LABELLED}", "what the judge said, and how far to believe it")
+        asked = f"--judge {server.stdout.readline().strip()} {LABELLED}"
+        said = f"{RUNS}/annotations.json"
+        run(
+            "the judge compares the answers, in both orders",
+            f"{EVALS} judge alpaca {RUNS}/answers.dpo.json --against {RUNS}/answers.sft.json "
+            f"{asked} --out {said}",
+            stdout=subprocess.DEVNULL,  # `show` says it all
+        )
+    run("what it said", f"{EVALS} show {said} {LABELLED} --html {RUNS}/report.html")
     print(
         f"\n{time.time() - began:.0f} s; every answer and verdict: {RUNS}/report.html; curves: "
-        f"{RUNS}/curves.png; talk to it: python -m zephyr.generate {RUNS}/dpo/model"
+        f"{RUNS}/curves.png; talk to it: python -m zephyr.generate {dpo}"
     )
 
 
-def run(command: str, title: str, **how) -> None:
+def run(title: str, command: str, **how) -> None:
     print(f"\n{title}\n$ python {command}", flush=True)
     if code := subprocess.run([sys.executable, *command.split()], check=False, **how).returncode:
         sys.exit(code)
@@ -99,7 +98,7 @@ def before_and_after() -> str:
     return "\n".join(lines)
 
 
-def sample(folder: str, prompts: Sequence[str]) -> list[str]:
+def sample(folder: str, prompts: list[str]) -> list[str]:
     """One sampled answer to each prompt."""
     model, tokenizer = generate.load(folder)
     ids = [tokenizer.prompt([{"role": "user", "content": prompt}]) for prompt in prompts]
