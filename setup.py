@@ -9,7 +9,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["zephyr*", "kernels*"]),
-    package_data={"zephyr": ["recipes/*.toml"]},
+    package_data={"zephyr": ["recipes/*.toml", "evals/report.html"]},
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",
@@ -31,6 +31,7 @@ setup(
             "matplotlib>=3.8",
             "tensorboard>=2.16",
         ],
+        "serve": ["transformers[serving]>=5"],
         "peers": ["trl>=1.15", "liger-kernel>=0.6", "datasets>=3"],
     },
 )

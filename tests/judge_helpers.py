@@ -10,7 +10,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 def judging():
     """Give a judge that says what `says` makes of the request's body; a number is its status.
 
-    It has the log-probs that `knows` makes of the body, and keeps the bodies in `asked`.
+    It has the log-probs that `knows` makes of the body, and keeps the bodies in `asked`, and in
+    `replies` the messages with the reply.
     """
 
     class Judge(BaseHTTPRequestHandler):
@@ -27,6 +28,7 @@ def judging():
                     choice["logprobs"] = {"content": [letters[0] | {"top_logprobs": letters}]}
                 usage = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}
                 reply = {"choices": [choice], "usage": usage}
+            httpd.replies.append({"messages": body["messages"], "reply": reply})
             data = json.dumps(reply).encode()
             self.send_response(status)
             self.send_header("Content-Length", str(len(data)))
@@ -41,7 +43,7 @@ def judging():
 
     httpd = Server(("127.0.0.1", 0), Judge)
     httpd.asked, httpd.says, httpd.why = [], lambda body: "Fine. [[7]]", "no"
-    httpd.knows = lambda body: None
+    httpd.knows, httpd.replies = lambda body: None, []
     httpd.url = f"http://127.0.0.1:{httpd.server_address[1]}/v1"
     threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
     try:

@@ -14,6 +14,7 @@ from zephyr import source
 from zephyr.data.readers import read_rows, write_rows
 from zephyr.evals import __main__ as evals_command
 from zephyr.evals import judge_mt_bench, mt_bench, mt_bench_prompts
+from zephyr.evals.questions import read_questions
 
 QUESTIONS = [
     {"question_id": 81, "category": "writing", "turns": ["Write a poem.", "Shorter."]},
@@ -57,7 +58,7 @@ def test_the_prompts_are_fastchats_to_the_letter():
     """Of 320 published judgments, of both turns, with and without references; FastChat's own file
     has what its judge was sent."""
     data = shared("mt_bench")
-    questions = judge_mt_bench.read_questions(str(data / "question.jsonl"))
+    questions = {q.name: q for q in read_questions(str(data / "question.jsonl"))}
     references = judge_mt_bench.read_answers(str(data / "reference_answer_gpt-4.jsonl"))[1]
     prompts = mt_bench_prompts.read(str(data / "judge_prompts.jsonl"))
     with gzip.open(data / "judgment.mistral-orpo-mix.jsonl.gz", "rt") as file:
@@ -68,7 +69,7 @@ def test_the_prompts_are_fastchats_to_the_letter():
         if row["turn"] == 2:
             number, text = row["question_id"], row["user_prompt"]
             text = text[text.index("<|The Start of Assistant A's Conversation") :]
-            second = "### User:\n" + questions[number]["turns"][1]
+            second = "### User:\n" + questions[number].turns[1]
             last = text[text.index(second) :].split("### Assistant A:\n", 1)[1]
             last = last.rsplit("\n\n<|The End of Assistant A's", 1)[0]
             answers[number] = [said.search(text)[1], last]
@@ -101,6 +102,14 @@ def test_judgments_are_written_as_fastchat_has_them(files, server, capsys):
     assert "prompts are our own" in said and "family gpt" in said
 
 
+def test_an_empty_answer_is_graded_and_told(files, server, capsys):
+    write_rows(files / "a.jsonl", [answer_line(81, ["", "x"])])
+    command(files, server)
+    rows = [row for _, row in read_rows(files / "out.jsonl")]
+    assert [row["turn"] for row in rows] == [1, 2] and len(server.asked) == 2
+    assert "1 answers are empty, the first to question 81; the judge saw" in capsys.readouterr().out
+
+
 def test_fastchats_prompts_are_used_unchanged(files, server, capsys):
     data = shared("mt_bench")
     command(files, server, "--prompts", data / "judge_prompts.jsonl")
@@ -109,6 +118,22 @@ def test_fastchats_prompts_are_used_unchanged(files, server, capsys):
     assert "prompts are our own" not in capsys.readouterr().out
     system = next(b for b in server.asked if "Shorter." in str(b))["messages"][0]["content"]
     assert system.startswith("Please act as an impartial judge")
+
+
+def test_a_prompt_with_a_place_that_nothing_fills(files, server, capsys):
+    rows = [
+        {"name": name, "system_prompt": "Judge.", "prompt_template": "{question} {answer} {why}"}
+        for name in mt_bench_prompts.NAMES
+    ]
+    write_rows(files / "p.jsonl", rows)
+    with pytest.raises(SystemExit):
+        command(files, server, "--prompts", files / "p.jsonl")
+    assert "prompt single-v1 has a place that nothing fills: 'why'" in capsys.readouterr().err
+    write_rows(files / "p.jsonl", rows[:3])
+    with pytest.raises(SystemExit):
+        command(files, server, "--prompts", files / "p.jsonl")
+    assert "p.jsonl has no prompt single-math-v1-multi-turn; give" in capsys.readouterr().err
+    assert not server.asked
 
 
 def test_nothing_is_asked_twice(files, server):
@@ -139,13 +164,18 @@ def test_an_answer_without_a_grade_is_asked_for_again(files, server, capsys):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"a": [answer_line(81, ["", "x"])]}, r"a.jsonl:1: an answer to question 81 is empty: "),
+        ({"a": [answer_line(81, [None, "x"])]}, "a.jsonl:1: an answer to question 81 is no text: "),
         ({"a": [answer_line(81, ["x", "y"])] * 2}, "a.jsonl:2: question 81 is answered before"),
         ({"a": [answer_line(7, ["x"])]}, "question 7 is answered and is none of --questions"),
         ({"a": [answer_line(81, ["x"])]}, "question 81 has 2 turns and 1 answers"),
-        ({"a": [{"instruction": "x"}]}, "a.jsonl:1 is no line of an answer file|a.jsonl:1: it is"),
+        ({"a": [{"instruction": "x"}]}, "a.jsonl:1 is no line of an answer file, with question_id"),
+        (
+            {"a": [{"instruction": "x", "output": "y", "generator": "z"}]},
+            "a.jsonl:1 is an answer to AlpacaEval; ask with: judge alpaca",
+        ),
         ({"r": [answer_line(81, ["x", "y"])]}, "question 101 is graded beside a reference answer"),
-        ({"q": [{"x": 1}]}, "q.jsonl:1 is no question with question_id and turns"),
+        ({"q": QUESTIONS[:1] * 2}, "q.jsonl:2: question 81 is at .*q.jsonl:1 already; delete one"),
+        ({"q": [{"x": 1}]}, "q.jsonl:1 is no question of MT-Bench, with question_id and turns"),
     ],
 )
 def test_mistakes_cost_one_line(change, message, files, server, capsys):
@@ -235,6 +265,16 @@ def test_game_2_exchanges_the_answers(files, server):
     assert "[The Start of Reference Answer]\ntwo\n[The End" in prompts[101, 1]
     assert "### Reference answer:\nthree\n\n<|The End" in prompts[101, 2]
     assert "### User:\nAnd {x}?\n\n### Assistant B:\n{x} is 3\n\n<|The End" in prompts[101, 2]
+
+
+def test_our_own_prompts_have_fastchats_layout():
+    """So that what takes its prompts apart takes ours; before its layout stand its own words."""
+    theirs = mt_bench_prompts.read(str(shared("mt_bench") / "judge_prompts.jsonl"))
+    for name, prompt in mt_bench_prompts.read(None).items():
+        layout = theirs[name].template
+        if name in KINDS:
+            layout = layout[layout.index("[Question]") :]
+        assert prompt.template == layout and prompt.name == f"zephyr-{name}"
 
 
 def test_our_own_prompts_show_the_answers_lengths(files, server):

@@ -167,7 +167,8 @@ def test_a_judge_that_refuses_log_probs(files, server, capsys):
 
 def test_a_judge_that_always_says_first(files, server, capsys):
     server.says = lambda body: "m"
-    command(files, server, "--json", files / "f.json")
+    command(files, server, "--json", files / "f.json", "--html", files / "f.html")
+    assert "AlpacaEval: ours" in (files / "f.html").read_text()
     figures = json.loads((files / "f.json").read_text())
     assert figures["win_rate"] == 50 and figures["n_draws"] == 12
     assert figures["consistency"]["consistent"] == 0
@@ -209,6 +210,28 @@ def test_nothing_is_asked_twice_and_failures_are(files, server, capsys):
     assert len(server.asked) == 1 and annotations(files)[5]["preference"] == 2
 
 
+def test_a_budget_ends_it_and_a_larger_one_goes_on(files, server, capsys):
+    """Each answer takes 15 tokens, and the next could take more than are left."""
+    server.says = lambda body: "m"
+    with pytest.raises(SystemExit) as ended:
+        command(files, server, "--budget-tokens", 600, "--concurrency", 1)
+    assert ended.value.code == 2 and "a larger budget goes on" in capsys.readouterr().err
+    before = len(server.asked)
+    assert 1 < before < 20 and not (files / "out.json").exists()
+    command(files, server, "--budget-tokens", 20000)
+    assert len(server.asked) == 25 and len(annotations(files)) == 12
+
+
+def test_an_empty_output_is_judged_and_told(files, server, capsys):
+    rows = [row for _, row in read_rows(files / "ours.jsonl")]
+    write_rows(files / "ours.jsonl", [rows[0] | {"output": " "}, *rows[1:]])
+    server.says = lambda body: "m"
+    command(files, server)
+    assert len(annotations(files)) == 12
+    name = rows[0]["instruction"]
+    assert f"1 outputs are empty, the first to {name!r}; the judge saw" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -217,7 +240,6 @@ def test_nothing_is_asked_twice_and_failures_are(files, server, capsys):
             "11 instructions stand in one of .*base.json and .*ours.jsonl alone",
         ),
         ([output("one", "x")] * 2, "ours.jsonl:2: 'one' is answered before; delete one"),
-        ([output("one", " ")], "ours.jsonl:1: the output to 'one' is empty"),
         ([{"instruction": "one", "output": "x"}], "ours.jsonl:1 is no output, with instruction"),
         (
             [output("a", "x"), output("b", "x", "z")],

@@ -16,7 +16,7 @@ FLOORS = (
     "distributed",
     "plan optim data",
     "run",
-    "metrics feedback generate source",
+    "metrics feedback generate source collection collect evals.belief",
     "reference toy evals",
     "textbook __main__",
 )

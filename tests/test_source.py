@@ -77,7 +77,7 @@ def test_killed_between_batches_it_ends_with_the_same_answers(folder, tmp_path, 
     assert len(lines) == len(requests)
     calls, sample = [], generate.generate
     monkeypatch.setattr(generate, "generate", lambda *a, **k: calls.append(a) or sample(*a, **k))
-    for kept, left in ((10, 0), (9, 1), (4, 4), (3, 5), (0, 6)):
+    for kept, left in ((10, 0), (9, 1), (4, 3), (3, 4), (0, 5)):
         path = tmp_path / f"{kept}.jsonl"
         path.write_bytes(b"".join(lines[:kept]) + lines[-1][:7] * (kept < 10))
         calls.clear()
@@ -115,14 +115,30 @@ def test_a_conversation_that_does_not_fit_is_a_failure(folder, tmp_path):
     assert isinstance(third, Answer)
 
 
+def test_each_answer_may_fill_the_positions_that_its_own_prompt_leaves(folder, tmp_path):
+    """However long the others of its batch are."""
+    requests = [asked(text, temperature=0, max_tokens=10**6) for text in TEXTS]
+    answers = list(source.ask(source.open_source(str(folder)), requests, tmp_path / "a.jsonl"))
+    positions = SMALL["max_position_embeddings"]
+    used = [(a.usage["prompt_tokens"], a.usage["completion_tokens"]) for a in answers]
+    assert len({prompt for prompt, _ in used}) > 2
+    for (prompt, new), a in zip(used, answers, strict=True):
+        assert (
+            prompt + new == positions if a.finish_reason == "length" else prompt + new < positions
+        )
+    assert "length" in {a.finish_reason for a in answers}
+
+
 def test_what_names_a_source():
     found = source.open_source("a@b/c@http://localhost:8000/v1", "KEY")
     assert found == Endpoint("http://localhost:8000/v1", "a@b/c", "KEY")
     assert source.title(found) == "a@b/c"
     with pytest.raises(ValueError, match="names no model; write NAME@URL"):
         source.open_source("http://localhost:8000/v1")
-    with pytest.raises(ValueError, match="nowhere"):
-        source.open_source("nowhere")
+    with pytest.raises(ValueError, match="'gpt-4' is no folder here; .* is gpt-4@URL, as in"):
+        source.open_source("gpt-4")
+    with pytest.raises(ValueError, match="runs/nowhere"):
+        source.open_source("runs/nowhere")
 
 
 def test_a_parameter_that_sampling_lacks_is_refused(folder, tmp_path):

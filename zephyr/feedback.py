@@ -10,6 +10,8 @@ the first in the row among equals; rejected is one of those with a lower score a
 A random rejected depends on the row and the seed only, so neither the order of the rows nor
 leaving some out changes the pairs. custom_system_prompt is not part of a pair. Of a row the columns
 source, instruction and completions are read; one whose prompt has more to it is a bad row.
+
+    python -m zephyr.feedback collect --help     makes raw rows, with models and a judge of yours
 """
 
 import argparse
@@ -361,6 +363,11 @@ def run(args: argparse.Namespace) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["collect"]:
+        from zephyr import collect  # here, as pairs need no judge
+
+        return collect.main(argv[1:])
     try:
         print(run(parse(argv)))
     except ValueError as error:

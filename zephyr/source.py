@@ -41,7 +41,12 @@ def open_source(name: str, key_from: str = "OPENAI_API_KEY") -> "Endpoint | Fold
         return Endpoint(match[2], match[1], key_from)
     if name.startswith(("http://", "https://")):
         raise ValueError(f"{shown(name)} names no model; write NAME@URL, as in gpt-4.1@{name}")
-    return Folder(home(name))
+    if not Path(path := home(name)).exists() and "/" not in name:
+        raise ValueError(
+            f"{shown(name)} is no folder here; a model at an endpoint is {name}@URL, as in "
+            f"{name}@http://localhost:8000/v1"
+        )
+    return Folder(path)
 
 
 def title(source: "Endpoint | Folder") -> str:
@@ -129,7 +134,7 @@ class Folder:
         groups: dict[str, dict[str, list[int]]] = {}
         for key, request in requests.items():
             try:
-                prompt = tokenizer.prompt(list(request.messages), system=self._empty_system)
+                prompt = tokenizer.prompt(list(request.messages), system=self.empty_system)
                 if len(prompt) >= c.max_position_embeddings:
                     raise ValueError(
                         f"the conversation has {len(prompt)} tokens, {self.path} has "
@@ -138,7 +143,8 @@ class Folder:
             except ValueError as error:
                 failed[key] = Failure(str(error))
                 continue
-            alike = json.dumps(request.parameters, sort_keys=True)
+            # a batch has one stream of chances, whatever the seeds in it
+            alike = json.dumps({**request.parameters, "seed": None}, sort_keys=True)
             groups.setdefault(alike, {})[key] = prompt
         batches: list[dict[str, list[int]]] = []
         for group in groups.values():
@@ -154,7 +160,7 @@ class Folder:
         return batches
 
     @cached_property
-    def _empty_system(self) -> bool:
+    def empty_system(self) -> bool:
         """True if the model was trained with an empty system message where there is none."""
         from zephyr.weights import config_json
 
@@ -167,17 +173,18 @@ class Folder:
         model, tokenizer = self.loaded
         parameters = requests[next(iter(batch))].parameters
         sampling = SAMPLING | {k: parameters[k] for k in SAMPLING if k in parameters}
-        # another for each batch: equal ones would make the first tokens of their answers alike
-        name = sha256(f"{sampling['seed']} {' '.join(batch)}".encode()).digest()
-        sampling["seed"] = int.from_bytes(name[:6])
-        longest = max(map(len, batch.values()))
-        new = min(parameters.get("max_tokens", NEW), model.config.max_position_embeddings - longest)
+        # the keys hold the seeds that were given; equal ones for all batches would make the first
+        # tokens of their answers alike
+        sampling["seed"] = int.from_bytes(sha256(" ".join(batch).encode()).digest()[:6])
+        wanted, positions = parameters.get("max_tokens", NEW), model.config.max_position_embeddings
+        new = min(wanted, positions - min(map(len, batch.values())))
         answers = generate.generate(
             model, list(batch.values()), new, tokenizer.eos, pieces=tokenizer.vocab_size, **sampling
         )
         for (key, prompt), ids in zip(batch.items(), answers, strict=True):
+            limit = min(new, positions - len(prompt))  # a shorter prompt's may go on
+            why, ids = "length" if len(ids) >= limit else "stop", ids[:limit]
             used = {"prompt_tokens": len(prompt), "completion_tokens": len(ids)}
-            why = "length" if len(ids) == new else "stop"
             answer = Answer(tokenizer.decode(ids), why, used, None)
             row = {"key": key, "model": self.model, "parameters": dict(parameters)}
             if key not in file.found:

@@ -1,6 +1,7 @@
 """Evaluate a model, and the judge that does.
 
 python -m zephyr.evals show FILE... [--alpaca-data DIR]         figures of a judge's annotations
+python -m zephyr.evals answer mt-bench|alpaca MODEL ...         a model's answers, to be judged
 python -m zephyr.evals judge mt-bench|alpaca ANSWERS --judge NAME@URL ...    what a judge says
 python -m zephyr.evals pairs MODEL --reference REF --data PAIRS  accuracy of the implicit reward
 """
@@ -14,6 +15,7 @@ from zephyr.run import exits
 
 COMMANDS = {
     "show": "the figures in files of annotations or judgments, and what they tell of the judge",
+    "answer": "a model's answers to MT-Bench or AlpacaEval, in the files that are judged",
     "judge": "have a model judge answers to MT-Bench or AlpacaEval",
     "pairs": "which held-out pairs a model's implicit reward ranks rightly",
 }
@@ -37,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, about in COMMANDS.items():
         command = commands.add_parser(name, help=about)
-        if argv[:1] == [name]:  # `pairs` alone needs torch
+        if argv[:1] == [name]:  # `pairs` needs torch, and `show` should not wait for it
             module = importlib.import_module(f"zephyr.evals.{name}")
             module.add_arguments(command)
             command.set_defaults(run=module.run)

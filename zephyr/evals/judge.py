@@ -13,74 +13,16 @@ originals' files, see judge_mt_bench.py and judge_alpaca.py.
 """
 
 import argparse
-from collections.abc import Callable, Sequence
 
-from zephyr import source
 from zephyr.client.budget import Budget
-from zephyr.client.exchange import Answer
-from zephyr.endpoint import Failure, Request
 from zephyr.evals import judge_alpaca, judge_mt_bench, page, show
-from zephyr.files import home, plain, shown
+from zephyr.evals.asking import Judge
+from zephyr.files import home
 
-TIMES = 3  # that one verdict is asked for, until it can be read
 BENCHMARKS = {
     "mt-bench": (judge_mt_bench, "grade answers to MT-Bench, or compare two models'"),
     "alpaca": (judge_alpaca, "compare outputs on AlpacaEval's instructions with a baseline's"),
 }
-
-
-class Judge:
-    """The model that is asked, and what was spent on it.
-
-    `unanswered` counts the requests to which no answer came.
-    """
-
-    def __init__(self, name: str, key_from: str, path: str, concurrency: int, budget: Budget):
-        self.source = source.open_source(name, key_from)
-        self.name = source.title(self.source)
-        self.path, self.budget, self.unanswered = path, budget, 0
-        self.how = {"concurrency": concurrency, "budget": budget}
-
-    def ask(self, requests: Sequence[Request]) -> list[Answer | Failure]:
-        """Return the judge's answer to each request, from the file of answers if it is there."""
-        return list(source.ask(self.source, requests, self.path, **self.how))
-
-    def until(
-        self, readable: Callable[[str], bool], requests: Sequence[Request]
-    ) -> list[Answer | Failure]:
-        """Return the judge's answer to each request. One whose text is not readable is asked for
-        again, TIMES in all, at temperature 1 and with another seed: a model that is deterministic
-        at 0 would say the same again. Raises ValueError if there is not one readable answer."""
-        found: list = [None] * len(requests)
-        left = list(range(len(requests)))
-        for attempt in range(TIMES if left else 0):
-            more = {"temperature": 1, "seed": attempt} if attempt else {}
-            again = [Request(requests[k].messages, requests[k].parameters | more) for k in left]
-            for k, answer in zip(left, self.ask(again), strict=True):
-                found[k] = answer
-            left = [k for k in left if isinstance(found[k], Answer) and not readable(found[k].text)]
-            if not left:
-                break
-        failures = [answer.why for answer in found if isinstance(answer, Failure)]
-        self.unanswered += len(failures)
-        if found and len(failures) == len(found):
-            raise ValueError(
-                f"{plain(self.name)}: none of {len(found)} requests was answered, the last: "
-                f"{failures[-1]}"
-            )
-        if found and len(left) + len(failures) == len(found):
-            raise ValueError(
-                f"{plain(self.name)}: none of its {len(left)} verdicts can be read, the first is "
-                f"{shown(found[left[0]].text)}; a judge that thinks first needs a larger "
-                "--max-tokens"
-            )
-        return found
-
-    def price(self, answer: Answer | Failure) -> float | None:
-        """Return what an answer cost by the price table; None without one, or without usage."""
-        if self.budget.prices is None or isinstance(answer, Failure):
-            return None
-        return self.budget.cost(self.source.model, answer.usage, None)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -99,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add("--prices", metavar="FILE", help="a price table, see zephyr/client/budget.py")
         add("--feedback", metavar="NAME", help="what labelled the model's training data")
         add("--json", metavar="FILE", help="the figures as a JSON object")
+        add("--html", metavar="FILE", help="a page with the figures and the answers")
 
 
 def run(args: argparse.Namespace) -> str:
@@ -110,11 +53,16 @@ def run(args: argparse.Namespace) -> str:
     budget = Budget(args.budget_tokens, args.budget_money, args.prices)
     judge = Judge(args.judge, args.key_from, f"{out}.answers", args.concurrency, budget)
     notes = BENCHMARKS[args.benchmark][0].run(args, judge, out)
-    data = {name: getattr(args, name, None) for name in ("alpaca_data", "questions", "feedback")}
-    figures, text = show.page_of([out], **data)
-    show.save(args.json, figures)
+    text = show.report(
+        [out],
+        getattr(args, "alpaca_data", None),
+        getattr(args, "questions", None),
+        args.feedback,
+        args.json,
+        args.html,
+    )
     if judge.unanswered:
         notes.append(
             f"{judge.unanswered} requests have no answer; the same command asks them again"
         )
-    return "\n".join([text, *(line for note in notes for line in page.said(note, "note: "))])
+    return "\n".join([text, page.text([page.Said(note, "note") for note in notes])]).rstrip()

@@ -21,15 +21,17 @@ from zephyr.data.readers import read_rows
 from zephyr.endpoint import Failure, Request
 from zephyr.evals import alpaca_prompt
 from zephyr.evals.alpaca import ORDERS, model_is_first
+from zephyr.evals.asking import Judge
 from zephyr.files import atomic, home, shown
 
 TOKENS = 256  # of a verdict by text, at most; one by log-probs is a single token
 BY_TOKEN = {"temperature": 1, "max_tokens": 1, "logprobs": True, "top_logprobs": 5}
-PROBES = 3  # requests that are tried until one is answered and shows if there are log-probs
+PROBES = 3  # requests at most that show if a judge gives log-probs, before all are asked
 
 
 def read_outputs(path: str) -> tuple[str, dict[str, dict]]:
-    """Return the model of a file of AlpacaEval's outputs, and its rows by their instructions."""
+    """Return the model of a file of AlpacaEval's outputs, and its rows by their instructions. An
+    empty output is one: without it a model that says nothing would have a better win rate."""
     model, found = "", {}
     for where, row in read_rows(Path(path)):
         if "choices" in row and "question_id" in row:
@@ -46,10 +48,6 @@ def read_outputs(path: str) -> tuple[str, dict[str, dict]]:
             )
         if name != (model := model or name):
             raise ValueError(f"{where}: it is {shown(name)}'s output in a file of {shown(model)}'s")
-        if not output.strip():
-            raise ValueError(
-                f"{where}: the output to {shown(instruction, 50)} is empty; have it answered again"
-            )
         found[instruction] = row
     return model, found
 
@@ -67,7 +65,8 @@ def by_token(answer: Answer) -> float | None:
     if not math.isfinite(most):
         return None
     first, second = math.exp(first - most), math.exp(second - most)
-    return 2 - first / (first + second)
+    preference = 2 - first / (first + second)
+    return None if math.isnan(preference) else preference
 
 
 def by_text(text: str) -> float | None:
@@ -77,28 +76,32 @@ def by_text(text: str) -> float | None:
     return {"m": 1.0, "M": 2.0}.get(letter)
 
 
-def has_logprobs(judge, messages: Sequence[list[dict]]) -> bool:
-    """Return True if the judge's log-probs tell its preference. It is asked until it answers."""
+def has_logprobs(judge: Judge, messages: Sequence[list[dict]]) -> bool:
+    """Return True if the judge's log-probs tell its preference, by one to PROBES of its answers."""
     for asked in messages[:PROBES]:
         answer = judge.ask([Request(asked, BY_TOKEN)])[0]
         if isinstance(answer, Answer):
-            return by_token(answer) is not None
+            if by_token(answer) is not None:
+                return True
+            if not answer.logprobs:
+                return False
     return False
 
 
-def ask(judge, messages: list[list[dict]], tokens: int) -> tuple[list, list[float | None], str]:
-    """Return the judge's answers, the preference in each, and whether it is by log-probs."""
+def ask(
+    judge: Judge, messages: Sequence[list[dict]], tokens: int
+) -> tuple[list[Answer | Failure], list[float | None], str]:
+    """Return the judge's answers, the preference in each from 1 (first) to 2 (second), and how it
+    was read."""
     if has_logprobs(judge, messages):
         answers = judge.until(lambda text: True, [Request(m, BY_TOKEN) for m in messages])
-        read, how = by_token, "by the log-probs of its first token"
-    else:
-        parameters = {"temperature": 0, "max_tokens": tokens}
-        answers = judge.until(
-            lambda text: by_text(text) is not None, [Request(m, parameters) for m in messages]
-        )
-        read, how = lambda answer: by_text(answer.text), "by its text, as it gives no log-probs"
-    seen = [None if isinstance(answer, Failure) else read(answer) for answer in answers]
-    return answers, seen, how
+        seen = [by_token(a) if isinstance(a, Answer) else None for a in answers]
+        return answers, seen, "by the log-probs of its first token"
+    parameters = {"temperature": 0, "max_tokens": tokens}
+    requests = [Request(m, parameters) for m in messages]
+    answers = judge.until(lambda text: by_text(text) is not None, requests)
+    seen = [by_text(a.text) if isinstance(a, Answer) else None for a in answers]
+    return answers, seen, "by its text, as it told no log-probs of m and M"
 
 
 def completion(answer: Answer | Failure | None) -> dict | None:
@@ -124,7 +127,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--alpaca-data", metavar="DIR", help="for the length-controlled win rate, as in `show`")
 
 
-def run(args: argparse.Namespace, judge, out: str) -> list[str]:
+def run(args: argparse.Namespace, judge: Judge, out: str) -> list[str]:
     """Have a model's outputs compared with a baseline's, write the annotations to `out`, and return
     what the page has to say besides the figures."""
     if not out.endswith(".json"):
@@ -158,12 +161,18 @@ def run(args: argparse.Namespace, judge, out: str) -> list[str]:
     with atomic(out) as file:
         file.write(json.dumps(rows, indent=2, ensure_ascii=False).encode("utf-8", "replace"))
     notes = [f"the judge was read {how}; its prompt was {prompt}"]
+    both = [*ours.values(), *theirs.values()]
+    if empty := [row["instruction"] for row in both if not row["output"].strip()]:
+        notes.append(
+            f"{len(empty)} outputs are empty, the first to {shown(empty[0], 50)}; the judge saw "
+            "them as they are"
+        )
     if not args.prompt:
         notes.append("the prompt is our own: compare these figures with each other alone")
     return notes
 
 
-def annotation(judge, text: str, found: dict, both: bool) -> dict:
+def annotation(judge: Judge, text: str, found: dict, both: bool) -> dict:
     """Return what the judge said of one instruction, on AlpacaEval's scale: 1 if the baseline is
     better, 2 if the model is. `found` has the answer and the preference of each game played.
 

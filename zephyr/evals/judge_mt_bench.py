@@ -15,11 +15,16 @@ from typing import NamedTuple
 from zephyr.data.readers import read_rows, writing
 from zephyr.endpoint import Answer, Request
 from zephyr.evals import mt_bench, mt_bench_prompts
+from zephyr.evals.asking import Judge
 from zephyr.evals.mt_bench_prompts import Prompt
+from zephyr.evals.questions import Question, read_questions
 from zephyr.files import home, shown
 
 BY_REFERENCE = ("math", "reasoning", "coding")  # categories whose prompts have a reference answer
+# of one side and of two: without a reference answer, and with it
+PROMPTS = ("single-v1", "single-math-v1"), ("pair-v2", "pair-math-v1")
 TOKENS = 2048  # of a judgment, at most
+OWN = "the prompts are our own: compare these figures with each other alone"
 
 
 class Match(NamedTuple):
@@ -31,21 +36,9 @@ class Match(NamedTuple):
     games: list[list[dict]]  # the messages: one game, or two
 
 
-def read_questions(path: str) -> dict[int, dict]:
-    """Return MT-Bench's questions by their number."""
-    found = {}
-    for where, row in read_rows(Path(path)):
-        number, turns = row.get("question_id"), row.get("turns")
-        if type(number) is not int or not _texts(turns):
-            raise ValueError(f"{where} is no question with question_id and turns: {shown(row, 60)}")
-        if number in found:
-            raise ValueError(f"{where}: question {number} is there twice; delete one of them")
-        found[number] = row
-    return found
-
-
 def read_answers(path: str) -> tuple[str, dict[int, list[str]]]:
-    """Return the model and its answers' turns by question, from FastChat's answer file."""
+    """Return the model and its answers' turns by question, from FastChat's answer file. An empty
+    answer is one: without it a model that says nothing would have a better mean."""
     model, found = "", {}
     for where, row in read_rows(Path(path)):
         if {"instruction", "output"} <= row.keys():
@@ -63,41 +56,35 @@ def read_answers(path: str) -> tuple[str, dict[int, list[str]]]:
             raise ValueError(f"{where}: question {number} is answered before; delete one of them")
         if name != (model := model or name):
             raise ValueError(f"{where}: it is {shown(name)}'s answer in a file of {shown(model)}'s")
-        if not _texts(turns):
+        if not isinstance(turns, list) or not all(isinstance(turn, str) for turn in turns):
             raise ValueError(
-                f"{where}: an answer to question {number} is empty: {shown(turns, 60)}; have it "
-                "answered again, or delete the line"
+                f"{where}: an answer to question {number} is no text: {shown(turns, 60)}"
             )
         found[number] = turns
     return model, found
 
 
-def _texts(turns: object) -> bool:
-    return bool(
-        isinstance(turns, list) and turns and all(isinstance(t, str) and t.strip() for t in turns)
-    )
-
-
 def matches(
-    questions: dict[int, dict],
+    questions: dict[int, Question],
     sides: list[dict[int, list[str]]],
     references: dict[int, list[str]],
     prompts: dict[str, Prompt],
 ) -> Iterator[Match]:
     """Yield what one model's answers are graded by, or two models' compared, question by question
     and turn by turn. `sides` has each model's answers; two have answered the same questions."""
-    kind = "pair" if len(sides) == 2 else "single"
+    orders = [sides] if len(sides) == 1 else [sides, sides[::-1]]
+    names = PROMPTS[len(sides) - 1]
     for number in sides[0]:
         if number not in questions:
             raise ValueError(f"question {number} is answered and is none of --questions")
-        asked = questions[number]["turns"]
+        asked = questions[number].turns
         for turns in (side[number] for side in sides):
             if len(turns) != len(asked):
                 raise ValueError(
                     f"question {number} has {len(asked)} turns and {len(turns)} answers"
                 )
         values = {"question": asked[0], **_numbered("question", asked)}
-        by_reference = questions[number].get("category") in BY_REFERENCE
+        by_reference = questions[number].group in BY_REFERENCE
         if by_reference:
             if len(references.get(number, ())) != len(asked):
                 raise ValueError(
@@ -106,11 +93,9 @@ def matches(
                 )
             values |= _numbered("ref_answer", references[number])
         for turn in range(1, len(asked) + 1):
-            name = f"{kind}-{'math-v1' if by_reference else 'v2' if kind == 'pair' else 'v1'}"
-            prompt = prompts[name + "-multi-turn" * (turn > 1)]
+            prompt = prompts[names[by_reference] + "-multi-turn" * (turn > 1)]
             games = [
-                prompt.fill(values | _answers([side[number] for side in order]))
-                for order in ([sides, sides[::-1]] if kind == "pair" else [sides])
+                prompt.fill(values | _answers([side[number] for side in order])) for order in orders
             ]
             yield Match(number, turn, prompt.name, games)
 
@@ -167,10 +152,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--prompts", metavar="FILE", help="its judge_prompts.jsonl [prompts of our own]")
 
 
-def run(args: argparse.Namespace, judge, out: str) -> list[str]:
+def run(args: argparse.Namespace, judge: Judge, out: str) -> list[str]:
     """Have a model's answers graded or compared, write the judgments to `out`, and return what the
     page has to say besides the figures."""
-    questions = read_questions(home(args.questions))
+    questions = {q.name: q for q in read_questions(home(args.questions))}
     files = [home(path) for path in (args.answers, args.against) if path]
     models, sides = map(list, zip(*map(read_answers, files), strict=True))
     if len(set(models)) < len(models):
@@ -194,9 +179,14 @@ def run(args: argparse.Namespace, judge, out: str) -> list[str]:
                 write(pair(match, models, judge.name, texts))
             elif isinstance(answers[0], Answer):
                 write(single(match, models[0], judge.name, answers[0]))
-    if args.prompts:
-        return []
-    return ["the prompts are our own: compare these figures with each other alone"]
+    empty = [n for side in sides for n, turns in side.items() if not all(t.strip() for t in turns)]
+    notes = [] if args.prompts else [OWN]
+    if empty:
+        notes.append(
+            f"{len(empty)} answers are empty, the first to question {empty[0]}; the judge saw them "
+            "as they are"
+        )
+    return notes
 
 
 def _readable(text: str) -> bool:

@@ -68,14 +68,14 @@ def _own(name: str) -> Prompt:
         turn=" to the second question" if second else "",
         by=", beside the reference answer" if math else "",
     )
-    parts = [] if second else ["[User Question]\n{question}"]
+    parts = [] if second else [f"[{'User ' * pair}Question]\n{{question}}"]
     if math:
         parts.append(_part("Reference", "ref_answer", second))
     for letter in "AB" if pair else "":
         parts.append(_part(f"Assistant {letter}'s", f"answer_{letter.lower()}", second))
     if not pair:
         parts.append(_part("Assistant A's" if second else "Assistant's", "answer", second))
-    return Prompt(OWN + name, system, "\n\n".join(parts))
+    return Prompt(OWN + name, system, ("\n\n\n" if second else "\n\n").join(parts))
 
 
 def _part(whose: str, answer: str, second: bool) -> str:

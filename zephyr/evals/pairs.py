@@ -14,6 +14,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -23,6 +24,8 @@ from zephyr import config, files, generate, reference
 from zephyr.data import arrays, readers
 from zephyr.data.arrays import Tokens
 from zephyr.data.batching import PairSteps, epoch
+from zephyr.model import Mistral
+from zephyr.packing import Pair
 from zephyr.weights import base
 
 COLUMNS = ("source", "score_chosen", "score_rejected")
@@ -109,14 +112,22 @@ def table(rows: dict[str, dict], beta: float) -> str:
     return "\n".join(lines)
 
 
-def sums_P2(folder: str, data: Tokens, budget: int) -> np.ndarray:
-    """Return the summed log-probs of every pair's chosen and rejected response under the model of
-    a folder."""
-    model, _ = generate.load(folder)
+class Data(Protocol):
+    """What of `Tokens` is needed to pack pairs."""
+
+    def __len__(self) -> int: ...
+    def pair(self, k: int) -> Pair: ...
+    def pair_lengths(self) -> np.ndarray: ...
+
+
+def sums_P2(model: Mistral, data: Data, budget: int, title: str) -> np.ndarray:
+    """Return the summed log-probs of every pair's chosen and rejected response under a model, in
+    packs of `budget` tokens or, if a pair is longer, of as many as that has."""
     device = model.lm_head.weight.device
+    budget = max(budget, int(data.pair_lengths().max()))
     plan = PairSteps(data, 64, budget, 0, 0, 1, shuffle=False)
     found, log_probs = np.zeros((len(data), 2)), reference.live(model)
-    with tqdm(total=len(data), desc=Path(folder).name, delay=3, leave=False, disable=None) as bar:
+    with tqdm(total=len(data), desc=title, delay=3, leave=False, disable=None) as bar:
         for batch in epoch(plan, device):
             found[batch.pairs.cpu()] = log_probs(batch).view(-1, 2).double().cpu().numpy()
             bar.update(len(batch.pairs))
@@ -136,18 +147,25 @@ def about(data: Tokens) -> list[tuple[str | None, float]]:
     return [found[data.where(k)] for k in range(len(data))]
 
 
-def rank(model: str, against: str, c: config.DPOConfig) -> Ranked:
-    """Rank the pairs of `c.data` by the model of a folder against that of another. Raises
-    ValueError if a folder is no model's, if the two have not one tokenizer, or for bad data."""
-    c, _, tokenizer, _ = base.look(c)
-    if base.open_folder(against).tokenizer.digest != tokenizer.digest:
+def check_tokenizers(model: str, against: str) -> None:
+    """Raise ValueError unless the models of two folders have one tokenizer."""
+    if base.open_folder(against).tokenizer.digest != base.open_folder(model).tokenizer.digest:
         raise ValueError(
             f"{against} has another tokenizer than {model}: log-probs of other tokens cannot be "
             "compared; give the model that training started from"
         )
+
+
+def rank(model: str, against: str, c: config.DPOConfig) -> Ranked:
+    """Rank the pairs of `c.data` by the model of a folder against that of another. Raises
+    ValueError if a folder is no model's, if the two have not one tokenizer, or for bad data."""
+    c, _, tokenizer, _ = base.look(c)
+    check_tokenizers(model, against)
     data = arrays.preferences(c.data, tokenizer, c)
-    budget = max(c.microbatch_tokens, int(data.pair_lengths().max()))
-    ours_P2, theirs_P2 = (sums_P2(folder, data, budget) for folder in (model, against))
+    ours_P2, theirs_P2 = (
+        sums_P2(generate.load(folder)[0], data, c.microbatch_tokens, Path(folder).name)
+        for folder in (model, against)
+    )
     ratio_P2 = ours_P2 - theirs_P2
     pairs = [data.pair(k) for k in range(len(data))]
     sources, gaps = zip(*about(data), strict=True)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from itertools import combinations
 
 from zephyr.data.readers import expand, read_rows
-from zephyr.evals import alpaca, length_control, mt_bench, page
+from zephyr.evals import alpaca, html, length_control, mt_bench, page
 from zephyr.files import atomic, home, plain
 
 ALPACA, MT_BENCH = "AlpacaEval's annotations", "MT-Bench's judgments"
@@ -29,22 +29,23 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--feedback", metavar="NAME", help="what labelled or wrote the models' training data"
     )
     command.add_argument("--json", metavar="OUT", help="the figures as a JSON object")
+    command.add_argument("--html", metavar="OUT", help="a page with the figures and the answers")
 
 
 def run(args: argparse.Namespace) -> str:
-    """Return the page of the files, and write their figures if that was asked for."""
-    figures, text = page_of(args.files, args.alpaca_data, args.questions, args.feedback)
-    save(args.json, figures)
-    return text
+    return report(args.files, args.alpaca_data, args.questions, args.feedback, args.json, args.html)
 
 
-def page_of(
+def report(
     paths: Sequence[str],
     alpaca_data: str | None = None,
     questions: str | None = None,
     feedback: str | None = None,
-) -> tuple[dict, str]:
-    """Return the figures in files of one benchmark, and the page that shows them."""
+    json_out: str | None = None,
+    html_out: str | None = None,
+) -> str:
+    """Return the page of files of one benchmark, and write their figures as JSON, and the page to
+    click through, if there are paths to write them to."""
     files = {str(path): list(read_rows(path)) for path in expand(paths)}
     kinds = {path: kind(path, rows[0][1]) for path, rows in files.items()}
     first = next(iter(kinds))
@@ -62,21 +63,13 @@ def page_of(
             raise ValueError(f"--alpaca-data is for {ALPACA}, and {first} has {MT_BENCH}")
         figures, text = _mt_bench(files, questions, feedback)
     if not feedback:
-        text += "\n" + "\n".join(
-            page.said(
-                "--feedback NAME tells what labelled or wrote the model's training data; a judge "
-                "of that family would favour it, as GPT-4 may Zephyr, which GPT-4 labelled",
-                "note: ",
-            )
-        )
-    return figures, text
-
-
-def save(path: str | None, figures: dict) -> None:
-    """Write the figures as a JSON object, if there is a path to write them to."""
-    if path:
-        with atomic(home(path)) as file:
+        text += "\n" + page.text([page.NO_FEEDBACK])
+    if json_out:
+        with atomic(home(json_out)) as file:
             file.write((json.dumps(figures, indent=2) + "\n").encode())
+    if html_out:
+        html.write(home(html_out), figures, files, questions, feedback)
+    return text
 
 
 def kind(path: str, row: dict) -> str:
@@ -109,14 +102,13 @@ def _alpaca(files: dict[str, list], data: str | None, feedback: str | None) -> t
             controlled, notes = length_control.rate(a, control)
             rates |= controlled
         figures[name] = rates | alpaca.about_the_judge(a, feedback) | {"notes": notes}
-    text = "\n\n".join(page.alpaca(f) for f in figures.values())
     agreements = [
         alpaca.agreement(one, other)
         for one, other in combinations(runs, 2)
         if (one.model, one.baseline) == (other.model, other.baseline)
     ]
     figures = figures if len(runs) > 1 else next(iter(figures.values()))
-    return _with(agreements, figures, text)
+    return _with(agreements, figures)
 
 
 def _mt_bench(
@@ -146,7 +138,7 @@ def _mt_bench(
         for one, other in combinations(by_judge, 2)
         if one[0] == other[0]
     ]
-    return _with(agreements, figures, page.mt_bench(figures))
+    return _with(agreements, figures)
 
 
 def _grouped(items: Iterable, keys: Callable) -> dict:
@@ -168,9 +160,8 @@ def _names(runs: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
     }
 
 
-def _with(agreements: list[dict], figures: dict, text: str) -> tuple[dict, str]:
-    """Return the figures and the text with how judges agree, where there are two of them."""
-    if not agreements:
-        return figures, text
-    text += "\n\n" + "\n".join(map(page.agreement, agreements))
-    return figures | {"agreement": agreements}, text
+def _with(agreements: list[dict], figures: dict) -> tuple[dict, str]:
+    """Return the figures with how judges agree, where there are two of them, and the page."""
+    if agreements:
+        figures = figures | {"agreement": agreements}
+    return figures, page.text(page.blocks(figures))

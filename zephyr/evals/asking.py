@@ -1,0 +1,64 @@
+"""The judge: a model that is asked for verdicts, each until it can be read."""
+
+from collections.abc import Callable, Sequence
+
+from zephyr import source
+from zephyr.client.budget import Budget
+from zephyr.client.exchange import Answer, Endpoint
+from zephyr.endpoint import Failure, Request
+from zephyr.files import plain, shown
+
+TIMES = 3  # that one verdict is asked for, until it can be read
+
+
+class Judge:
+    """The model that is asked. `unanswered` counts the requests to which no answer came."""
+
+    def __init__(self, name: str, key_from: str, path: str, concurrency: int, budget: Budget):
+        self.source = source.open_source(name, key_from)
+        self.name = source.title(self.source)
+        self.path, self.budget, self.unanswered = path, budget, 0
+        self.how = {"concurrency": concurrency, "budget": budget}
+
+    def ask(self, requests: Sequence[Request]) -> list[Answer | Failure]:
+        """Return the judge's answer to each request, from the file of answers if it is there."""
+        return list(source.ask(self.source, requests, self.path, **self.how))
+
+    def until(
+        self, readable: Callable[[str], bool], requests: Sequence[Request]
+    ) -> list[Answer | Failure]:
+        """Return the judge's answer to each request. One whose text is not readable is asked for
+        again, TIMES in all, at temperature 1 and with another seed: a model that is deterministic
+        at 0 would say the same again. Raises ValueError if there is not one readable answer."""
+        found: list = [None] * len(requests)
+        left = list(range(len(requests)))
+        for attempt in range(TIMES if left else 0):
+            more = {"temperature": 1, "seed": attempt} if attempt else {}
+            again = [Request(requests[k].messages, requests[k].parameters | more) for k in left]
+            for k, answer in zip(left, self.ask(again), strict=True):
+                found[k] = answer
+            left = [k for k in left if isinstance(found[k], Answer) and not readable(found[k].text)]
+            if not left:
+                break
+        failures = [answer.why for answer in found if isinstance(answer, Failure)]
+        self.unanswered += len(failures)
+        if found and len(failures) == len(found):
+            raise ValueError(
+                f"{plain(self.name)}: none of {len(found)} requests was answered, the last: "
+                f"{failures[-1]}"
+            )
+        if found and len(left) + len(failures) == len(found):
+            raise ValueError(
+                f"{plain(self.name)}: none of its {len(left)} verdicts can be read, the first is "
+                f"{shown(found[left[0]].text)}; a judge that thinks first needs a larger "
+                "--max-tokens"
+            )
+        return found
+
+    def price(self, answer: Answer | Failure) -> float | None:
+        """Return what an answer cost by the price table; None without one, without usage, and of a
+        folder, which is in no budget."""
+        paid = isinstance(self.source, Endpoint) and isinstance(answer, Answer)
+        if self.budget.prices is None or not paid:
+            return None
+        return self.budget.cost(self.source.model, answer.usage, None)
