@@ -6,7 +6,6 @@ then the judge, behind an endpoint as GPT-4 would be, compares what it says befo
 prompts that neither training nor the choice of a setting has seen.
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -16,7 +15,6 @@ from statistics import mean
 
 import torch
 
-from zephyr import files, generate
 from zephyr.data import readers
 from zephyr.run import exits
 from zephyr.toy import birds, serve, village
@@ -34,7 +32,6 @@ LABELLED = f"--feedback {serve.NAME}"  # its verdicts made the pairs, which the 
 def main() -> None:
     began = time.time()
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, CORES // RANKS)))
-    torch.set_num_threads(1)  # sampling from so small a model gains nothing from more
     sft, dpo = f"{RUNS}/sft/model", f"{RUNS}/dpo/model"
     raw, pairs = f"{WORLD}/ultrafeedback.train.jsonl.gz", f"{WORLD}/pairs.train.jsonl.gz"
     run("dSFT: learn to answer from the birds' conversations", f"{TORCHRUN} train_sft.py {FRESH}")
@@ -45,21 +42,23 @@ def main() -> None:
         "its implicit reward, on pairs never trained on: has it learned more than length?",
         f"{EVALS} pairs {dpo} --reference {sft} --data {WORLD}/pairs.test.jsonl.gz",
     )
-    print("\nBefore and after, on prompts that were held out until now", flush=True)
+    for stage, model in (("sft", sft), ("dpo", dpo)):
+        run(
+            f"{stage} answers prompts that were held out until now",
+            f"{EVALS} answer alpaca {model} --instructions {WORLD}/ultrafeedback.held_out.jsonl.gz "
+            f"--max-new 100 --out {RUNS}/answers.{stage}.json",
+        )
     print(before_and_after())
     # the judge ends when this closes its stdin, or is killed
     serving = [sys.executable, "-m", "zephyr.toy", "serve", "--until-eof"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen(serving, **pipes, text=True) as server:
-        asked = f"--judge {server.stdout.readline().strip()} {LABELLED}"
-        said = f"{RUNS}/annotations.json"
+        judge = server.stdout.readline().strip()
         run(
             "the judge compares the answers, in both orders",
             f"{EVALS} judge alpaca {RUNS}/answers.dpo.json --against {RUNS}/answers.sft.json "
-            f"{asked} --out {said}",
-            stdout=subprocess.DEVNULL,  # `show` says it all
+            f"--judge {judge} {LABELLED} --out {RUNS}/annotations.json --html {RUNS}/report.html",
         )
-    run("what it said", f"{EVALS} show {said} {LABELLED} --html {RUNS}/report.html")
     print(
         f"\n{time.time() - began:.0f} s; every answer and verdict: {RUNS}/report.html; curves: "
         f"{RUNS}/curves.png; talk to it: python -m zephyr.generate {dpo}"
@@ -73,37 +72,22 @@ def run(title: str, command: str, **how) -> None:
 
 
 def before_and_after() -> str:
-    """Return how both models answer the held-out prompts, and write it as AlpacaEval's outputs."""
-    rows = readers.read_rows(WORLD / "ultrafeedback.held_out.jsonl.gz")
-    prompts = [row["instruction"] for _, row in rows]
-    said = {stage: sample(f"{RUNS}/{stage}/model", prompts) for stage in ("sft", "dpo")}
-    for stage, answers in said.items():
-        about = {"generator": stage, "dataset": "larkmere"}
-        pairs = zip(prompts, answers, strict=True)
-        outputs = [{"instruction": p, "output": a} | about for p, a in pairs]
-        with files.atomic(RUNS / f"answers.{stage}.json") as file:
-            file.write(json.dumps(outputs, indent=1).encode())
+    """Return how well and how long both models answer, with three of their answers."""
+    paths = {stage: RUNS / f"answers.{stage}.json" for stage in ("sft", "dpo")}
+    said = {stage: [row for _, row in readers.read_rows(p)] for stage, p in paths.items()}
     scores = {
-        stage: [village.judge(p, a).score for p, a in zip(prompts, answers, strict=True)]
-        for stage, answers in said.items()
+        stage: [village.judge(row["instruction"], row["output"]).score for row in rows]
+        for stage, rows in said.items()
     }
-    words = {stage: mean(len(a.split()) for a in answers) for stage, answers in said.items()}
+    words = {s: mean(len(row["output"].split()) for row in rows) for s, rows in said.items()}
     lines = [
-        f"  judge's mean score, 1 to 10    {mean(scores['sft']):.2f} -> {mean(scores['dpo']):.2f}",
-        f"  words per answer               {words['sft']:.1f} -> {words['dpo']:.1f}",
+        f"\njudge's mean score, 1 to 10   {mean(scores['sft']):.2f} -> {mean(scores['dpo']):.2f}",
+        f"words per answer              {words['sft']:.1f} -> {words['dpo']:.1f}",
     ]
     for k in range(3):
-        lines.append(f"\n  {prompts[k]}")
-        lines += [f"    {stage}  {scores[stage][k]:4.1f}  {said[stage][k]}" for stage in said]
+        lines.append(f"\n  {said['sft'][k]['instruction']}")
+        lines += [f"    {s}  {scores[s][k]:4.1f}  {rows[k]['output']}" for s, rows in said.items()]
     return "\n".join(lines)
-
-
-def sample(folder: str, prompts: list[str]) -> list[str]:
-    """One sampled answer to each prompt."""
-    model, tokenizer = generate.load(folder)
-    ids = [tokenizer.prompt([{"role": "user", "content": prompt}]) for prompt in prompts]
-    answers = generate.generate(model, ids, 100, tokenizer.eos, temperature=0.7, seed=0)
-    return [tokenizer.decode(answer) for answer in answers]
 
 
 if __name__ == "__main__":
