@@ -6,7 +6,7 @@ VENV = .venv$(TORCH:%=-torch-%)
 PYTHON ?= $(VENV)/bin/python
 READY = $(if $(filter $(VENV)/%,$(PYTHON)),$(VENV)/ready)
 
-.PHONY: help demo test test-tools test-slow test-gpu lint chaos bench bench-gpu bench-7b clean
+.PHONY: help demo test test-tools test-slow test-gpu lint chaos bench bench-gpu bench-7b docs clean
 
 help:   ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 18
@@ -44,6 +44,10 @@ bench-gpu: $(READY)   ## everything to measure on one GPU, under 10 minutes, int
 
 bench-7b: $(READY)   ## DPO at 7B beside a control and TRL, on one H200: under 10 minutes
 	$(PYTHON) -m benchmarks.dpo_7b
+
+docs: $(READY)   ## code, output and figures in the pages, made anew from the source
+	$(PYTHON) docs/include.py
+	$(PYTHON) docs/figures.py
 
 clean:   ## remove .venv and runs
 	rm -rf .venv .venv-torch-* runs

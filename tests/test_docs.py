@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+PAGES = ["README.md", *(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md"))]
 
 
 def test_every_test_that_the_reliability_page_names_exists():
@@ -18,9 +19,7 @@ def test_every_test_that_the_reliability_page_names_exists():
         assert not test or re.search(rf"^def {test}\(", source, re.M), f"{name}::{test}"
 
 
-@pytest.mark.parametrize(
-    "page", ["README.md", *(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md"))]
-)
+@pytest.mark.parametrize("page", PAGES)
 def test_links_lead_to_files(page):
     for link in re.findall(r"\]\(((?!http)[^)#]+)", (ROOT / page).read_text()):
         assert (ROOT / page).parent.joinpath(link).exists(), link

@@ -18,7 +18,7 @@ FLOORS = (
     "run",
     "metrics feedback generate source collection collect evals.belief",
     "reference toy evals",
-    "textbook __main__",
+    "textbook explain __main__",
 )
 
 
