@@ -159,7 +159,7 @@ def scored(prompt: str, rng: Random) -> dict:
 
 FILES = {
     "ultrachat": (chat, {"train": 18000, "test": 200}),
-    "ultrafeedback": (scored, {"train": 4800, "test": 200, "held_out": 200}),
+    "ultrafeedback": (scored, {"train": 4800, "test": 200, "held_out": 600}),
 }
 
 
