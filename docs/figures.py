@@ -100,7 +100,7 @@ def wrapped(head: str, text: str, colour: str, width: int = 47) -> list[tuple[st
 def demo_answers() -> tuple[str, tuple[str, str], tuple[str, str]]:
     """Return a held-out question, and (score, answer) of the SFT and of the chat model, as the demo
     printed them."""
-    prompt, *said = include.code(DEMO_OUTPUT).splitlines()[-3:]
+    prompt, *said = (line.strip() for line in include.code(DEMO_OUTPUT).splitlines()[-3:])
     sft, dpo = (tuple(line.split(maxsplit=2)[1:]) for line in said)
     return prompt, sft, dpo
 
