@@ -11,7 +11,7 @@ READY = $(if $(filter $(VENV)/%,$(PYTHON)),$(VENV)/ready)
 help:   ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 18
 
-demo: $(READY)   ## the whole recipe on an invented village, then before and after: 3 to 12 minutes
+demo: $(READY)   ## the whole recipe on an invented village, judged before and after: 4 to 12 minutes
 	$(PYTHON) demo.py
 
 # without the GPU, if there is one: its tensors would meet those that the tests make

@@ -49,7 +49,7 @@ SMALL = dict(
     sliding_window=4,
 )
 # the lines of the README that the demo printed, up to the first question's two answers
-DEMO_OUTPUT = "README.md: held-out preference accuracy ... dpo"
+DEMO_OUTPUT = "README.md: judge's mean score ... dpo"
 
 FIGURES: dict[str, Callable[[], str]] = {}
 
@@ -100,7 +100,7 @@ def wrapped(head: str, text: str, colour: str, width: int = 47) -> list[tuple[st
 def demo_answers() -> tuple[str, tuple[str, str], tuple[str, str]]:
     """Return a held-out question, and (score, answer) of the SFT and of the chat model, as the demo
     printed them."""
-    prompt, *said = include.code(DEMO_OUTPUT).splitlines()[-3:]
+    prompt, *said = (line.strip() for line in include.code(DEMO_OUTPUT).splitlines()[-3:])
     sft, dpo = (tuple(line.split(maxsplit=2)[1:]) for line in said)
     return prompt, sft, dpo
 
@@ -120,7 +120,7 @@ def conversations(kind: str) -> list[list[str]]:
 def recipe() -> str:
     """One question of the village through all stages: the file's lines, and the demo's answers."""
     prompt, sft, dpo = demo_answers()
-    rows = birds.rows(birds.ensure() / "ultrafeedback.test.jsonl.gz")
+    rows = birds.rows(birds.ensure() / "ultrafeedback.held_out.jsonl.gz")
     row = next(row for row in rows if row["instruction"] == prompt)
     (pair,) = feedback.binarize([("the row", row)])
     chosen, rejected = (pair[side][-1]["content"] for side in ("chosen", "rejected"))

@@ -162,11 +162,13 @@ def test_the_judge_gives_the_scores_that_the_demo_printed():
         for answer in answers:
             score, said = answer.split(maxsplit=1)
             assert village.judge(prompt.strip(), said).score == float(score), said
-    counts = re.findall(r"([\d.]+)%: (\d+) wins, (\d+) losses, (\d+) ties", text)
+    counts = re.findall(
+        r"discrete win rate +([\d.]+)\n(?:.*\n){,3}?.*: (\d+) wins, (\d+) losses, (\d+) draws", text
+    )
     assert counts
     for rate, *three in counts:
         wins, losses, ties = map(int, three)
-        assert f"{100 * (wins + ties / 2) / (wins + losses + ties):.1f}" == rate
+        assert f"{100 * (wins + ties / 2) / (wins + losses + ties):.2f}" == rate
 
 
 def test_a_model_of_random_weights_gives_minus_ln_v_a_token(capsys):

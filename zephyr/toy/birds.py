@@ -5,13 +5,17 @@
 Nothing is downloaded: the village (village.py) and a seed make, the same bytes each time,
     ultrachat.{train,test}.jsonl.gz      what the birds said, for dSFT
     ultrafeedback.{train,test}.jsonl.gz  four answers to each prompt with their scores, for AIF
+    ultrafeedback.held_out.jsonl.gz      likewise, for what is measured once: it chose no setting
     base/                                tokenizer.model and config.json of a model to be born
+    made_by                              of which village.py and birds.py it is
 """
 
 import hashlib
 import io
 import json
 import os
+import shutil
+import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterable
@@ -23,6 +27,7 @@ import sentencepiece
 
 from zephyr import feedback, files
 from zephyr.data import readers
+from zephyr.data.cache import sha256_of
 from zephyr.toy.village import (
     CHATTER,
     CLOSINGS,
@@ -42,6 +47,7 @@ from zephyr.toy.village import (
 from zephyr.weights import hub, locate
 
 FOLDER = Path("runs/tiny/world")  # where recipes/tiny.toml looks for it
+MADE_BY = "made_by"  # in it, what it was built from
 VOCAB = 640
 AGAIN = {
     "And who sells it?": "Who sells {good}?",
@@ -96,15 +102,16 @@ def cuckoo(q: Question, rng: Random) -> list[str]:
 BIRDS = {owl: 3, wren: 6, magpie: 5, cuckoo: 2}  # and their shares of the conversations
 
 
-def draw(texts: Iterable[str], count: int, rng: Random) -> list[str]:
-    """Return `count` different prompts, equally many of each kind of question."""
+def draw(texts: Iterable[str], count: int, rng: Random, unique: bool = True) -> list[str]:
+    """Return `count` prompts, different ones if `unique`, equally many of each kind of question."""
     by_kind, drawn = defaultdict(list), {}
     for text in texts:
         by_kind[questions()[text].kind].append(text)
     while len(drawn) < count:
         text = rng.choice(by_kind[rng.choice(list(by_kind))])
-        drawn[" ".join(filter(None, (rng.choice(HELLOS), text, rng.choice(THANKS))))] = None
-    return list(drawn)
+        prompt = " ".join(filter(None, (rng.choice(HELLOS), text, rng.choice(THANKS))))
+        drawn[prompt if unique else len(drawn)] = prompt
+    return list(drawn.values())
 
 
 def chat(prompt: str, rng: Random) -> dict:
@@ -156,22 +163,23 @@ def scored(prompt: str, rng: Random) -> dict:
 
 
 FILES = {
-    "ultrachat": (chat, {"train": 6000, "test": 200}),
-    "ultrafeedback": (scored, {"train": 2400, "test": 200}),
+    "ultrachat": (chat, {"train": 18000, "test": 200}),
+    "ultrafeedback": (scored, {"train": 4800, "test": 200, "held_out": 600}),
 }
 
 
 def split(rng: Random) -> dict[str, list[str]]:
-    """Return the texts of questions for training and for test: a tenth of each kind is held out, so
-    no such question is trained on."""
-    by_kind, parts = defaultdict(list), {"train": [], "test": []}
+    """Return the texts of questions for training, for test and held out: a tenth of each kind is
+    for test, another tenth is held out, and no such question is trained on."""
+    by_kind, parts = defaultdict(list), {"held_out": [], "test": [], "train": []}
     for text, q in questions().items():
         by_kind[q.kind].append(text)
     for texts in by_kind.values():
         rng.shuffle(texts)
-        held = len(texts) // 10
-        parts["test"] += texts[:held]
-        parts["train"] += texts[held:]
+        tenth = len(texts) // 10
+        parts["held_out"] += texts[:tenth]
+        parts["test"] += texts[tenth : 2 * tenth]
+        parts["train"] += texts[2 * tenth :]
     return parts
 
 
@@ -245,7 +253,8 @@ def build(folder: Path | str, seed: int = 0) -> None:
         new = Path(scratch) / folder.name
         for name, (make, sizes) in FILES.items():
             for part, count in sizes.items():
-                prompts = draw(parts[part], count, rng)
+                # two birds may be asked the same, but a prompt has one row of scored answers
+                prompts = draw(parts[part], count, rng, unique=make is scored)
                 readers.write_rows(new / f"{name}.{part}.jsonl.gz", (make(p, rng) for p in prompts))
         config = json.dumps(base_config(VOCAB), indent=2) + "\n"
         for name, data in (
@@ -254,11 +263,22 @@ def build(folder: Path | str, seed: int = 0) -> None:
         ):
             with files.atomic(new / "base" / name) as file:
                 file.write(data)
+        (new / MADE_BY).write_text(version() + "\n")
         os.rename(new, folder)
 
 
+def version() -> str:
+    """Return the digest of the village and its birds, as their files have them."""
+    here = Path(__file__)
+    return " ".join(sha256_of(here.with_name(name)) for name in ("village.py", here.name))
+
+
 def ensure() -> Path:
-    """Return FOLDER, which is built first if it is absent."""
+    """Return FOLDER, which is built first if it is absent, or was built from another village."""
+    made_by = FOLDER / MADE_BY
+    if FOLDER.exists() and (not made_by.exists() or made_by.read_text().strip() != version()):
+        print(f"{FOLDER} is of another village than zephyr/toy has: made again", file=sys.stderr)
+        shutil.rmtree(FOLDER)
     if not FOLDER.exists():
         build(FOLDER)
     return FOLDER
