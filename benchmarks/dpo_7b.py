@@ -238,7 +238,7 @@ def ours(o: argparse.Namespace, place: Path) -> dict:
     made, calls, live = tokens(o.steps * o.batch), [], reference.live
 
     @torch.no_grad()
-    def load(_, model: nn.Module) -> None:
+    def load(_, model: nn.Module, seed: int) -> None:
         for name, p in model.named_parameters():
             local = p.to_local() if hasattr(p, "to_local") else p
             masters.fill(p, local, drawn(name, p.shape, local.device))

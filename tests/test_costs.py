@@ -341,6 +341,42 @@ def test_the_moment_of_a_blocks_backward(as_on_a_gpu, recompute):
     assert ours / 2 < live.peak - left < ours
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "recompute", ["full", "elementwise", pytest.param("none", marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("a", [None, ADAPTERS["all"]], ids=["all weights", "adapters"])
+def test_what_compiled_blocks_keep(as_on_a_gpu, monkeypatch, recompute, a):
+    """What their backward has in hand besides weights, by the compiler's partitioner."""
+    compiled = torch.compile
+    eager = {"backend": "aot_eager"}
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compiled(f, **eager, **options))
+    torch._dynamo.reset()
+    made, b = adapted(SMALL, a) if a else Mistral(SMALL), pairs(SMALL)
+    spec = lora.Spec(a.rank, 1, a.targets) if a else None
+    for block in made.model.layers:
+        block.forward = type(block).forward.__get__(block)
+        matmuls = lora.matmuls(PROJECTIONS, spec)
+        block.forward = fsdp.wrapped(block, recompute, True, matmuls)
+    weights = {p.untyped_storage().data_ptr() for p in made.parameters()}
+    logprob_N = made(b)
+    seen, kept, nodes = set(), {}, [logprob_N.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        nodes += [following for following, _ in node.next_functions]
+        for x in getattr(node, "saved_tensors", ()) if "Compiled" in type(node).__name__ else ():
+            storage = x.untyped_storage()
+            if x.is_floating_point() and storage.data_ptr() not in weights:
+                kept[storage.data_ptr()] = storage.nbytes()
+    load = load_of(b, SMALL)
+    ours = costs.activations(SMALL, load._replace(predicted=0), recompute, 4, a=a)
+    assert sum(kept.values()) == pytest.approx(ours, rel=1e-3)
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("recompute", ["none", "elementwise", "full"])
 @each_adapters
 def test_the_moment_of_a_blocks_backward_with_adapters(as_on_a_gpu, recompute, a):

@@ -679,6 +679,9 @@ def test_a_pickle_or_a_quantized_base_is_refused(tmp_path, capsys):
     [
         ("--lora-rank -1", "--lora-rank -1 must be from 0 to 4096"),
         ("--lora-alpha 16", "--lora-alpha is for adapters; give --lora-rank too, such as 128"),
+        ("--lora-alpha 0", "--lora-alpha is for adapters"),
+        ("--lora-targets q_proj", "--lora-targets is for adapters"),
+        ("--no-merge", "--no-merge is for adapters"),
         ("--lora-rank 4 --lora-alpha 0", "--lora-alpha 0 must be above 0"),
         (
             "--lora-rank 4 --lora-targets q_proj,k",

@@ -12,7 +12,8 @@ import train_dpo
 import train_sft
 from model_helpers import model, pairs
 from run_helpers import DPO, SFT, run
-from zephyr import losses, optim
+from zephyr import lora, losses, optim, reference
+from zephyr.architecture import PROJECTIONS
 from zephyr.distributed import fsdp, group
 from zephyr.metrics import phases
 from zephyr.metrics.log import Log
@@ -158,15 +159,19 @@ def test_the_host_reads_nothing_inside_a_step(place, tmp_path, monkeypatch):
 # torch calls the check of syncs a prototype; compiling does what torch warns of
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.gpu
-@pytest.mark.parametrize("masters", ["fp32", "split"])
-@pytest.mark.parametrize("recompute", ["none", "elementwise"])
-def test_on_a_gpu_the_host_waits_for_nothing(recompute, masters):
+@pytest.mark.parametrize("kind", ["fp32", "split", "lora"])
+@pytest.mark.parametrize("recompute", ["none", "elementwise", "full"])
+def test_on_a_gpu_the_host_waits_for_nothing(recompute, kind):
     ranks = group.start()
-    m = fsdp.build(model().config, ranks, "bf16", recompute, masters)
+    masters, adapters = "split" if kind == "split" else "fp32", None
+    if kind == "lora":
+        adapters = lora.Spec(8, 16, PROJECTIONS)
+    m = fsdp.build(model().config, ranks, "bf16", recompute, masters, adapters=adapters)
     with torch.no_grad():
         for name, p in m.named_parameters():
             local = p.to_local() if hasattr(p, "to_local") else p
-            fill(p, local, model().get_parameter(name))
+            own = lora.is_adapter(name)
+            fill(p, local, torch.ones_like(p) if own else model().get_parameter(name))
     optimizer, guard = optim.adamw(m, 0.0), Guard("stop", str, ranks)
     batch = pairs(0).pinned()
     try:
@@ -175,6 +180,8 @@ def test_on_a_gpu_the_host_waits_for_nothing(recompute, masters):
             torch.cuda.set_sync_debug_mode("error" if step else "default")
             here = batch.to(ranks.device)
             reference_2P = torch.zeros(2 * len(batch.pairs), device=ranks.device)
+            if kind == "lora":
+                reference_2P = reference.live(lora.without(m))(here)
             found = losses.preference("dpo", m(here), here.response_N, reference_2P, beta=0.1)
             found["loss"].sum().backward()
             guard.saw(batch.pairs, found["loss"])

@@ -105,8 +105,13 @@ class Training:
         if not 0 <= self.lora_rank <= LARGEST_RANK:
             raise ValueError(f"--lora-rank {self.lora_rank} must be from 0 to {LARGEST_RANK}")
         if not self.lora_rank:
-            if self.lora_alpha or self.lora_rslora:
-                name = flag("lora_alpha" if self.lora_alpha else "lora_rslora")
+            given = {
+                "--lora-alpha": self.lora_alpha is not None,
+                "--lora-rslora": self.lora_rslora,
+                "--lora-targets": self.lora_targets != ",".join(PROJECTIONS),
+                "--no-merge": not self.merge,
+            }
+            for name in (name for name, is_given in given.items() if is_given):
                 raise ValueError(f"{name} is for adapters; give --lora-rank too, such as 128")
             return
         if self.lora_alpha is not None and not 0 < self.lora_alpha < 1 << 20:

@@ -124,8 +124,12 @@ def wrapped(
     """
     forward = block.forward
     if recompute != "none":
-        contexts = functools.partial(matmuls_and_attention, matmuls)
-        context = {"context_fn": contexts} if recompute == "elementwise" else {}
+        contexts = {"elementwise": functools.partial(matmuls_and_attention, matmuls)}
+        if compiled:
+            # without a policy a compiler marks what is to be computed again in a graph in which our
+            # autograd functions are not written out yet, and then keeps most of what they keep
+            contexts["full"] = functools.partial(create_selective_checkpoint_contexts, _again)
+        context = {"context_fn": contexts[recompute]} if recompute in contexts else {}
         forward = functools.partial(checkpoint, forward, use_reentrant=False, **context)
     return one_graph(forward) if compiled else forward
 
@@ -146,6 +150,10 @@ def matmuls_and_attention(
         return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(policy)
+
+
+def _again(context, op: OpOverload, *args, **kwargs) -> CheckpointPolicy:
+    return CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def one_graph(forward: Callable) -> Callable:
