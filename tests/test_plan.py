@@ -141,8 +141,8 @@ def test_adapters_on_a_24_gb_card(capsys):
 
 
 def test_the_cards_of_the_page_on_lora(capsys):
-    """docs/running.md's table, and docs/performance.md's numbers."""
-    rows = (ROOT / "docs" / "running.md").read_text().partition("## One card: LoRA")[2]
+    """The table of operate/running.md, and the numbers of operate/performance.md."""
+    rows = (ROOT / "docs" / "operate" / "running.md").read_text().partition("## One card: LoRA")[2]
     row = r"^\| \d+ GB \((\w+)\) \| (.*?) \| ([\d.]+) of [\d.]+ \| ([\d.]+) \|$"
     cards = re.findall(row, rows, re.M)
     assert len(cards) == 3
