@@ -486,6 +486,33 @@ def test_another_prompt_is_left_as_it_is():
     assert conversation(cut) is None
 
 
+def test_games_without_any_verdict(tmp_path):
+    save(tmp_path / "a.jsonl", pair(81, "error", "error"), pair(82, "error", "tie"))
+    page, figures = made(tmp_path, tmp_path / "a.jsonl")
+    assert [entry["verdict"] for entry in page.data["entries"]] == [["no verdict"]] * 2
+    assert figures["m"]["pairs"]["n_failures"] == 3
+
+
+def test_a_model_may_have_the_name_of_a_figure(tmp_path):
+    for name in ("agreement", "model"):
+        save(tmp_path / "a.jsonl", score(81, 1, 8, model=name), score(81, 1, 5, model="m"))
+        page, figures = made(tmp_path, tmp_path / "a.jsonl")
+        assert figures[name]["average"] == 8 and len(page.data["entries"]) == 1
+
+
+@pytest.mark.parametrize(
+    "model, why",
+    [
+        ("agreement", "a model has the name 'agreement', under which"),
+        ("m (gpt-4)", "two runs are both shown as 'm (gpt-4)'"),
+    ],
+)
+def test_a_name_that_would_hide_another_is_refused(model, why, tmp_path, capsys):
+    save(tmp_path / "a.jsonl", score(81, 1, 8, model=model), score(81, 1, 5, model="m"))
+    save(tmp_path / "b.jsonl", score(81, 1, 7, model="m", judge=["other", "p"]))
+    assert why in one_line([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")], capsys)
+
+
 def test_the_judge_s_words_stand_with_their_order(tmp_path):
     """Whichever of the two AlpacaEval's coin gives, `raw_completion` is its own."""
     rows = [

@@ -201,10 +201,10 @@ def _games(entry: Entry, row: dict, g: mt_bench.Games, named: dict[str, dict]) -
         won = won or f"{g.models[winner == 'model_2']} wins"
         how = f"{model} shown first, by {g.judge}"
         entry.judged.append(judgment(won, how, row.get(f"g{k}_judgment")))
-    side = mt_bench.outcome(g)
     if "error" in g.winners:
         entry.verdict[NONE] = VERDICTS.index(NONE)
     else:
+        side = mt_bench.outcome(g)
         entry.verdict[TIE if side < 0 else f"{g.models[side]} wins"] = 2 if side < 0 else side
         if g.winners[0] != g.winners[1]:
             entry.verdict[DISAGREE] = VERDICTS.index(DISAGREE)

@@ -108,7 +108,8 @@ def blocks(figures: dict) -> list[Block]:
         out = [block for f in shown.values() for block in alpaca(f)]
     else:
         out = mt_bench(shown)
-    if agreements := figures.get("agreement"):
+    agreements = figures.get("agreement")
+    if isinstance(agreements, list):  # else a model has that name
         out += [Title("Agreement"), *map(agreement, agreements)]
     return out
 

@@ -7,12 +7,13 @@ answers give kappa.
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from itertools import combinations
 
 from zephyr.data.readers import expand, read_rows
 from zephyr.evals import alpaca, html, length_control, mt_bench, page
-from zephyr.files import atomic, home, plain
+from zephyr.files import atomic, home, plain, shown
 
 ALPACA, MT_BENCH = "AlpacaEval's annotations", "MT-Bench's judgments"
 
@@ -153,15 +154,24 @@ def _names(runs: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
     """Return the name under which each (model, judge) is shown: the model's, and the judge's behind
     it if several have judged that model."""
     runs = list(dict.fromkeys(runs))
-    judged = [model for model, _ in runs]
-    return {
-        (model, judge): model if judged.count(model) == 1 else f"{model} ({judge})"
+    judged = Counter(model for model, _ in runs)
+    names = {
+        (model, judge): model if judged[model] == 1 else f"{model} ({judge})"
         for model, judge in runs
     }
+    for name, times in Counter(names.values()).items():
+        if times > 1:
+            raise ValueError(f"two runs are both shown as {shown(name)}; show one of the two")
+    return names
 
 
 def _with(agreements: list[dict], figures: dict) -> tuple[dict, str]:
     """Return the figures with how judges agree, where there are two of them, and the page."""
     if agreements:
+        if "agreement" in figures:
+            raise ValueError(
+                "a model has the name 'agreement', under which it stands how judges agree; show "
+                "one judge's files at a time"
+            )
         figures = figures | {"agreement": agreements}
     return figures, page.text(page.blocks(figures))
