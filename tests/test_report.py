@@ -12,6 +12,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 from test_evals import PAIR_PROMPT, alpaca_data, annotation, one_line, pair, score
 
@@ -19,7 +20,7 @@ from helpers import ROOT, save, shared
 from zephyr.data.readers import read_rows
 from zephyr.evals import alpaca, entries, html, mt_bench, mt_bench_prompts
 from zephyr.evals.__main__ import main
-from zephyr.evals.prompts import conversation
+from zephyr.evals.mt_bench_prompts import conversation
 
 HOSTILE = {
     "closes the script": "</script><img src=x onerror=alert(1)>",
@@ -484,6 +485,12 @@ def test_another_prompt_is_left_as_it_is():
         assert conversation(prompt) is None
     cut = PAIR_PROMPT.format("a", "b").removesuffix("]")
     assert conversation(cut) is None
+
+
+def test_a_prompt_of_marks_alone_is_read_at_once():
+    """In linear time: by a search that goes back, this one takes minutes."""
+    mark = "<|The Start of Assistant A's Conversation with User|>\n"
+    assert np.isnan(mt_bench.longer(mark * 40_000)) and np.isnan(mt_bench.answer_length(mark))
 
 
 def test_games_without_any_verdict(tmp_path):

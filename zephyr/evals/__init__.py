@@ -6,7 +6,6 @@ length_control.py  the win rate that is left when the lengths of the answers are
 mt_bench.py        FastChat's judgments: scores by turn and category, games in both orders
 belief.py          the judge's own habits: slot, length, consistency, ties, agreement, family
 page.py            the figures as titles, tables and sentences; as plain text
-prompts.py         MT-Bench's prompts to a judge, taken apart
 entries.py         questions, answers and judgments, as the page to click through has them
 html.py            that page: one file, which a browser opens without a network
 show.py            files of annotations or judgments -> figures and page

@@ -1,7 +1,7 @@
 """A judge's files question by question, for the page to click through: what was asked, what the
 models answered, what the judge said, and the tags by which the page finds it.
 
-Of a prompt to MT-Bench's judge that `prompts.conversation` cannot take apart, the page shows the
+Of a prompt to MT-Bench's judge that `mt_bench_prompts.conversation` cannot take apart, the page shows the
 prompt as it is.
 """
 
@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from zephyr.evals import alpaca, mt_bench
+from zephyr.evals.mt_bench_prompts import conversation
 from zephyr.evals.page import is_alpaca, runs, span
-from zephyr.evals.prompts import conversation
 from zephyr.files import shown
 
 Rows = Sequence[tuple[str, dict]]
