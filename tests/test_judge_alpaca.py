@@ -265,8 +265,11 @@ def refused(message, files, server, capsys, *more):
 def test_wrong_flags_cost_one_line(files, server, capsys):
     (files / "x.txt").write_text("Which is better: {output_1} or {output_2}?")
     refused("x.txt has no <|im_start|> blocks", files, server, capsys, "--prompt", files / "x.txt")
-    refused("--concurrency 0: it is 1 or more", files, server, capsys, "--concurrency", 0)
+    refused("--concurrency 0: give 1 or more", files, server, capsys, "--concurrency", 0)
     refused("annotations are written as .json", files, server, capsys, "--out", files / "o.csv")
+    refused("alpaca-data .*: no such folder", files, server, capsys, "--alpaca-data", files / "n")
+    write_rows(files / "ours.jsonl", [output(w, "x", "base") for w in WORDS])
+    refused("both files are of 'base'; change a generator", files, server, capsys)
     refused("unrecognized arguments: --questions", files, server, capsys, "--questions", "q")
 
 

@@ -408,8 +408,9 @@ def test_what_cannot_be_written_is_one_line(tmp_path, capsys):
     (tmp_path / "folder.html").mkdir()
     for out, code, message in (
         (tmp_path / "a.jsonl" / "x.html", 5, "cannot write"),
-        (tmp_path / "folder.html", 5, "cannot write"),
-        (tmp_path / "a.jsonl", 2, "the page's name ends in .html"),
+        (tmp_path / "folder.html", 2, "is a folder"),
+        (tmp_path / "page.txt", 2, "the page's name ends in .html"),
+        (tmp_path / "a.jsonl", 2, "would overwrite this file: it is read"),
     ):
         with pytest.raises(SystemExit) as end:
             main(["show", str(tmp_path / "a.jsonl"), "--html", str(out)])

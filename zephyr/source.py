@@ -10,6 +10,7 @@ where it was killed:
         print(answer.text)
 """
 
+import argparse
 import contextlib
 import json
 import re
@@ -21,12 +22,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from zephyr.client.budget import Budget
 from zephyr.client.exchange import Answer, Endpoint
 from zephyr.client.store import AnswerFile
 from zephyr.endpoint import Failure, Request, key_of
 from zephyr.endpoint import ask as ask_endpoint
 from zephyr.files import home, shown
 
+KEY = "OPENAI_API_KEY"  # the variable that has an endpoint's, unless --key-from names another
 AT = re.compile(r"(.+)@(https?://.*)", re.DOTALL)
 SAMPLING = {"temperature": 1.0, "top_p": 1.0, "seed": 0}  # of a request that does not say
 NEW = 1024  # tokens of an answer to a request without max_tokens
@@ -34,11 +37,11 @@ ROWS, PROMPTS = 256, 1 << 14  # of a batch, at most: its conversations, and thei
 CACHE = 1 << 30  # bytes of keys and values on a CPU; on a GPU it is a third of the free memory
 
 
-def open_source(name: str, key_from: str = "OPENAI_API_KEY") -> "Endpoint | Folder":
+def open_source(name: str, key_from: str | None = None) -> "Endpoint | Folder":
     """Return the model that `NAME@URL` or a folder's path names. A folder is loaded when it is
     first asked. Raises ValueError if there is no model under that name."""
     if match := AT.fullmatch(name):
-        return Endpoint(match[2], match[1], key_from)
+        return Endpoint(match[2], match[1], key_from or KEY)
     if name.startswith(("http://", "https://")):
         raise ValueError(f"{shown(name)} names no model; write NAME@URL, as in gpt-4.1@{name}")
     if not Path(path := home(name)).exists() and "/" not in name:
@@ -53,6 +56,30 @@ def title(source: "Endpoint | Folder") -> str:
     """Return what files call a source: the endpoint's model, or the folder's name; of a run's
     `model/`, the run's."""
     return source.model if isinstance(source, Endpoint) else source.name
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that are for endpoints alone."""
+    add = parser.add_argument
+    add("--concurrency", type=int, metavar="N", help="requests to an endpoint at a time [8]")
+    add("--budget-tokens", type=int, metavar="N", help="stop before so many tokens")
+    add("--budget-money", type=float, metavar="X", help="or before so much, by --prices")
+    add("--prices", metavar="FILE", help="a price table, see zephyr/client/budget.py")
+    add("--key-from", metavar="NAME", help=f"variable with the key [{KEY}]")
+
+
+def how(args: argparse.Namespace, sources: "Sequence[Endpoint | Folder]") -> dict:
+    """Return the concurrency and the budget that those flags give, for `ask`. Raises ValueError for
+    one of them where no source is an endpoint."""
+    if not any(isinstance(source, Endpoint) for source in sources):
+        for name in ("concurrency", "budget_tokens", "budget_money", "prices", "key_from"):
+            if getattr(args, name) is not None:
+                flag = name.replace("_", "-")
+                raise ValueError(f"--{flag} is for an endpoint, and {sources[0].path} is a folder")
+    if args.concurrency is not None and args.concurrency < 1:
+        raise ValueError(f"--concurrency {args.concurrency}: give 1 or more")
+    budget = Budget(args.budget_tokens, args.budget_money, args.prices)
+    return {"concurrency": args.concurrency or 8, "budget": budget}
 
 
 def ask(

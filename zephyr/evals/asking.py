@@ -7,6 +7,7 @@ from zephyr.client.budget import Budget
 from zephyr.client.exchange import Answer, Endpoint
 from zephyr.endpoint import Failure, Request
 from zephyr.files import plain, shown
+from zephyr.source import Folder
 
 TIMES = 3  # that one verdict is asked for, until it can be read
 
@@ -14,9 +15,8 @@ TIMES = 3  # that one verdict is asked for, until it can be read
 class Judge:
     """The model that is asked. `unanswered` counts the requests to which no answer came."""
 
-    def __init__(self, name: str, key_from: str, path: str, concurrency: int, budget: Budget):
-        self.source = source.open_source(name, key_from)
-        self.name = source.title(self.source)
+    def __init__(self, model: Endpoint | Folder, path: str, concurrency: int, budget: Budget):
+        self.source, self.name = model, source.title(model)
         self.path, self.budget, self.unanswered = path, budget, 0
         self.how = {"concurrency": concurrency, "budget": budget}
 
@@ -51,7 +51,7 @@ class Judge:
             raise ValueError(
                 f"{plain(self.name)}: none of its {len(left)} verdicts can be read, the first is "
                 f"{shown(found[left[0]].text)}; a judge that thinks first needs a larger "
-                "--max-tokens"
+                "--max-new"
             )
         return found
 

@@ -1,8 +1,8 @@
 """A judge's files question by question, for the page to click through: what was asked, what the
 models answered, what the judge said, and the tags by which the page finds it.
 
-Of a prompt to MT-Bench's judge that `mt_bench_prompts.conversation` cannot take apart, the page shows the
-prompt as it is.
+A prompt to MT-Bench's judge that `mt_bench_prompts.conversation` cannot take apart is shown as it
+is.
 """
 
 import json

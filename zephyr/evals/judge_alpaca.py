@@ -19,12 +19,13 @@ from pathlib import Path
 from zephyr.client.exchange import Answer
 from zephyr.data.readers import read_rows
 from zephyr.endpoint import Failure, Request
-from zephyr.evals import alpaca_prompt
+from zephyr.evals import alpaca_prompt, length_control
 from zephyr.evals.alpaca import ORDERS, model_is_first
 from zephyr.evals.asking import Judge
 from zephyr.files import atomic, home, shown
 
-TOKENS = 256  # of a verdict by text, at most; one by log-probs is a single token
+NEW = 256  # tokens of a verdict by text, at most; one by log-probs is a single token
+WRITTEN, ENDS = "annotations", (".json",)
 BY_TOKEN = {"temperature": 1, "max_tokens": 1, "logprobs": True, "top_logprobs": 5}
 PROBES = 3  # requests at most that show if a judge gives log-probs, before all are asked
 
@@ -130,10 +131,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, judge: Judge, out: str) -> list[str]:
     """Have a model's outputs compared with a baseline's, write the annotations to `out`, and return
     what the page has to say besides the figures."""
-    if not out.endswith(".json"):
-        raise ValueError(f"{out}: annotations are written as .json")
     files = home(args.against), home(args.outputs)
     (baseline, theirs), (model, ours) = map(read_outputs, files)
+    if model == baseline:
+        raise ValueError(f"{files[1]}: both files are of {shown(model)}; change a generator")
+    if args.alpaca_data:
+        length_control.read(args.alpaca_data)  # what is wrong with it, before the judge is paid
     if odd := [text for text in {**theirs, **ours} if (text in theirs) != (text in ours)]:
         raise ValueError(
             f"{len(odd)} instructions stand in one of {' and '.join(files)} alone, the first is "
@@ -149,7 +152,7 @@ def run(args: argparse.Namespace, judge: Judge, out: str) -> list[str]:
     for text, first in games:
         outputs = [side[text]["output"] for side in ((ours, theirs) if first else (theirs, ours))]
         messages.append(alpaca_prompt.fill(blocks, text, *outputs))
-    answers, seen, how = ask(judge, messages, args.max_tokens or TOKENS)
+    answers, seen, how = ask(judge, messages, args.max_new or NEW)
     found = dict(zip(games, zip(answers, seen, strict=True), strict=True))
     rows = []
     for text, row in theirs.items():

@@ -13,7 +13,7 @@ from itertools import combinations
 
 from zephyr.data.readers import expand, read_rows
 from zephyr.evals import alpaca, html, length_control, mt_bench, page
-from zephyr.files import atomic, home, plain, shown
+from zephyr.files import atomic, check_outputs, home, plain, shown
 
 ALPACA, MT_BENCH = "AlpacaEval's annotations", "MT-Bench's judgments"
 
@@ -47,7 +47,12 @@ def report(
 ) -> str:
     """Return the page of files of one benchmark, and write their figures as JSON, and the page to
     click through, if there are paths to write them to."""
-    files = {str(path): list(read_rows(path)) for path in expand(paths)}
+    json_out, html_out = (path and home(path) for path in (json_out, html_out))
+    found = expand(paths)
+    check_outputs([*found, *filter(None, [questions])], {"--json": json_out, "--html": html_out})
+    if html_out:
+        html.check_name(html_out)
+    files = {str(path): list(read_rows(path)) for path in found}
     kinds = {path: kind(path, rows[0][1]) for path, rows in files.items()}
     first = next(iter(kinds))
     for path, name in kinds.items():
@@ -66,10 +71,10 @@ def report(
     if not feedback:
         text += "\n" + page.text([page.NO_FEEDBACK])
     if json_out:
-        with atomic(home(json_out)) as file:
+        with atomic(json_out) as file:
             file.write((json.dumps(figures, indent=2) + "\n").encode())
     if html_out:
-        html.write(home(html_out), figures, files, questions, feedback)
+        html.write(html_out, figures, files, questions, feedback)
     return text
 
 
