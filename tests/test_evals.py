@@ -339,6 +339,8 @@ def test_families_and_leakage():
     assert belief.families("text_davinci_003") == {"gpt"}
     [warning] = belief.leakage("gpt-4", {"model": "zephyr-7b", "feedback model": "gpt-4"})
     assert "preference leakage" in warning
+    [warning] = belief.leakage("mine", {"model": "mine", "baseline": "yours"})
+    assert warning.startswith("the judge and the model are both mine: self-preference")
     [warning] = belief.leakage("claude-3", {"model": "claude-2.1", "feedback model": None})
     assert "self-preference" in warning
 
