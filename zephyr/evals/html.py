@@ -29,12 +29,15 @@ def check_name(path: str) -> None:
 
 
 def write(
-    path: str, figures: dict, files: dict[str, Rows], questions: str | None, feedback: str | None
+    path: str,
+    figures: dict,
+    blocks: Sequence[page.Block],
+    files: dict[str, Rows],
+    questions: str | None,
 ) -> None:
-    """Write the page of the figures and the rows that `show` has read. The same ones give the same
-    bytes."""
+    """Write the page of the figures, the blocks that say what they mean, and the rows that `show`
+    has read. The same ones give the same bytes."""
     found = entries.read(files, figures, mt_bench.categories(questions))
-    blocks = page.blocks(figures) + ([] if feedback else [page.NO_FEEDBACK])
     template = TEMPLATE.read_text(encoding="utf-8")
     values = {
         "title": escape(title(figures)),

@@ -17,7 +17,7 @@ from types import ModuleType
 
 from zephyr import source
 from zephyr.client.exchange import Endpoint
-from zephyr.evals import html, judge_alpaca, judge_mt_bench, page, show
+from zephyr.evals import html, judge_alpaca, judge_mt_bench, show
 from zephyr.evals.asking import Judge
 from zephyr.files import check_outputs, home
 
@@ -64,6 +64,10 @@ def run(args: argparse.Namespace) -> str:
     model = source.open_source(args.judge, args.key_from)
     judge = Judge(model, f"{out}.answers", **source.how(args, [model]))
     notes = module.run(args, judge, out)
+    if judge.unanswered:
+        notes.append(
+            f"{judge.unanswered} requests have no answer; the same command asks them again"
+        )
     text = show.report(
         [out],
         getattr(args, "alpaca_data", None),
@@ -71,12 +75,7 @@ def run(args: argparse.Namespace) -> str:
         args.feedback,
         args.json,
         args.html,
+        notes,
     )
-    if judge.unanswered:
-        notes.append(
-            f"{judge.unanswered} requests have no answer; the same command asks them again"
-        )
-    lines = [text, page.text([page.Said(note, "note") for note in notes])]
-    if isinstance(model, Endpoint):
-        lines.append(f"cost: {judge.budget.told()}")
-    return "\n".join(filter(None, lines))
+    cost = [f"cost: {judge.budget.told()}"] if isinstance(model, Endpoint) else []
+    return "\n".join([text, *cost])

@@ -22,7 +22,7 @@ from zephyr.endpoint import Failure, Request
 from zephyr.evals import alpaca_prompt, length_control
 from zephyr.evals.alpaca import ORDERS, model_is_first
 from zephyr.evals.asking import Judge
-from zephyr.files import atomic, home, shown
+from zephyr.files import atomic, home, plain, shown
 
 NEW = 256  # tokens of a verdict by text, at most; one by log-probs is a single token
 WRITTEN, ENDS = "annotations", (".json",)
@@ -78,7 +78,9 @@ def by_text(text: str) -> float | None:
 
 
 def has_logprobs(judge: Judge, messages: Sequence[list[dict]]) -> bool:
-    """Return True if the judge's log-probs tell its preference, by one to PROBES of its answers."""
+    """Return True if the judge's log-probs tell its preference, by one to PROBES of its answers.
+    Raises ValueError if no answer comes: to ask for text instead would be another evaluation."""
+    answer = None
     for asked in messages[:PROBES]:
         answer = judge.ask([Request(asked, BY_TOKEN)])[0]
         if isinstance(answer, Answer):
@@ -86,6 +88,8 @@ def has_logprobs(judge: Judge, messages: Sequence[list[dict]]) -> bool:
                 return True
             if not answer.logprobs:
                 return False
+    if isinstance(answer, Failure):
+        raise ValueError(f"{plain(judge.name)}: no request is answered, the last: {answer.why}")
     return False
 
 
@@ -170,8 +174,6 @@ def run(args: argparse.Namespace, judge: Judge, out: str) -> list[str]:
             f"{len(empty)} outputs are empty, the first to {shown(empty[0], 50)}; the judge saw "
             "them as they are"
         )
-    if not args.prompt:
-        notes.append("the prompt is our own: compare these figures with each other alone")
     return notes
 
 

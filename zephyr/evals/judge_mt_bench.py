@@ -25,7 +25,6 @@ BY_REFERENCE = ("math", "reasoning", "coding")  # categories whose prompts have 
 PROMPTS = ("single-v1", "single-math-v1"), ("pair-v2", "pair-math-v1")
 NEW = 2048  # tokens of a judgment, at most
 WRITTEN, ENDS = "judgments", (".jsonl", ".jsonl.gz")
-OWN = "the prompts are our own: compare these figures with each other alone"
 
 
 class Match(NamedTuple):
@@ -185,13 +184,12 @@ def run(args: argparse.Namespace, judge: Judge, out: str) -> list[str]:
             elif isinstance(answers[0], Answer):
                 write(single(match, models[0], judge.name, answers[0]))
     empty = [n for side in sides for n, turns in side.items() if not all(t.strip() for t in turns)]
-    notes = [] if args.prompts else [OWN]
-    if empty:
-        notes.append(
-            f"{len(empty)} answers are empty, the first to question {empty[0]}; the judge saw them "
-            "as they are"
-        )
-    return notes
+    if not empty:
+        return []
+    return [
+        f"{len(empty)} answers are empty, the first to question {empty[0]}; the judge saw them as "
+        "they are"
+    ]
 
 
 def _readable(text: str) -> bool:

@@ -41,6 +41,9 @@ class Said(NamedTuple):
 
 Block = Title | Table | Said
 
+OWN_PROMPTS = Said(
+    "the judge's prompts are our own: compare these figures with each other alone", "note"
+)
 NO_FEEDBACK = Said(
     "--feedback NAME tells what labelled or wrote the model's training data; a judge of that "
     "family would favour it, as GPT-4 may Zephyr, which GPT-4 labelled",
