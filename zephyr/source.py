@@ -14,7 +14,7 @@ import argparse
 import contextlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from hashlib import sha256
@@ -32,6 +32,7 @@ from zephyr.files import home, shown
 KEY = "OPENAI_API_KEY"  # the variable that has an endpoint's, unless --key-from names another
 AT = re.compile(r"(.+)@(https?://.*)", re.DOTALL)
 SAMPLING = {"temperature": 1.0, "top_p": 1.0, "seed": 0}  # of a request that does not say
+TIMES = 3  # that one thing is asked, until the answer can be read
 NEW = 1024  # tokens of an answer to a request without max_tokens
 ROWS, PROMPTS = 256, 1 << 14  # of a batch, at most: its conversations, and their prompts' tokens
 CACHE = 1 << 30  # bytes of keys and values on a CPU; on a GPU it is a third of the free memory
@@ -92,6 +93,31 @@ def ask(
     if isinstance(source, Endpoint):
         return ask_endpoint(source, requests, path, **how)
     return source.ask([Request(*request) for request in requests], path)
+
+
+def ask_again(
+    source: "Endpoint | Folder",
+    requests: Sequence[Request],
+    readable: Callable[[int, str], bool],
+    path: str | Path,
+    **how,
+) -> list[list[Answer | Failure]]:
+    """Return for each request all that was said to it; the last counts. If `readable`, of the
+    request's place and an answer's text, is not true, it is asked again, TIMES in all, at
+    temperature 1 and with another seed: a model that is deterministic at 0 would say the same."""
+    said: list[list[Answer | Failure]] = [[] for _ in requests]
+    left = list(range(len(requests)))
+    for attempt in range(TIMES):
+        if not left:
+            break
+        more = {"temperature": 1, "seed": attempt} if attempt else {}
+        again = [Request(requests[k].messages, requests[k].parameters | more) for k in left]
+        for k, answer in zip(left, ask(source, again, path, **how), strict=True):
+            said[k].append(answer)
+        left = [
+            k for k in left if isinstance(said[k][-1], Answer) and not readable(k, said[k][-1].text)
+        ]
+    return said
 
 
 class Folder:
