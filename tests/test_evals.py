@@ -389,6 +389,7 @@ def test_fastchat_figures(model, means, tmp_path, capsys):
     assert figures["n_misread"] == 0
     assert len(figures["wrong_references"]) == 13
     text = capsys.readouterr().out
+    assert "questions were judged" not in text  # all of them
     assert "preference leakage" in text and max(map(len, text.splitlines())) <= 100
     lengths = sum(quarter["n"] for quarter in figures["length_quarters"])
     assert lengths == figures["n_judgments"] - figures["n_failures"]
@@ -507,8 +508,10 @@ def test_show_scores_and_pairs_of_two_judges(tmp_path, capsys):
     assert figures["model (gpt-4)"]["average"] == 5 and figures["model (o)"]["average"] == 7
     assert figures["m (o)"]["pairs"]["win_rate"] == 75
     assert [a["n"] for a in figures["agreement"]] == [1, 2]
+    said = capsys.readouterr().out
+    assert said.count("2 of 80 questions were judged") == 5  # one by the judge o alone
+    assert max(map(len, said.splitlines())) <= 100
     assert figures["agreement"][1]["same"] == 50
-    assert max(map(len, capsys.readouterr().out.splitlines())) <= 100
 
 
 def test_names_from_a_file_reach_the_terminal_as_text(tmp_path, capsys):

@@ -100,8 +100,10 @@ def test_judgments_are_written_as_fastchat_has_them(files, server, capsys):
     said = capsys.readouterr().out
     assert re.search(r"ours +5\.50000 +5\.50000 +5\.50000", said)
     assert "prompts are our own" in said and "family gpt" in said
+    assert "questions were judged" not in said
     evals_command.main(["show", str(files / "out.jsonl")])
-    assert "prompts are our own" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "prompts are our own" in said and "warning: 2 of 80 questions were judged" in said
 
 
 def test_an_empty_answer_is_graded_and_told(files, server, capsys):

@@ -227,6 +227,7 @@ def scores(
         "wrong_references": sorted({j.question for j in judgments} & WRONG_REFERENCES),
         "n_judgments": len(judgments),
         "n_questions": len({j.question for j in judgments}),
+        "n_questions_in_all": len(category),
         "n_failures": len(judgments) - len(kept),
         "n_unanswered": sum(j.text == NO_ANSWER for j in judgments),
         # the score that FastChat's rule reads from the stored words is another one

@@ -150,7 +150,7 @@ def _mt_bench(files: dict[str, list], questions: str | None, feedback: str | Non
     for key, those in by_model.items():
         figures[names[key]] = mt_bench.scores(those, category, feedback)
     for key, those in by_pair.items():
-        pairs = mt_bench.pairs(those, key[0], feedback)
+        pairs = mt_bench.pairs(those, key[0], feedback) | {"n_questions_in_all": len(category)}
         figures[names[key]] = figures.get(names[key], {}) | {"pairs": pairs}
     agreements = [
         mt_bench.agreement(by_model[one], by_model[other])
