@@ -104,9 +104,10 @@ def check_outputs(read: Iterable[str | Path], written: Mapping[str, str | None])
         if path is None:
             continue
         if os.path.isdir(path):
-            raise ValueError(f"{flag} {path} is a folder; name a file in it")
+            raise ValueError(f"{flag} {plain(path, 200)} is a folder; name a file in it")
         if why := taken.get(real := os.path.realpath(path)):
-            raise ValueError(f"{flag} {path} would overwrite this file: {why}; name another")
+            told = plain(path, 200)
+            raise ValueError(f"{flag} {told} would overwrite this file: {why}; name another")
         taken[real] = f"{flag} writes it"
 
 

@@ -41,6 +41,10 @@ CACHE = 1 << 30  # bytes of keys and values on a CPU; on a GPU it is a third of 
 def open_source(name: str, key_from: str | None = None) -> "Endpoint | Folder":
     """Return the model that `NAME@URL` or a folder's path names. A folder is loaded when it is
     first asked. Raises ValueError if there is no model under that name."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # no file could hold the name, and this would show once all is paid
+        raise ValueError(f"{shown(name)}: its bytes are not UTF-8") from None
     if match := AT.fullmatch(name):
         return Endpoint(match[2], match[1], key_from or KEY)
     if name.startswith(("http://", "https://")):

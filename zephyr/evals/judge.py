@@ -19,7 +19,7 @@ from zephyr import source
 from zephyr.client.exchange import Endpoint
 from zephyr.evals import html, judge_alpaca, judge_mt_bench, show
 from zephyr.evals.asking import Judge
-from zephyr.files import check_outputs, home
+from zephyr.files import check_outputs, home, plain
 
 BENCHMARKS = {
     "mt-bench": (judge_mt_bench, "grade answers to MT-Bench, or compare two models'"),
@@ -49,7 +49,7 @@ def check(args: argparse.Namespace, module: ModuleType, out: str) -> None:
     if args.max_new is not None and args.max_new < 1:
         raise ValueError(f"--max-new {args.max_new}: give 1 or more")
     if not out.endswith(module.ENDS):
-        raise ValueError(f"--out {out}: {module.WRITTEN} are written as {module.ENDS[0]}")
+        raise ValueError(f"--out {plain(out)}: {module.WRITTEN} are written as {module.ENDS[0]}")
     paths = {name: path and home(path) for name, path in vars(args).items() if name in FILES}
     written = {f"--{name}": paths.pop(name) for name in ("json", "html")}
     check_outputs(filter(None, paths.values()), {"--out": out, **written})

@@ -166,7 +166,7 @@ def run(args: argparse.Namespace, judge: Judge, out: str) -> list[str]:
         about |= {"annotator": judge.name, "prompt": prompt}
         rows.append(about | annotation(judge, text, found, args.order == "both"))
     with atomic(out) as file:
-        file.write(json.dumps(rows, indent=2, ensure_ascii=False).encode("utf-8", "replace"))
+        file.write(json.dumps(rows, indent=2, ensure_ascii=False).encode())
     notes = [f"the judge was read {how}; its prompt was {prompt}"]
     both = [*ours.values(), *theirs.values()]
     if empty := [row["instruction"] for row in both if not row["output"].strip()]:
