@@ -367,7 +367,7 @@ def test_a_wrong_instruction_costs_one_line(rows, message, server, tmp_path, cap
         ("--best-of 3 --reference x", "so MODEL is a folder, not NAME@URL"),
         ("--instructions x", "mt-bench takes its questions from --questions FILE alone"),
         ("--out x.json", "--out 'x.json': answers to mt-bench are a .jsonl file"),
-        ("--out {asked}", "would overwrite the questions; name another file"),
+        ("--out {asked}", "would overwrite this file: it is read; name another"),
         ("--budget-tokens 5 --budget-money 2", "a budget is in tokens or in money"),
         ("--budget-tokens 5", "0 tokens of 5 are spent, and the next request could cost"),
     ],

@@ -535,11 +535,11 @@ def test_each_models_line_and_what_favours_it(command, server):
     names, judge = ["ant-1", "bee", "gpt-y"], f"gpt-x{server.at}"
     code, said, _ = command("--judge", judge, "--completions", 3, models=names)
     assert code == 0 and re.search(r"ant-1 +6 +9.00 +100.0%\n  bee +6 +5.00 +0.0%\n", said)
-    assert "the judge gpt-x and the pool's gpt-y are both of the family gpt: self-pref" in said
+    assert "the judge gpt-x and the pool's model gpt-y are both of the family gpt:" in said
     server.says = lambda b: judged(b) if "Rate the" in str(b) else "Yes."
     _, said, _ = command("--judge", f"bee{server.at}", "--completions", 3, out="b.jsonl")
     assert re.search(r"ant +6 +\S+ +33.3%\n  bee +6 +\S+ +33.3%\n", said)  # ties are shared
-    assert "the judge bee rates its own answers" in said
+    assert "the judge and the pool's model are both bee: self-preference" in said
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,28 @@ def test_the_published_weights_are_ours_at_the_c_that_was_chosen_there():
             C,
         )
         assert w_F == pytest.approx(published(model)["weights"], abs=1e-3)
+        known = published(model)["length_controlled_winrate"]
+        rate = 100 * length_control.sigmoid(w_F[1] * d_N + w_F[2]).mean()
+        assert rate == pytest.approx(known, abs=0.005)
+        # the published weights by our difficulties: the rate is a mean over them and nothing else
+        _, w_d, w_b = published(model)["weights"]
+        assert 100 * length_control.sigmoid(w_d * d_N + w_b).mean() == pytest.approx(
+            known, abs=1e-7
+        )
+
+
+@pytest.mark.parametrize(
+    ("w_d", "w_b", "known"),
+    [
+        (1.0472105841184596, -2.5872480742143988, 13.203198493136666),  # zephyr-7b-beta
+        (1.1041043657582297, -3.0651022145961231, 10.289760888),  # zephyr-7b-alpha
+    ],
+)
+def test_zephyrs_published_rates_from_their_published_weights(w_d, w_b, known):
+    """Its annotations are not at hand, but alpaca_eval at 01f3cb2 has the weights of its models."""
+    d_N = np.array(list(length_control.read(alpaca_data()).difficulty.values()))
+    rate = 100 * length_control.sigmoid(w_d * d_N + w_b).mean()
+    assert len(d_N) == 805 and rate == pytest.approx(known, abs=1e-7)
 
 
 def test_the_rate_does_not_depend_on_the_order_of_the_rows():
@@ -180,10 +202,14 @@ def test_another_baseline_has_no_length_controlled_rate():
 
 
 def test_zephyr_alpha_of_the_first_alpaca_eval():
-    """688 wins, 113 losses, 3 draws written as 0, one null: 85.76 on its leaderboard."""
+    """688 wins, 113 losses, 3 draws written as 0, one null: its leaderboard's line, to the digit
+    (alpaca_eval_gpt4_leaderboard.csv at 0125b62)."""
     path = shared("alpaca_eval/ae1.zephyr-7b-alpha.json.gz")
     rates = alpaca.win_rates(alpaca.read(str(path), list(read_rows(path))))
     assert rates["win_rate"] == pytest.approx(100 * (688 + 1.5) / 804, abs=1e-9)
+    assert rates["win_rate"] == pytest.approx(85.7587064676617, abs=1e-12)
+    assert rates["standard_error"] == pytest.approx(1.2285451680042003, abs=1e-12)
+    assert rates["avg_length"] == 1302
     assert rates["win_rate"] == rates["discrete_win_rate"]
     counts = [rates[name] for name in ("n_wins", "n_wins_base", "n_draws", "n_total", "n_dropped")]
     assert counts == [688, 113, 3, 804, 1]
@@ -339,6 +365,8 @@ def test_families_and_leakage():
     assert belief.families("text_davinci_003") == {"gpt"}
     [warning] = belief.leakage("gpt-4", {"model": "zephyr-7b", "feedback model": "gpt-4"})
     assert "preference leakage" in warning
+    [warning] = belief.leakage("mine", {"model": "mine", "baseline": "yours"})
+    assert warning.startswith("the judge and the model are both mine: self-preference")
     [warning] = belief.leakage("claude-3", {"model": "claude-2.1", "feedback model": None})
     assert "self-preference" in warning
 
@@ -361,6 +389,7 @@ def test_fastchat_figures(model, means, tmp_path, capsys):
     assert figures["n_misread"] == 0
     assert len(figures["wrong_references"]) == 13
     text = capsys.readouterr().out
+    assert "questions were judged" not in text  # all of them
     assert "preference leakage" in text and max(map(len, text.splitlines())) <= 100
     lengths = sum(quarter["n"] for quarter in figures["length_quarters"])
     assert lengths == figures["n_judgments"] - figures["n_failures"]
@@ -479,8 +508,10 @@ def test_show_scores_and_pairs_of_two_judges(tmp_path, capsys):
     assert figures["model (gpt-4)"]["average"] == 5 and figures["model (o)"]["average"] == 7
     assert figures["m (o)"]["pairs"]["win_rate"] == 75
     assert [a["n"] for a in figures["agreement"]] == [1, 2]
+    said = capsys.readouterr().out
+    assert said.count("2 of 80 questions were judged") == 5  # one by the judge o alone
+    assert max(map(len, said.splitlines())) <= 100
     assert figures["agreement"][1]["same"] == 50
-    assert max(map(len, capsys.readouterr().out.splitlines())) <= 100
 
 
 def test_names_from_a_file_reach_the_terminal_as_text(tmp_path, capsys):
@@ -523,6 +554,7 @@ BAD = {
     "winner": ([pair(81, "m", "tie")], [], "a winner is"),
     "itself": ([pair(81, "tie", "tie", model_2="m")], [], "are both"),
     "model 5": ([score(81, 1, 8, model=5)], [], "are text"),
+    "half a flag": ([score(81, 1, 8)], ["--quest", "q"], "unrecognized arguments: --quest"),
     "flag": ([score(81, 1, 8)], ["--quartiles"], "--help"),
 }
 

@@ -113,6 +113,20 @@ def test_a_model_that_learned_length_alone_is_exposed():
     assert "it has learned length" not in pairs.table(rows, 0.1)
 
 
+def test_a_source_reaches_the_terminal_as_text():
+    ranked = Ranked(np.ones(2), np.ones((2, 2)), ["\x1b[31mred", "y" * 90], np.full(2, math.nan))
+    said = pairs.table(pairs.summary(ranked), 0.1)
+    assert "\x1b" not in said and len(set(map(len, said.splitlines()[:4]))) == 1
+
+
+def test_no_figures_are_written_over_the_pairs(trained, place):
+    data = place / "test.jsonl"
+    before = data.read_bytes()
+    with pytest.raises(ValueError, match="would overwrite this file: it is read"):
+        command(trained[0] / "model", "--reference", place / "base", "--data", data, "--json", data)
+    assert data.read_bytes() == before
+
+
 def test_groups_and_their_shares():
     """Every pair with scores is in one group of gaps; a margin of 0 is no right one."""
     ranked = made(

@@ -100,6 +100,10 @@ def test_judgments_are_written_as_fastchat_has_them(files, server, capsys):
     said = capsys.readouterr().out
     assert re.search(r"ours +5\.50000 +5\.50000 +5\.50000", said)
     assert "prompts are our own" in said and "family gpt" in said
+    assert "questions were judged" not in said
+    evals_command.main(["show", str(files / "out.jsonl")])
+    said = capsys.readouterr().out
+    assert "prompts are our own" in said and "warning: 2 of 80 questions were judged" in said
 
 
 def test_an_empty_answer_is_graded_and_told(files, server, capsys):
@@ -186,6 +190,46 @@ def test_mistakes_cost_one_line(change, message, files, server, capsys):
     err = capsys.readouterr().err
     assert ended.value.code == 2 and re.search(message, err) and err.count("\n") == 1
     assert not server.asked and not (files / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--out {}/a.jsonl", "--out .*a.jsonl would overwrite this file: it is read; name another"),
+        ("--json {}/out.jsonl", "--json .* would overwrite this file: --out writes it"),
+        ("--html {}/q.jsonl", "--html .* would overwrite this file: it is read"),
+        ("--html {}/x.txt", "the page's name ends in .html"),
+        ("--out {}", "--out .*: judgments are written as .jsonl"),
+        ("--out {}/folder.jsonl", "--out .*folder.jsonl is a folder"),
+        ("--max-new 0", "--max-new 0: give 1 or more"),
+    ],
+)
+def test_what_cannot_be_written_is_said_before_the_judge_is_paid(
+    flags, message, files, server, capsys
+):
+    (files / "folder.jsonl").mkdir()
+    before = {path: path.read_bytes() for path in files.glob("?.jsonl")}
+    with pytest.raises(SystemExit) as ended:
+        command(files, server, *flags.format(files).split())
+    err = capsys.readouterr().err
+    assert ended.value.code == 2 and re.search(message, err) and err.count("\n") == 1
+    assert not server.asked and {path: path.read_bytes() for path in before} == before
+
+
+def test_three_turns_are_refused_before_the_judge_is_paid(files, server, capsys):
+    write_rows(files / "q.jsonl", [QUESTIONS[0] | {"turns": ["a", "b", "c"]}, QUESTIONS[1]])
+    write_rows(files / "a.jsonl", [answer_line(81, ["1", "2", "3"])])
+    with pytest.raises(SystemExit):
+        command(files, server)
+    assert "question 81 has 3 turns" in capsys.readouterr().err and not server.asked
+
+
+def test_while_the_judge_is_asked_nothing_but_its_answers_is_there(files, server):
+    """So that a kill leaves nothing else."""
+    before, seen = set(files.iterdir()), []
+    server.says = lambda body: seen.extend(files.iterdir()) or "Fine. [[7]]"
+    command(files, server)
+    assert set(seen) - before == {files / "out.jsonl.answers"}
 
 
 def test_an_endpoint_that_is_not_there(files, server, capsys, monkeypatch):
@@ -364,8 +408,11 @@ def test_a_judge_in_a_folder(files, capsys):
     folder = folder_of(model(max_position_embeddings=4096), files / "judge")
     argv = ["judge", "mt-bench", files / "a.jsonl", "--questions", files / "q.jsonl"]
     argv += ["--references", files / "r.jsonl", "--judge", folder, "--out", files / "out.jsonl"]
+    with pytest.raises(SystemExit):
+        evals_command.main([*map(str, argv), "--budget-tokens", "5"])
+    assert "--budget-tokens is for an endpoint, and" in capsys.readouterr().err
     for _ in range(2):
         with pytest.raises(SystemExit):
-            evals_command.main([*map(str, argv), "--max-tokens", "2"])
+            evals_command.main([*map(str, argv), "--max-new", "2"])
         assert "judge: none of its 4 verdicts can be read, the first is" in capsys.readouterr().err
         assert (files / "out.jsonl.answers").read_text().count("\n") == 12

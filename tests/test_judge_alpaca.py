@@ -79,7 +79,7 @@ def test_a_template_of_alpaca_eval(files, server, capsys):
     assert system == {"role": "system", "content": "You are fair."}
     assert user["content"].startswith('{\n    {"instruction": """')
     said = " ".join(capsys.readouterr().out.split())
-    assert "clf.txt (sha256 " in said and "prompt is our own" not in said
+    assert "clf.txt (sha256 " in said and "prompts are our own" not in said
     assert {row["prompt"][:7] for row in annotations(files)} == {"clf.txt"}
 
 
@@ -154,6 +154,7 @@ def test_a_judge_without_log_probs_is_read_by_its_text(files, server, capsys):
         (1, 2, 256),
     }
     page = " ".join(capsys.readouterr().out.split())
+    assert page.endswith("cost: 435 tokens")
     assert "by its text" in page and "1 verdicts could not be read" in page
 
 
@@ -168,13 +169,17 @@ def test_a_judge_that_refuses_log_probs(files, server, capsys):
 def test_a_judge_that_always_says_first(files, server, capsys):
     server.says = lambda body: "m"
     command(files, server, "--json", files / "f.json", "--html", files / "f.html")
-    assert "AlpacaEval: ours" in (files / "f.html").read_text()
+    page = (files / "f.html").read_text()
+    for said in (page, capsys.readouterr().out):
+        assert "AlpacaEval: ours" in said and "prompts are our own" in said
+    evals_command.main(["show", str(files / "out.json")])
+    said = capsys.readouterr().out
+    assert "prompts are our own" in said and "the judge favours what it is shown first" in said
     figures = json.loads((files / "f.json").read_text())
     assert figures["win_rate"] == 50 and figures["n_draws"] == 12
     assert figures["consistency"]["consistent"] == 0
     assert figures["consistency"]["first_slot_preferred"] == 12
     assert figures["slots"]["first"]["mean"] == 100 and figures["slots"]["second"]["mean"] == 0
-    assert "the judge favours what it is shown first" in capsys.readouterr().out
 
 
 def test_a_judge_that_prefers_length_is_exposed(files, server):
@@ -265,8 +270,11 @@ def refused(message, files, server, capsys, *more):
 def test_wrong_flags_cost_one_line(files, server, capsys):
     (files / "x.txt").write_text("Which is better: {output_1} or {output_2}?")
     refused("x.txt has no <|im_start|> blocks", files, server, capsys, "--prompt", files / "x.txt")
-    refused("--concurrency 0: it is 1 or more", files, server, capsys, "--concurrency", 0)
+    refused("--concurrency 0: give 1 or more", files, server, capsys, "--concurrency", 0)
     refused("annotations are written as .json", files, server, capsys, "--out", files / "o.csv")
+    refused("alpaca-data .*: no such folder", files, server, capsys, "--alpaca-data", files / "n")
+    write_rows(files / "ours.jsonl", [output(w, "x", "base") for w in WORDS])
+    refused("both files are of 'base'; change a generator", files, server, capsys)
     refused("unrecognized arguments: --questions", files, server, capsys, "--questions", "q")
 
 
@@ -280,7 +288,7 @@ def test_wrong_flags_cost_one_line(files, server, capsys):
             "",
             "none of its 24 verdicts can be read, the first is 'Both are good.'",
         ),
-        (400, "the filter has refused", "none of 24 requests was answered, the last: "),
+        (400, "the filter has refused", "gpt-x: no request is answered, the last: "),
     ],
 )
 def test_a_judge_that_gives_no_verdict(says, why, message, files, server, capsys, monkeypatch):

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 from test_evals import PAIR_PROMPT, alpaca_data, annotation, one_line, pair, score
 
@@ -19,7 +20,7 @@ from helpers import ROOT, save, shared
 from zephyr.data.readers import read_rows
 from zephyr.evals import alpaca, entries, html, mt_bench, mt_bench_prompts
 from zephyr.evals.__main__ import main
-from zephyr.evals.prompts import conversation
+from zephyr.evals.mt_bench_prompts import conversation
 
 HOSTILE = {
     "closes the script": "</script><img src=x onerror=alert(1)>",
@@ -407,8 +408,9 @@ def test_what_cannot_be_written_is_one_line(tmp_path, capsys):
     (tmp_path / "folder.html").mkdir()
     for out, code, message in (
         (tmp_path / "a.jsonl" / "x.html", 5, "cannot write"),
-        (tmp_path / "folder.html", 5, "cannot write"),
-        (tmp_path / "a.jsonl", 2, "the page's name ends in .html"),
+        (tmp_path / "folder.html", 2, "is a folder"),
+        (tmp_path / "page.txt", 2, "the page's name ends in .html"),
+        (tmp_path / "a.jsonl", 2, "would overwrite this file: it is read"),
     ):
         with pytest.raises(SystemExit) as end:
             main(["show", str(tmp_path / "a.jsonl"), "--html", str(out)])
@@ -484,6 +486,39 @@ def test_another_prompt_is_left_as_it_is():
         assert conversation(prompt) is None
     cut = PAIR_PROMPT.format("a", "b").removesuffix("]")
     assert conversation(cut) is None
+
+
+def test_a_prompt_of_marks_alone_is_read_at_once():
+    """In linear time: by a search that goes back, this one takes minutes."""
+    mark = "<|The Start of Assistant A's Conversation with User|>\n"
+    assert np.isnan(mt_bench.longer(mark * 40_000)) and np.isnan(mt_bench.answer_length(mark))
+
+
+def test_games_without_any_verdict(tmp_path):
+    save(tmp_path / "a.jsonl", pair(81, "error", "error"), pair(82, "error", "tie"))
+    page, figures = made(tmp_path, tmp_path / "a.jsonl")
+    assert [entry["verdict"] for entry in page.data["entries"]] == [["no verdict"]] * 2
+    assert figures["m"]["pairs"]["n_failures"] == 3
+
+
+def test_a_model_may_have_the_name_of_a_figure(tmp_path):
+    for name in ("agreement", "model"):
+        save(tmp_path / "a.jsonl", score(81, 1, 8, model=name), score(81, 1, 5, model="m"))
+        page, figures = made(tmp_path, tmp_path / "a.jsonl")
+        assert figures[name]["average"] == 8 and len(page.data["entries"]) == 1
+
+
+@pytest.mark.parametrize(
+    "model, why",
+    [
+        ("agreement", "a model has the name 'agreement', under which"),
+        ("m (gpt-4)", "two runs are both shown as 'm (gpt-4)'"),
+    ],
+)
+def test_a_name_that_would_hide_another_is_refused(model, why, tmp_path, capsys):
+    save(tmp_path / "a.jsonl", score(81, 1, 8, model=model), score(81, 1, 5, model="m"))
+    save(tmp_path / "b.jsonl", score(81, 1, 7, model="m", judge=["other", "p"]))
+    assert why in one_line([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")], capsys)
 
 
 def test_the_judge_s_words_stand_with_their_order(tmp_path):

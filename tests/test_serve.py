@@ -124,7 +124,7 @@ def test_answers_judged_from_end_to_end(folder, url, tmp_path, capsys):
     )
     assert theirs == ours and all(ours)
     # equal outputs need no judge, and so the rate is one half
-    judge = ["--judge", served, "--max-tokens", "8"]
+    judge = ["--judge", served, "--max-new", "8"]
     main(
         ["judge", "alpaca", f"{tmp_path}/ours.json", "--against", f"{tmp_path}/theirs.json"]
         + ["--out", f"{tmp_path}/same.json", *judge]
@@ -157,7 +157,7 @@ def test_a_judge_there_that_always_names_the_first(folder, url, tmp_path, capsys
         write_rows(tmp_path / f"{name}.jsonl", rows)
     main(
         ["judge", "alpaca", f"{tmp_path}/ours.jsonl", "--against", f"{tmp_path}/theirs.jsonl"]
-        + ["--judge", f"{tmp_path}/judge@{url}", "--max-tokens", "1", "--out", f"{tmp_path}/a.json"]
+        + ["--judge", f"{tmp_path}/judge@{url}", "--max-new", "1", "--out", f"{tmp_path}/a.json"]
         + ["--json", f"{tmp_path}/figures.json"]
     )
     figures = json.loads((tmp_path / "figures.json").read_text())
@@ -173,7 +173,7 @@ def test_feedback_from_end_to_end(folder, url, tmp_path, capsys):
         feedback.main(
             ["collect", f"{tmp_path}/p.jsonl", "--models", f"{folder}@{url}", "--judge"]
             + [f"{folder}@{url}", "--out", f"{tmp_path}/raw.jsonl", "--completions", "2"]
-            + ["--max-new", "8", "--judge-new", "8"]
+            + ["--max-new", "8", "--judge-max-new", "8"]
         )
     assert "no prompt has two rated completions" in capsys.readouterr().err
     kept = [row for _, row in read_rows(tmp_path / "raw.jsonl.failed.jsonl")]

@@ -139,6 +139,8 @@ def test_what_names_a_source():
         source.open_source("gpt-4")
     with pytest.raises(ValueError, match="runs/nowhere"):
         source.open_source("runs/nowhere")
+    with pytest.raises(ValueError, match=r"'gpt\\udcff@http://a/v1': its bytes are not UTF-8"):
+        source.open_source("gpt\udcff@http://a/v1")
 
 
 def test_a_parameter_that_sampling_lacks_is_refused(folder, tmp_path):

@@ -34,9 +34,9 @@ from zephyr.collection.rating import KINDS, OVERALL, rate
 from zephyr.data import held_out
 from zephyr.data.prompts import read_prompts
 from zephyr.data.readers import BadRow, BadRows, expand, write_rows
-from zephyr.endpoint import Answer, Budget, Endpoint, Failure
+from zephyr.endpoint import Answer, Endpoint, Failure
 from zephyr.files import home, plain
-from zephyr.source import AT, ask, open_source, title
+from zephyr.source import add_flags, ask, how, open_source, title
 
 # what is kept beside OUT: all answers of each model and of the judge, and what is in no row
 COMPLETIONS, RATINGS, FAILED = ".completions.", ".ratings", ".failed.jsonl"
@@ -60,18 +60,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--temperature", type=float, default=1.0, help="of completions [1, as UltraFeedback]")
     add("--top-p", type=float, default=1.0, help="of completions [1, as UltraFeedback]")
     add("--max-new", type=int, default=1024, help="tokens of a completion [1024, likewise]")
-    add("--judge-new", type=int, default=1024, help="tokens of a judge's answer [1024, likewise]")
+    add("--judge-max-new", type=int, default=1024, help="of a judge's answer [1024, likewise]")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--principles", metavar="FILE", help='others, {"name": ["text", ...]}')
     which.add_argument("--no-principles", action="store_true", help="no system prompts")
     add("--exclude", nargs="+", default=[], metavar="FILE", help="questions of evaluation sets")
     add("--on-bad-row", choices=("stop", "skip"), default="stop", help="skip: up to 1 %% [stop]")
     add("--seed", type=int, default=0, help="of the drawing and of the sampling [0]")
-    add("--concurrency", type=int, default=8, help="requests at a time to a model [8]")
-    add("--budget-tokens", type=int, metavar="N", help="stop before so many tokens")
-    add("--budget-money", type=float, metavar="X", help="or before so much, by --prices")
-    add("--prices", metavar="FILE", help="a price table, see zephyr/client/budget.py")
-    add("--key-from", default="OPENAI_API_KEY", metavar="NAME", help="variable with the key")
+    add_flags(parser)
     add("--judge-key-from", metavar="NAME", help="variable with the judge's key [--key-from]")
 
     def error(message: str) -> None:
@@ -79,7 +75,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
     parser.error = error
     args = parser.parse_args(argv)
-    for name, least in (("completions", 2), ("max_new", 1), ("judge_new", 1), ("concurrency", 1)):
+    for name, least in (("completions", 2), ("max_new", 1), ("judge_max_new", 1)):
         if (value := getattr(args, name)) < least:
             raise ValueError(f"--{name.replace('_', '-')} {value}: give {least} or more")
     if not (0 <= args.temperature < math.inf and 0 < args.top_p <= 1):
@@ -98,18 +94,21 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> str:
     """Ask the models and the judge, write the rows, and return the report."""
-    budget = Budget(args.budget_tokens, args.budget_money, args.prices)
     pool, judge = {}, open_source(args.judge, args.judge_key_from or args.key_from)
-    for name in args.models:
-        called = title(open_source(name, args.key_from))
+    models = [open_source(name, args.key_from) for name in args.models]
+    given = how(args, [judge, *models])
+    budget = given["budget"]
+    for name, model in zip(args.models, models, strict=True):
+        called = title(model)
         if kept_in(called) in map(kept_in, pool):
             raise ValueError(
                 f"--models has two that are called {plain(called)}; rows, or the files of their "
                 "answers, could not tell them apart, so rename one"
             )
         pool[called] = name
-    for name in filter(AT.fullmatch, [*args.models, args.judge]):
-        budget.price(title(open_source(name)), 0, 0)  # before anything is paid for, it has a price
+    for model in [*models, judge]:
+        if isinstance(model, Endpoint):
+            budget.price(title(model), 0, 0)  # before anything is paid for, it has a price
     principles = {} if args.no_principles else PRINCIPLES
     if args.principles:
         principles = read_principles(args.principles)
@@ -118,17 +117,16 @@ def run(args: argparse.Namespace) -> str:
     drawn = list(draw(prompts, list(pool), principles, args.completions, args.seed))
     kinds = list(KINDS) if args.aspects else [OVERALL]
     asked, each = len(prompts) * args.completions, len(kinds)
-    how = {"concurrency": args.concurrency, "budget": budget}
     print(
         f"{len(prompts):,} prompts, {args.completions} completions of each by {len(pool)} models, "
         f"{each} rating{'s' * (each > 1)} of each by {plain(title(judge))}: "
         f"{asked * (1 + each):,} calls",
         file=sys.stderr,
     )
-    complete([c for row in drawn for c in row], pool, args, how)
+    complete([c for row in drawn for c in row], pool, args, given)
     answered = [c for row in drawn for c in row if not c.missing()]
     texts = [(c.prompt.text, c.answer.text) for c in answered]
-    found = rate(texts, kinds, judge, args.out + RATINGS, args.judge_new, **how)
+    found = rate(texts, kinds, judge, args.out + RATINGS, args.judge_max_new, **given)
     for c, ratings in zip(answered, found, strict=True):
         c.ratings = ratings
     failed = [c.failed() for row in drawn for c in row if c.missing()]
@@ -138,7 +136,7 @@ def run(args: argparse.Namespace) -> str:
     if not any(map(usable, drawn)):
         raise ValueError(f"no prompt has two rated completions; {kept} says why")
     write_rows(args.out, map(raw_row, filter(usable, drawn)))
-    lines = report.page(drawn, dropped, budget.show(budget.spent))
+    lines = report.page(drawn, dropped, budget.told())
     if failed:
         lines.append(f"\nWhat is kept apart is in {kept}, with the judge's words.")
     lines += report.warnings(title(judge), pool)
@@ -154,7 +152,7 @@ def kept_in(model: str) -> str:
 
 
 def complete(
-    todo: Sequence[Completion], pool: Mapping[str, str], args: argparse.Namespace, how: Mapping
+    todo: Sequence[Completion], pool: Mapping[str, str], args: argparse.Namespace, given: Mapping
 ) -> None:
     """Ask the models for their completions: all endpoints at once, and folders one by one, so that
     one model at a time is loaded."""
@@ -165,7 +163,7 @@ def complete(
             mine = [c for c in todo if c.model == called]
             requests = [c.request(sampling, args.seed) for c in mine]
             path, model = args.out + kept_in(called), open_source(name, args.key_from)
-            answers = ask(model, requests, path, **how)
+            answers = ask(model, requests, path, **given)
             if isinstance(model, Endpoint) and mine:
                 endpoints.append((mine, stack.enter_context(contextlib.closing(answers))))
             else:

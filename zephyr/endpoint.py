@@ -97,6 +97,8 @@ def ask(
                 f"{plain(model)}: {len(todo)} requests to ask, {len(file.found)} are in "
                 f"{file.path}; about {prompt:,} tokens of prompts, {rest} {cost}"
             )
+        elif unique:  # a server may have another model under this name by now
+            say(f"{plain(model)}: all {len(unique)} answers are in {file.path}, of an earlier run")
         bar = tqdm(total=len(todo), unit=" answers", delay=2, leave=False, disable=None)
         run = _Run(endpoint, file, budget, most, attempts, sleep, say, bar)
         pool = ThreadPoolExecutor(concurrency, "ask")

@@ -10,7 +10,7 @@ import reprlib
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -94,6 +94,21 @@ def atomic(path: Path | str) -> Iterator[BinaryIO]:
     finally:
         if temp:
             Path(temp).unlink(missing_ok=True)
+
+
+def check_outputs(read: Iterable[str | Path], written: Mapping[str, str | None]) -> None:
+    """Raise ValueError if a path that a flag of `written` names, and is not None, is a folder, one
+    of the files read, or what another flag names: one of the two would be lost."""
+    taken = {os.path.realpath(path): "it is read" for path in read}
+    for flag, path in written.items():
+        if path is None:
+            continue
+        if os.path.isdir(path):
+            raise ValueError(f"{flag} {plain(path, 200)} is a folder; name a file in it")
+        if why := taken.get(real := os.path.realpath(path)):
+            told = plain(path, 200)
+            raise ValueError(f"{flag} {told} would overwrite this file: {why}; name another")
+        taken[real] = f"{flag} writes it"
 
 
 def recognise(path: Path, head: bytes) -> bytes:

@@ -10,10 +10,11 @@ where it was killed:
         print(answer.text)
 """
 
+import argparse
 import contextlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from hashlib import sha256
@@ -21,24 +22,31 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from zephyr.client.budget import Budget
 from zephyr.client.exchange import Answer, Endpoint
 from zephyr.client.store import AnswerFile
 from zephyr.endpoint import Failure, Request, key_of
 from zephyr.endpoint import ask as ask_endpoint
 from zephyr.files import home, shown
 
+KEY = "OPENAI_API_KEY"  # the variable that has an endpoint's, unless --key-from names another
 AT = re.compile(r"(.+)@(https?://.*)", re.DOTALL)
 SAMPLING = {"temperature": 1.0, "top_p": 1.0, "seed": 0}  # of a request that does not say
+TIMES = 3  # that one thing is asked, until the answer can be read
 NEW = 1024  # tokens of an answer to a request without max_tokens
 ROWS, PROMPTS = 256, 1 << 14  # of a batch, at most: its conversations, and their prompts' tokens
 CACHE = 1 << 30  # bytes of keys and values on a CPU; on a GPU it is a third of the free memory
 
 
-def open_source(name: str, key_from: str = "OPENAI_API_KEY") -> "Endpoint | Folder":
+def open_source(name: str, key_from: str | None = None) -> "Endpoint | Folder":
     """Return the model that `NAME@URL` or a folder's path names. A folder is loaded when it is
     first asked. Raises ValueError if there is no model under that name."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # no file could hold the name, and this would show once all is paid
+        raise ValueError(f"{shown(name)}: its bytes are not UTF-8") from None
     if match := AT.fullmatch(name):
-        return Endpoint(match[2], match[1], key_from)
+        return Endpoint(match[2], match[1], key_from or KEY)
     if name.startswith(("http://", "https://")):
         raise ValueError(f"{shown(name)} names no model; write NAME@URL, as in gpt-4.1@{name}")
     if not Path(path := home(name)).exists() and "/" not in name:
@@ -55,6 +63,30 @@ def title(source: "Endpoint | Folder") -> str:
     return source.model if isinstance(source, Endpoint) else source.name
 
 
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that are for endpoints alone."""
+    add = parser.add_argument
+    add("--concurrency", type=int, metavar="N", help="requests to an endpoint at a time [8]")
+    add("--budget-tokens", type=int, metavar="N", help="stop before so many tokens")
+    add("--budget-money", type=float, metavar="X", help="or before so much, by --prices")
+    add("--prices", metavar="FILE", help="a price table, see zephyr/client/budget.py")
+    add("--key-from", metavar="NAME", help=f"variable with the key [{KEY}]")
+
+
+def how(args: argparse.Namespace, sources: "Sequence[Endpoint | Folder]") -> dict:
+    """Return the concurrency and the budget that those flags give, for `ask`. Raises ValueError for
+    one of them where no source is an endpoint."""
+    if not any(isinstance(source, Endpoint) for source in sources):
+        for name in ("concurrency", "budget_tokens", "budget_money", "prices", "key_from"):
+            if getattr(args, name) is not None:
+                flag = name.replace("_", "-")
+                raise ValueError(f"--{flag} is for an endpoint, and {sources[0].path} is a folder")
+    if args.concurrency is not None and args.concurrency < 1:
+        raise ValueError(f"--concurrency {args.concurrency}: give 1 or more")
+    budget = Budget(args.budget_tokens, args.budget_money, args.prices)
+    return {"concurrency": args.concurrency or 8, "budget": budget}
+
+
 def ask(
     source: "Endpoint | Folder", requests: Iterable[Request], path: str | Path, **how
 ) -> Iterator[Answer | Failure]:
@@ -65,6 +97,31 @@ def ask(
     if isinstance(source, Endpoint):
         return ask_endpoint(source, requests, path, **how)
     return source.ask([Request(*request) for request in requests], path)
+
+
+def ask_again(
+    source: "Endpoint | Folder",
+    requests: Sequence[Request],
+    readable: Callable[[int, str], bool],
+    path: str | Path,
+    **how,
+) -> list[list[Answer | Failure]]:
+    """Return for each request all that was said to it; the last counts. If `readable`, of the
+    request's place and an answer's text, is not true, it is asked again, TIMES in all, at
+    temperature 1 and with another seed: a model that is deterministic at 0 would say the same."""
+    said: list[list[Answer | Failure]] = [[] for _ in requests]
+    left = list(range(len(requests)))
+    for attempt in range(TIMES):
+        if not left:
+            break
+        more = {"temperature": 1, "seed": attempt} if attempt else {}
+        again = [Request(requests[k].messages, requests[k].parameters | more) for k in left]
+        for k, answer in zip(left, ask(source, again, path, **how), strict=True):
+            said[k].append(answer)
+        left = [
+            k for k in left if isinstance(said[k][-1], Answer) and not readable(k, said[k][-1].text)
+        ]
+    return said
 
 
 class Folder:

@@ -153,5 +153,9 @@ class Budget:
                 self.counted.add(key)
                 self.spent += cost
 
+    def told(self) -> str:
+        """Return what has been spent, as text."""
+        return self.show(self.spent)
+
     def show(self, cost: float) -> str:
         return f"{cost:,} tokens" if self.prices is None else f"{cost:,.4f} by the price table"

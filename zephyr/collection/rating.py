@@ -1,4 +1,4 @@
-"""A judge's ratings of answers: what it is asked, what is read in its words, and when again.
+"""A judge's ratings of answers: what it is asked, and what is read in its words.
 
 rate([("Name a bird.", "Wren.")], [OVERALL], open_source("gpt-4.1@URL"), "ratings.jsonl")
 -> [{"overall": Rating(9.0, "It names a bird, as it was asked.")}]
@@ -9,11 +9,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from zephyr.client.exchange import Endpoint
-from zephyr.endpoint import Answer, Request
-from zephyr.source import Folder, ask
+from zephyr.endpoint import Answer, Failure, Request
+from zephyr.source import Folder, ask_again
 
 OVERALL = "overall"
-ATTEMPTS = 3  # at a rating, until one can be read
 QUESTION = (
     "[Instruction]\n{instruction}\n\n[Response]\n{response}\n\nRate the response from 1 to {most} "
     "for {what}. Say in one or two sentences why. Then end with a last line of this form: Rating: N"
@@ -78,15 +77,12 @@ def rating_in(text: str, kind: Kind) -> Rating | None:
     return None
 
 
-def request(instruction: str, response: str, kind: Kind, attempt: int, new: int) -> Request:
-    """Return what the judge is asked for the `attempt`-th time. After the first it is sampled, with
-    a seed: at temperature 0 it would say the same again."""
+def request(instruction: str, response: str, kind: Kind, new: int) -> Request:
     text = QUESTION.format(
         instruction=instruction, response=response, most=kind.most, what=kind.what
     )
-    sampling = {"temperature": 1, "seed": attempt} if attempt else {"temperature": 0}
     messages = [{"role": "user", "content": text + OR_NONE * kind.or_none}]
-    return Request(messages, {"max_tokens": new, "top_p": 1} | sampling)
+    return Request(messages, {"max_tokens": new, "top_p": 1, "temperature": 0})
 
 
 def rate(
@@ -99,21 +95,24 @@ def rate(
 ) -> list[dict[str, Rating | Unrated]]:
     """Return the ratings, by kind, of each (instruction, response). The judge's words have at most
     `new` tokens; `path` keeps them, and `how` goes to `source.ask`."""
-    found = [{kind: Unrated([]) for kind in kinds} for _ in answers]
-    left = [(k, kind) for k in range(len(answers)) for kind in kinds]
-    for attempt in range(ATTEMPTS):
-        requests = [request(*answers[k], KINDS[kind], attempt, new) for k, kind in left]
-        again = []
-        for (k, kind), answer in zip(left, ask(judge, requests, path, **how), strict=True):
-            before = found[k][kind]
-            if not isinstance(answer, Answer):
-                found[k][kind] = Unrated(before.said, f"the judge did not answer: {answer.why}")
-            elif rating := rating_in(answer.text, KINDS[kind]):
-                found[k][kind] = rating._replace(asked=attempt + 1)
-            else:
-                why = "no line `Rating: N` in range is in the judge's words"
-                found[k][kind] = Unrated([*before.said, answer.text], why)
-                again.append((k, kind))
-        if not (left := again):
-            break
+    todo = [(k, kind) for k in range(len(answers)) for kind in kinds]
+    requests = [request(*answers[k], KINDS[kind], new) for k, kind in todo]
+
+    def readable(place: int, text: str) -> bool:
+        return rating_in(text, KINDS[todo[place][1]]) is not None
+
+    found: list[dict[str, Rating | Unrated]] = [{} for _ in answers]
+    said = ask_again(judge, requests, readable, path, **how)
+    for (k, kind), attempts in zip(todo, said, strict=True):
+        found[k][kind] = outcome(attempts, KINDS[kind])
     return found
+
+
+def outcome(attempts: Sequence[Answer | Failure], kind: Kind) -> Rating | Unrated:
+    """Return the rating in the last of the judge's answers, or what it said at all attempts."""
+    last, said = attempts[-1], [a.text for a in attempts if isinstance(a, Answer)]
+    if not isinstance(last, Answer):
+        return Unrated(said, f"the judge did not answer: {last.why}")
+    if rating := rating_in(last.text, kind):
+        return rating._replace(asked=len(attempts))
+    return Unrated(said, "no line `Rating: N` in range is in the judge's words")

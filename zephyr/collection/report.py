@@ -52,7 +52,5 @@ def page(drawn: Sequence[list[Completion]], dropped: Counter, spent: str) -> lis
 
 def warnings(judge: str, pool: Iterable[str]) -> list[str]:
     """Return what can make the judge favour models of the pool."""
-    found = [line for name in pool for line in leakage(judge, {"pool's": name})]
-    if not found and judge in pool:
-        found = [f"the judge {judge} rates its own answers: self-preference can favour them"]
-    return [plain(line, 300) for line in found]
+    found = [leakage(judge, {"pool's model": name}) for name in pool]
+    return [plain(line, 300) for lines in found for line in lines]

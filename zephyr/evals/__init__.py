@@ -6,7 +6,6 @@ length_control.py  the win rate that is left when the lengths of the answers are
 mt_bench.py        FastChat's judgments: scores by turn and category, games in both orders
 belief.py          the judge's own habits: slot, length, consistency, ties, agreement, family
 page.py            the figures as titles, tables and sentences; as plain text
-prompts.py         MT-Bench's prompts to a judge, taken apart
 entries.py         questions, answers and judgments, as the page to click through has them
 html.py            that page: one file, which a browser opens without a network
 show.py            files of annotations or judgments -> figures and page
@@ -19,7 +18,8 @@ judge.py           answers -> judgments, by a model at an endpoint or in a folde
 asking.py          the judge: a model that is asked for verdicts, each until it can be read
 judge_mt_bench.py  MT-Bench's protocols: grades, and games of two models
 judge_alpaca.py    AlpacaEval's protocol: outputs beside a baseline's, by log-probs or by text
-mt_bench_prompts.py, alpaca_prompt.py    what the judge is asked: the originals' prompts, or our own
+mt_bench_prompts.py  what MT-Bench's judge is asked, by FastChat's prompts or our own; taken apart
+alpaca_prompt.py   what AlpacaEval's judge is asked, by its own prompt or ours
 pairs.py           which held-out pairs a model's implicit reward ranks rightly; needs torch
 
     python -m zephyr.evals show FILE... [--alpaca-data DIR] [--json OUT] [--html OUT]

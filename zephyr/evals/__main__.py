@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, about in COMMANDS.items():
-        command = commands.add_parser(name, help=about)
+        command = commands.add_parser(name, help=about, allow_abbrev=False)
         if argv[:1] == [name]:  # `pairs` needs torch, and `show` should not wait for it
             module = importlib.import_module(f"zephyr.evals.{name}")
             module.add_arguments(command)

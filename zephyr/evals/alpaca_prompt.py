@@ -13,6 +13,7 @@ from zephyr.files import plain
 
 PLACES = re.compile(r"\{(instruction|output_1|output_2)\}")
 BLOCK = re.compile(r"<\|im_start\|>(system|user|assistant)\n(.*?)<\|im_end\|>", re.DOTALL)
+OWN_NAME = "zephyr's own"
 OWN = """<|im_start|>user
 [Instruction]
 {instruction}
@@ -41,7 +42,7 @@ def read(path: str | None) -> tuple[str, list[dict]]:
             f"{path} has no <|im_start|> blocks in which {{instruction}}, {{output_1}} and "
             "{output_2} stand once each; give alpaca_eval's alpaca_eval_clf.txt"
         )
-    name = "zephyr's own" if path is None else Path(path).name
+    name = OWN_NAME if path is None else Path(path).name
     return f"{plain(name)} (sha256 {sha256(text.encode()).hexdigest()[:12]})", blocks
 
 

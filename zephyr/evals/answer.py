@@ -16,20 +16,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from hashlib import sha256
-from pathlib import Path
 
 from zephyr.data.readers import writing
-from zephyr.endpoint import Answer, Budget, Endpoint, Request
+from zephyr.endpoint import Answer, Endpoint, Request
 from zephyr.evals import answer_page
 from zephyr.evals.converse import Said, converse, missing
 from zephyr.evals.questions import Question, read_instructions, read_questions
-from zephyr.files import atomic, home, plain, shown
-from zephyr.source import Folder, ask, open_source, title
+from zephyr.files import atomic, check_outputs, home, plain, shown
+from zephyr.source import Folder, add_flags, ask, how, open_source, title
 
 NEW = {"mt-bench": 1024, "alpaca": 2048}  # tokens of an answer, at most
 ENDS = {"mt-bench": (".jsonl", ".jsonl.gz"), "alpaca": (".json",)}  # of the files written
 FILES = {"mt-bench": "questions", "alpaca": "instructions"}  # the flags that name them
-ENDPOINTS = ("concurrency", "budget_tokens", "budget_money", "prices", "key_from")  # flags
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,11 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="of the sampling; another gives other answers [0]")
     add("--best-of", type=int, metavar="N", help="keep the one that a folder's reward likes best")
     add("--reference", metavar="REF", help="the folder that the training of MODEL began from")
-    add("--concurrency", type=int, metavar="N", help="requests to an endpoint at a time [8]")
-    add("--budget-tokens", type=int, metavar="N", help="stop before so many tokens")
-    add("--budget-money", type=float, metavar="X", help="or before so much, by --prices")
-    add("--prices", metavar="FILE", help="a price table, see zephyr/client/budget.py")
-    add("--key-from", metavar="NAME", help="variable with the key [OPENAI_API_KEY]")
+    add_flags(parser)
 
 
 def check(args: argparse.Namespace, source: Endpoint | Folder) -> None:
@@ -68,7 +62,6 @@ def check(args: argparse.Namespace, source: Endpoint | Folder) -> None:
         ("--temperature", args.temperature, 0 <= (args.temperature or 0) < math.inf),
         ("--seed", args.seed, 0 <= args.seed < 1 << 32),
         ("--best-of", args.best_of, args.best_of is None or args.best_of > 0),
-        ("--concurrency", args.concurrency, args.concurrency is None or args.concurrency > 0),
         ("--name", shown(args.name), args.name is None or args.name.strip()),
     ):
         if not fits:
@@ -82,10 +75,6 @@ def check(args: argparse.Namespace, source: Endpoint | Folder) -> None:
         raise ValueError("--best-of N and --reference REF go together: a reward is log π/π_ref")
     if args.best_of and isinstance(source, Endpoint):
         raise ValueError("--best-of needs all log-probs, so MODEL is a folder, not NAME@URL")
-    for name in ENDPOINTS if isinstance(source, Folder) else ():
-        if getattr(args, name) is not None:
-            flag = name.replace("_", "-")
-            raise ValueError(f"--{flag} is for an endpoint, and {source.path} is a folder")
 
 
 @contextmanager
@@ -114,23 +103,21 @@ def row_of(benchmark: str, model: str, question: Question, turns: list[str]) -> 
 
 def run(args: argparse.Namespace) -> str:
     """Ask a model a benchmark's questions, write the answers, and return the page about them."""
-    source, best = open_source(args.model, args.key_from or "OPENAI_API_KEY"), None
+    source, best = open_source(args.model, args.key_from), None
     check(args, source)
+    given = how(args, [source])
     alpaca, out, name = args.benchmark == "alpaca", home(args.out), args.name or title(source)
     path = home(getattr(args, FILES[args.benchmark]))
     questions = (read_instructions if alpaca else read_questions)(path, args.temperature)
-    if Path(out).exists() and Path(out).samefile(path):
-        raise ValueError(f"--out {out} would overwrite the questions; name another file")
+    check_outputs([path], {"--out": out})
     if args.best_of:
         from zephyr.evals.best_of import BestOf  # here, as it needs torch
 
         best = BestOf(source, home(args.reference), args.best_of)
         name = args.name or f"{name}-best-of-{args.best_of}"
-    budget = Budget(args.budget_tokens, args.budget_money, args.prices)
 
     def answers(requests: list[Request]) -> Said:
-        how = {"concurrency": args.concurrency or 8, "budget": budget}
-        found = ask(source, requests, f"{out}.answers", **how)
+        found = ask(source, requests, f"{out}.answers", **given)
         return [replace(a, text=a.text.strip()) if isinstance(a, Answer) else a for a in found]
 
     parameters = {"max_tokens": args.max_new or NEW[args.benchmark], "seed": args.seed}
@@ -147,5 +134,5 @@ def run(args: argparse.Namespace) -> str:
     lines += answer_page.report(questions, said, again=isinstance(source, Endpoint))
     lines += best.report() if best else []
     if isinstance(source, Endpoint):
-        lines.append(f"cost: {budget.show(budget.spent)}")
+        lines.append(f"cost: {given['budget'].told()}")
     return "\n".join(lines)

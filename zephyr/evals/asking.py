@@ -7,16 +7,14 @@ from zephyr.client.budget import Budget
 from zephyr.client.exchange import Answer, Endpoint
 from zephyr.endpoint import Failure, Request
 from zephyr.files import plain, shown
-
-TIMES = 3  # that one verdict is asked for, until it can be read
+from zephyr.source import Folder
 
 
 class Judge:
     """The model that is asked. `unanswered` counts the requests to which no answer came."""
 
-    def __init__(self, name: str, key_from: str, path: str, concurrency: int, budget: Budget):
-        self.source = source.open_source(name, key_from)
-        self.name = source.title(self.source)
+    def __init__(self, model: Endpoint | Folder, path: str, concurrency: int, budget: Budget):
+        self.source, self.name = model, source.title(model)
         self.path, self.budget, self.unanswered = path, budget, 0
         self.how = {"concurrency": concurrency, "budget": budget}
 
@@ -27,19 +25,13 @@ class Judge:
     def until(
         self, readable: Callable[[str], bool], requests: Sequence[Request]
     ) -> list[Answer | Failure]:
-        """Return the judge's answer to each request. One whose text is not readable is asked for
-        again, TIMES in all, at temperature 1 and with another seed: a model that is deterministic
-        at 0 would say the same again. Raises ValueError if there is not one readable answer."""
-        found: list = [None] * len(requests)
-        left = list(range(len(requests)))
-        for attempt in range(TIMES if left else 0):
-            more = {"temperature": 1, "seed": attempt} if attempt else {}
-            again = [Request(requests[k].messages, requests[k].parameters | more) for k in left]
-            for k, answer in zip(left, self.ask(again), strict=True):
-                found[k] = answer
-            left = [k for k in left if isinstance(found[k], Answer) and not readable(found[k].text)]
-            if not left:
-                break
+        """Return the judge's answer to each request; one whose text is not readable is asked for
+        again. Raises ValueError if there is not one readable answer."""
+        said = source.ask_again(
+            self.source, requests, lambda k, text: readable(text), self.path, **self.how
+        )
+        found = [answers[-1] for answers in said]
+        left = [a for a in found if isinstance(a, Answer) and not readable(a.text)]
         failures = [answer.why for answer in found if isinstance(answer, Failure)]
         self.unanswered += len(failures)
         if found and len(failures) == len(found):
@@ -50,8 +42,8 @@ class Judge:
         if found and len(left) + len(failures) == len(found):
             raise ValueError(
                 f"{plain(self.name)}: none of its {len(left)} verdicts can be read, the first is "
-                f"{shown(found[left[0]].text)}; a judge that thinks first needs a larger "
-                "--max-tokens"
+                f"{shown(left[0].text)}; a judge that thinks first needs a larger "
+                "--max-new"
             )
         return found
 

@@ -180,17 +180,19 @@ def families(name: str) -> set[str]:
 
 
 def leakage(judge: str, named: dict[str, str | None]) -> list[str]:
-    """Return a warning for each of the models, by the part it has, that is of the judge's family.
+    """Return a warning for each of the models, by the part it has, that is the judge itself or of
+    its family.
 
     Labels of a judge's relative raise a model in that judge's eyes (preference leakage, 2502.01534:
     up to 28.7 points), and a judge prefers its own family's answers (self-preference, 2404.13076).
     """
     warnings = []
     for part, name in named.items():
-        for family in sorted(families(judge) & families(name or "")):
-            effect = "preference leakage" if part.startswith("feedback") else "self-preference"
-            warnings.append(
-                f"the judge {judge} and the {part} {name} are both of the family {family}: "
-                f"{effect} can favour that side"
-            )
+        effect = "preference leakage" if part.startswith("feedback") else "self-preference"
+        same = [f"the judge and the {part} are both {name}"] if name == judge else []
+        for what in same or [
+            f"the judge {judge} and the {part} {name} are both of the family {family}"
+            for family in sorted(families(judge) & families(name or ""))
+        ]:
+            warnings.append(f"{what}: {effect} can favour that side")
     return warnings

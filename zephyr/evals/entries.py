@@ -1,8 +1,8 @@
 """A judge's files question by question, for the page to click through: what was asked, what the
 models answered, what the judge said, and the tags by which the page finds it.
 
-Of a prompt to MT-Bench's judge that `prompts.conversation` cannot take apart, the page shows the
-prompt as it is.
+A prompt to MT-Bench's judge that `mt_bench_prompts.conversation` cannot take apart is shown as it
+is.
 """
 
 import json
@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from zephyr.evals import alpaca, mt_bench
+from zephyr.evals.mt_bench_prompts import conversation
 from zephyr.evals.page import is_alpaca, runs, span
-from zephyr.evals.prompts import conversation
 from zephyr.files import shown
 
 Rows = Sequence[tuple[str, dict]]
@@ -201,10 +201,10 @@ def _games(entry: Entry, row: dict, g: mt_bench.Games, named: dict[str, dict]) -
         won = won or f"{g.models[winner == 'model_2']} wins"
         how = f"{model} shown first, by {g.judge}"
         entry.judged.append(judgment(won, how, row.get(f"g{k}_judgment")))
-    side = mt_bench.outcome(g)
     if "error" in g.winners:
         entry.verdict[NONE] = VERDICTS.index(NONE)
     else:
+        side = mt_bench.outcome(g)
         entry.verdict[TIE if side < 0 else f"{g.models[side]} wins"] = 2 if side < 0 else side
         if g.winners[0] != g.winners[1]:
             entry.verdict[DISAGREE] = VERDICTS.index(DISAGREE)

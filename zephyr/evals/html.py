@@ -22,15 +22,22 @@ FILTERS = {"verdict": "Verdict", "length": "Length", "category": "Category", "ru
 Z = 1.96  # standard errors on either side of a mean in a 95 % interval
 
 
-def write(
-    path: str, figures: dict, files: dict[str, Rows], questions: str | None, feedback: str | None
-) -> None:
-    """Write the page of the figures and the rows that `show` has read. The same ones give the same
-    bytes."""
+def check_name(path: str) -> None:
+    """Raise ValueError unless a browser would take the file for a page."""
     if not path.lower().endswith((".html", ".htm")):
         raise ValueError(f"--html {plain(path)}: the page's name ends in .html")
+
+
+def write(
+    path: str,
+    figures: dict,
+    blocks: Sequence[page.Block],
+    files: dict[str, Rows],
+    questions: str | None,
+) -> None:
+    """Write the page of the figures, the blocks that say what they mean, and the rows that `show`
+    has read. The same ones give the same bytes."""
     found = entries.read(files, figures, mt_bench.categories(questions))
-    blocks = page.blocks(figures) + ([] if feedback else [page.NO_FEEDBACK])
     template = TEMPLATE.read_text(encoding="utf-8")
     values = {
         "title": escape(title(figures)),

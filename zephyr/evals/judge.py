@@ -13,16 +13,20 @@ originals' files, see judge_mt_bench.py and judge_alpaca.py.
 """
 
 import argparse
+from types import ModuleType
 
-from zephyr.client.budget import Budget
-from zephyr.evals import judge_alpaca, judge_mt_bench, page, show
+from zephyr import source
+from zephyr.client.exchange import Endpoint
+from zephyr.evals import html, judge_alpaca, judge_mt_bench, show
 from zephyr.evals.asking import Judge
-from zephyr.files import home
+from zephyr.files import check_outputs, home, plain
 
 BENCHMARKS = {
     "mt-bench": (judge_mt_bench, "grade answers to MT-Bench, or compare two models'"),
     "alpaca": (judge_alpaca, "compare outputs on AlpacaEval's instructions with a baseline's"),
 }
+# flags and arguments that name a file which is read, or a page which is written
+FILES = "answers outputs against questions references prompts prompt json html".split()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,28 +35,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         command = benchmarks.add_parser(name, help=about, allow_abbrev=False)
         module.add_arguments(command)
         add = command.add_argument
-        add("--judge", required=True, metavar="NAME@URL", help="the judge, or a model's folder")
+        add("--judge", required=True, metavar="JUDGE", help="NAME@URL, or a model's folder")
         add("--out", required=True, metavar="FILE", help="what the judge says, in their format")
-        add("--key-from", default="OPENAI_API_KEY", metavar="NAME", help="variable with the key")
-        add("--concurrency", type=int, default=8, metavar="N", help="requests at a time [8]")
-        add("--max-tokens", type=int, metavar="N", help=f"of a verdict [{module.TOKENS}]")
-        add("--budget-tokens", type=int, metavar="N", help="stop before so many tokens")
-        add("--budget-money", type=float, metavar="X", help="or before so much, by --prices")
-        add("--prices", metavar="FILE", help="a price table, see zephyr/client/budget.py")
+        add("--max-new", type=int, metavar="N", help=f"tokens of a verdict [{module.NEW}]")
+        source.add_flags(command)
         add("--feedback", metavar="NAME", help="what labelled the model's training data")
         add("--json", metavar="FILE", help="the figures as a JSON object")
         add("--html", metavar="FILE", help="a page with the figures and the answers")
 
 
+def check(args: argparse.Namespace, module: ModuleType, out: str) -> None:
+    """Raise ValueError for what would else end the command after the judge was paid."""
+    if args.max_new is not None and args.max_new < 1:
+        raise ValueError(f"--max-new {args.max_new}: give 1 or more")
+    if not out.endswith(module.ENDS):
+        raise ValueError(f"--out {plain(out)}: {module.WRITTEN} are written as {module.ENDS[0]}")
+    paths = {name: path and home(path) for name, path in vars(args).items() if name in FILES}
+    written = {f"--{name}": paths.pop(name) for name in ("json", "html")}
+    check_outputs(filter(None, paths.values()), {"--out": out, **written})
+    if args.html:
+        html.check_name(args.html)
+
+
 def run(args: argparse.Namespace) -> str:
     """Have the answers judged, write what the judge says, and return the page that `show` makes."""
-    out = home(args.out)
-    for name in ("concurrency", "max_tokens"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: it is 1 or more")
-    budget = Budget(args.budget_tokens, args.budget_money, args.prices)
-    judge = Judge(args.judge, args.key_from, f"{out}.answers", args.concurrency, budget)
-    notes = BENCHMARKS[args.benchmark][0].run(args, judge, out)
+    module, out = BENCHMARKS[args.benchmark][0], home(args.out)
+    check(args, module, out)
+    model = source.open_source(args.judge, args.key_from)
+    judge = Judge(model, f"{out}.answers", **source.how(args, [model]))
+    notes = module.run(args, judge, out)
+    if judge.unanswered:
+        notes.append(
+            f"{judge.unanswered} requests have no answer; the same command asks them again"
+        )
     text = show.report(
         [out],
         getattr(args, "alpaca_data", None),
@@ -60,9 +75,7 @@ def run(args: argparse.Namespace) -> str:
         args.feedback,
         args.json,
         args.html,
+        notes,
     )
-    if judge.unanswered:
-        notes.append(
-            f"{judge.unanswered} requests have no answer; the same command asks them again"
-        )
-    return "\n".join([text, page.text([page.Said(note, "note") for note in notes])]).rstrip()
+    cost = [f"cost: {judge.budget.told()}"] if isinstance(model, Endpoint) else []
+    return "\n".join([text, *cost])

@@ -19,12 +19,13 @@ from pathlib import Path
 from zephyr.client.exchange import Answer
 from zephyr.data.readers import read_rows
 from zephyr.endpoint import Failure, Request
-from zephyr.evals import alpaca_prompt
+from zephyr.evals import alpaca_prompt, length_control
 from zephyr.evals.alpaca import ORDERS, model_is_first
 from zephyr.evals.asking import Judge
-from zephyr.files import atomic, home, shown
+from zephyr.files import atomic, home, plain, shown
 
-TOKENS = 256  # of a verdict by text, at most; one by log-probs is a single token
+NEW = 256  # tokens of a verdict by text, at most; one by log-probs is a single token
+WRITTEN, ENDS = "annotations", (".json",)
 BY_TOKEN = {"temperature": 1, "max_tokens": 1, "logprobs": True, "top_logprobs": 5}
 PROBES = 3  # requests at most that show if a judge gives log-probs, before all are asked
 
@@ -77,7 +78,9 @@ def by_text(text: str) -> float | None:
 
 
 def has_logprobs(judge: Judge, messages: Sequence[list[dict]]) -> bool:
-    """Return True if the judge's log-probs tell its preference, by one to PROBES of its answers."""
+    """Return True if the judge's log-probs tell its preference, by one to PROBES of its answers.
+    Raises ValueError if no answer comes: to ask for text instead would be another evaluation."""
+    answer = None
     for asked in messages[:PROBES]:
         answer = judge.ask([Request(asked, BY_TOKEN)])[0]
         if isinstance(answer, Answer):
@@ -85,6 +88,8 @@ def has_logprobs(judge: Judge, messages: Sequence[list[dict]]) -> bool:
                 return True
             if not answer.logprobs:
                 return False
+    if isinstance(answer, Failure):
+        raise ValueError(f"{plain(judge.name)}: no request is answered, the last: {answer.why}")
     return False
 
 
@@ -130,10 +135,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, judge: Judge, out: str) -> list[str]:
     """Have a model's outputs compared with a baseline's, write the annotations to `out`, and return
     what the page has to say besides the figures."""
-    if not out.endswith(".json"):
-        raise ValueError(f"{out}: annotations are written as .json")
     files = home(args.against), home(args.outputs)
     (baseline, theirs), (model, ours) = map(read_outputs, files)
+    if model == baseline:
+        raise ValueError(f"{files[1]}: both files are of {shown(model)}; change a generator")
+    if args.alpaca_data:
+        length_control.read(args.alpaca_data)  # what is wrong with it, before the judge is paid
     if odd := [text for text in {**theirs, **ours} if (text in theirs) != (text in ours)]:
         raise ValueError(
             f"{len(odd)} instructions stand in one of {' and '.join(files)} alone, the first is "
@@ -149,7 +156,7 @@ def run(args: argparse.Namespace, judge: Judge, out: str) -> list[str]:
     for text, first in games:
         outputs = [side[text]["output"] for side in ((ours, theirs) if first else (theirs, ours))]
         messages.append(alpaca_prompt.fill(blocks, text, *outputs))
-    answers, seen, how = ask(judge, messages, args.max_tokens or TOKENS)
+    answers, seen, how = ask(judge, messages, args.max_new or NEW)
     found = dict(zip(games, zip(answers, seen, strict=True), strict=True))
     rows = []
     for text, row in theirs.items():
@@ -159,7 +166,7 @@ def run(args: argparse.Namespace, judge: Judge, out: str) -> list[str]:
         about |= {"annotator": judge.name, "prompt": prompt}
         rows.append(about | annotation(judge, text, found, args.order == "both"))
     with atomic(out) as file:
-        file.write(json.dumps(rows, indent=2, ensure_ascii=False).encode("utf-8", "replace"))
+        file.write(json.dumps(rows, indent=2, ensure_ascii=False).encode())
     notes = [f"the judge was read {how}; its prompt was {prompt}"]
     both = [*ours.values(), *theirs.values()]
     if empty := [row["instruction"] for row in both if not row["output"].strip()]:
@@ -167,8 +174,6 @@ def run(args: argparse.Namespace, judge: Judge, out: str) -> list[str]:
             f"{len(empty)} outputs are empty, the first to {shown(empty[0], 50)}; the judge saw "
             "them as they are"
         )
-    if not args.prompt:
-        notes.append("the prompt is our own: compare these figures with each other alone")
     return notes
 
 

@@ -23,8 +23,8 @@ from zephyr.files import home, shown
 BY_REFERENCE = ("math", "reasoning", "coding")  # categories whose prompts have a reference answer
 # of one side and of two: without a reference answer, and with it
 PROMPTS = ("single-v1", "single-math-v1"), ("pair-v2", "pair-math-v1")
-TOKENS = 2048  # of a judgment, at most
-OWN = "the prompts are our own: compare these figures with each other alone"
+NEW = 2048  # tokens of a judgment, at most
+WRITTEN, ENDS = "judgments", (".jsonl", ".jsonl.gz")
 
 
 class Match(NamedTuple):
@@ -78,6 +78,10 @@ def matches(
         if number not in questions:
             raise ValueError(f"question {number} is answered and is none of --questions")
         asked = questions[number].turns
+        if len(asked) > 2:
+            raise ValueError(
+                f"question {number} has {len(asked)} turns; MT-Bench's judge has prompts for two"
+            )
         for turns in (side[number] for side in sides):
             if len(turns) != len(asked):
                 raise ValueError(
@@ -168,10 +172,10 @@ def run(args: argparse.Namespace, judge: Judge, out: str) -> list[str]:
     references = read_answers(home(args.references))[1] if args.references else {}
     prompts = mt_bench_prompts.read(args.prompts and home(args.prompts))
     todo = list(matches(questions, sides, references, prompts))
-    parameters = {"temperature": 0, "max_tokens": args.max_tokens or TOKENS}
+    parameters = {"temperature": 0, "max_tokens": args.max_new or NEW}
     requests = [Request(messages, parameters) for match in todo for messages in match.games]
+    found = iter(judge.until(_readable_pair if args.against else _readable, requests))
     with writing(out) as write:
-        found = iter(judge.until(_readable_pair if args.against else _readable, requests))
         for match in todo:
             answers = [next(found) for _ in match.games]
             if args.against:  # a game without an answer has no winner, as in FastChat
@@ -180,13 +184,12 @@ def run(args: argparse.Namespace, judge: Judge, out: str) -> list[str]:
             elif isinstance(answers[0], Answer):
                 write(single(match, models[0], judge.name, answers[0]))
     empty = [n for side in sides for n, turns in side.items() if not all(t.strip() for t in turns)]
-    notes = [] if args.prompts else [OWN]
-    if empty:
-        notes.append(
-            f"{len(empty)} answers are empty, the first to question {empty[0]}; the judge saw them "
-            "as they are"
-        )
-    return notes
+    if not empty:
+        return []
+    return [
+        f"{len(empty)} answers are empty, the first to question {empty[0]}; the judge saw them as "
+        "they are"
+    ]
 
 
 def _readable(text: str) -> bool:

@@ -27,6 +27,7 @@ import numpy as np
 from zephyr.data.readers import read_rows
 from zephyr.evals import belief
 from zephyr.evals.belief import Verdicts
+from zephyr.evals.mt_bench_prompts import conversation
 from zephyr.files import home, shown
 
 CATEGORIES = "writing roleplay reasoning math coding extraction stem humanities".split()
@@ -82,31 +83,20 @@ def verdict_in(judgment: str) -> str:
 
 
 def answer_length(user_prompt: object) -> float:
-    """Return the number of characters of the answer that a prompt of FastChat's asks a score for:
-    the only one, or of two turns the second. NaN if the prompt is of another form."""
-    if not isinstance(user_prompt, str):
-        return math.nan
-    for start, end in (
-        ("[The Start of Assistant's Answer]\n", "\n[The End of Assistant's Answer]"),
-        ("### Assistant A:\n", "\n\n<|The End of Assistant A's Conversation with User|>"),
-    ):
-        rest, mark, _ = user_prompt.rpartition(end)
-        if mark and start in rest:
-            return float(len(rest.rpartition(start)[2]))
-    return math.nan
+    """Return the number of characters of the answer that a prompt asks a score for: the only one,
+    or of two turns the second. NaN if the prompt is of another form than FastChat's."""
+    held = conversation(user_prompt)
+    return float(len(held.answers["a"][-1])) if held else math.nan
 
 
 def longer(user_prompt: object) -> float:
-    """Return by how many characters assistant A's part of a pair's prompt is longer than B's. Both
-    parts hold the same questions, so this is the difference of the answers. NaN if the prompt is
-    not of FastChat's form."""
-    lengths = []
-    for name in "AB":
-        whose = f"of Assistant {name}'s "
-        part = rf"The Start {whose}[^\n]*\n(.*)\n[^\n]*The End {whose}"
-        match = re.search(part, user_prompt, re.DOTALL) if isinstance(user_prompt, str) else None
-        lengths.append(len(match[1]) if match else math.nan)
-    return float(lengths[0] - lengths[1])
+    """Return by how many characters assistant A's answers in a pair's prompt are longer than B's.
+    NaN if the prompt is of another form than FastChat's."""
+    held = conversation(user_prompt)
+    if held is None or "b" not in held.answers:
+        return math.nan
+    a, b = (sum(map(len, held.answers[name])) for name in "ab")
+    return float(a - b)
 
 
 def read(rows: Sequence[tuple[str, dict]]) -> list[Judgment] | list[Games]:
@@ -237,6 +227,7 @@ def scores(
         "wrong_references": sorted({j.question for j in judgments} & WRONG_REFERENCES),
         "n_judgments": len(judgments),
         "n_questions": len({j.question for j in judgments}),
+        "n_questions_in_all": len(category),
         "n_failures": len(judgments) - len(kept),
         "n_unanswered": sum(j.text == NO_ANSWER for j in judgments),
         # the score that FastChat's rule reads from the stored words is another one

@@ -1,9 +1,10 @@
-"""What MT-Bench's judge is asked: FastChat's prompts from its file, or our own.
+"""What MT-Bench's judge is asked, FastChat's prompts from its file or our own, and what such a
+prompt holds once it is filled.
 
 There are eight, under FastChat's names: for one answer (`single-v1`) and for two (`pair-v2`); of
 either kind one with a reference answer (`single-math-v1`, `pair-math-v1`); each of these for the
-first turn, and with `-multi-turn` for the second. Our own have FastChat's layout, so that `show`
-finds the answers in them and tells their lengths, and words of ours.
+first turn, and with `-multi-turn` for the second. Our own have FastChat's layout and words of ours.
+FastChat's judgments hold the answers in these prompts alone, so `conversation` takes them apart.
 """
 
 from pathlib import Path
@@ -90,3 +91,82 @@ def _part(whose: str, answer: str, second: bool) -> str:
         f"### User:\n{{question_{k}}}\n\n### {says}:\n{{{answer}_{k}}}\n\n" for k in (1, 2)
     )
     return f"<|The Start of {whose}{what}|>\n\n{turns}<|The End of {whose}{what}|>"
+
+
+class Conversation(NamedTuple):
+    questions: list[str]
+    references: list[str]
+    answers: dict[str, list[str]]  # of assistant a, and in a pair of b, one for each question
+
+
+def _chat(name: str) -> list[str]:
+    return [
+        f"<|The Start of Assistant {name}'s Conversation with User|>\n\n### User:\n",
+        f"\n\n### Assistant {name}:\n",
+        "\n\n### User:\n",
+        f"\n\n### Assistant {name}:\n",
+    ]
+
+
+_A, _B = "\n\n<|The End of Assistant A's Conversation with User|>", _chat("B")
+# what stands before the first mark and behind each (q question, a and b the assistants' answers, -
+# the judge's instructions), the marks in their order, and the prompt's end
+FORMS = (
+    (
+        "-qa",
+        ["[Question]\n", "\n\n[The Start of Assistant's Answer]\n"],
+        "\n[The End of Assistant's Answer]",
+    ),
+    ("-qaqa", _chat("A"), _A),
+    (
+        "-qab",
+        [
+            "[User Question]\n",
+            "\n\n[The Start of Assistant A's Answer]\n",
+            "\n[The End of Assistant A's Answer]\n\n[The Start of Assistant B's Answer]\n",
+        ],
+        "\n[The End of Assistant B's Answer]",
+    ),
+    (
+        "-qaqaqbqb",
+        [*_chat("A"), f"{_A}\n\n\n{_B[0]}", *_B[1:]],
+        "\n\n<|The End of Assistant B's Conversation with User|>",
+    ),
+)
+REFERENCES = (  # where a reference answer starts in what is asked, and where it ends
+    ("\n\n[The Start of Reference Answer]\n", "\n[The End of Reference Answer]"),
+    ("<|The Start of Reference Answer|>\n\n", "\n\n<|The End of Reference Answer|>\n\n\n"),
+)
+
+
+def conversation(prompt: object) -> Conversation | None:
+    """Return what a judge's prompt holds, None if it is of no form that is known.
+
+    Marks are looked for from the front, each once, so that one which an answer repeats stays a part
+    of some answer, and the time is linear in the prompt.
+    """
+    for fields, marks, end in FORMS if isinstance(prompt, str) else ():
+        parts, rest = [], prompt if prompt.endswith(end) else ""
+        rest = rest[: len(rest) - len(end)]
+        for mark in marks:
+            part, found, rest = rest.partition(mark)
+            parts += [part] * bool(found)
+        if len(parts) < len(marks):
+            continue
+        asked, references = [], []
+        answers: dict[str, list[str]] = {}
+        for what, part in zip(fields, [*parts, rest], strict=True):
+            if what in "ab":
+                answers.setdefault(what, []).append(part)
+                continue
+            for start, stop in REFERENCES:
+                before, found, reference = part.partition(start)
+                if found and reference.endswith(stop):
+                    part = before
+                    references.append(reference.removesuffix(stop))
+            if what == "q":
+                asked.append(part)
+        questions = asked[: len(answers["a"])]
+        if asked in (questions, questions * 2):  # else B was asked something else than A
+            return Conversation(questions, references, answers)
+    return None

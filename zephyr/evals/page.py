@@ -41,6 +41,9 @@ class Said(NamedTuple):
 
 Block = Title | Table | Said
 
+OWN_PROMPTS = Said(
+    "the judge's prompts are our own: compare these figures with each other alone", "note"
+)
 NO_FEEDBACK = Said(
     "--feedback NAME tells what labelled or wrote the model's training data; a judge of that "
     "family would favour it, as GPT-4 may Zephyr, which GPT-4 labelled",
@@ -108,7 +111,8 @@ def blocks(figures: dict) -> list[Block]:
         out = [block for f in shown.values() for block in alpaca(f)]
     else:
         out = mt_bench(shown)
-    if agreements := figures.get("agreement"):
+    agreements = figures.get("agreement")
+    if isinstance(agreements, list):  # else a model has that name
         out += [Title("Agreement"), *map(agreement, agreements)]
     return out
 
@@ -228,6 +232,7 @@ def _single(name: str, f: dict) -> list[Block]:
             f"{f['n_unanswered']} of them the judge did not answer"
         ),
     ]
+    out += _missing(f)
     if f["n_misread"]:
         out.append(
             Said(
@@ -272,6 +277,7 @@ def _pairs(name: str, f: dict) -> list[Block]:
             f"{f['game_ties']} games were called a tie, {f['n_failures']} have no verdict; a pair "
             "whose games disagree is a tie, and one that lacks a verdict is in no win rate"
         ),
+        *_missing(f),
     ]
     if f["n_duplicates"]:
         out.append(
@@ -293,6 +299,12 @@ def agreement(a: dict) -> Said:
         f"{one} and {other} agree on {a['same']:.1f} % of {a['n']} verdicts on {model}, Cohen's "
         f"kappa {number(a['kappa'], 3)}"
     )
+
+
+def _missing(f: dict) -> list[Said]:
+    judged, in_all = f["n_questions"], f["n_questions_in_all"]
+    said = f"{judged} of {in_all} questions were judged: the figures are not those of all"
+    return [Said(said, "warning")] * (judged < in_all)
 
 
 def _notes(figures: dict) -> list[Said]:

@@ -99,11 +99,10 @@ def table(rows: dict[str, dict], beta: float) -> str:
     """Return the summary as text, and what to make of it."""
     lines = [f"{'':36}{'pairs':>7}{'right':>8}{'95 % interval':>19}{'margin':>10}"]
     for title, row in rows.items():
-        shown = title if len(title) <= 35 else title[:34] + "…"
         shares = f"{row['low']:.1%} to {row['high']:.1%}"
-        margin = beta * row["margin"]
+        name, margin = files.plain(title, 35), beta * row["margin"]
         lines.append(
-            f"{shown:36}{row['pairs']:>7,}{row['accuracy']:>8.1%}{shares:>19}{margin:>10.3f}"
+            f"{name:36}{row['pairs']:>7,}{row['accuracy']:>8.1%}{shares:>19}{margin:>10.3f}"
         )
     longer, shorter = rows.get("chosen is longer"), rows.get("chosen is shorter")
     if longer and shorter and longer["low"] > 0.5 > shorter["high"]:
@@ -216,8 +215,10 @@ def run(args: argparse.Namespace) -> str:
         microbatch_tokens=args.microbatch_tokens,
     )
     c.check()
+    json_out = args.json and files.home(args.json)
+    files.check_outputs(readers.expand(c.data), {"--json": json_out})
     rows = summary(rank(model, against, c))
-    if args.json:
-        with files.atomic(Path(files.home(args.json))) as file:
+    if json_out:
+        with files.atomic(json_out) as file:
             file.write(json.dumps(rows, indent=1).encode() + b"\n")
     return table(rows, c.beta)

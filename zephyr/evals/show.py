@@ -7,12 +7,21 @@ answers give kappa.
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from itertools import combinations
 
 from zephyr.data.readers import expand, read_rows
-from zephyr.evals import alpaca, html, length_control, mt_bench, page
-from zephyr.files import atomic, home, plain
+from zephyr.evals import (
+    alpaca,
+    alpaca_prompt,
+    html,
+    length_control,
+    mt_bench,
+    mt_bench_prompts,
+    page,
+)
+from zephyr.files import atomic, check_outputs, home, plain, shown
 
 ALPACA, MT_BENCH = "AlpacaEval's annotations", "MT-Bench's judgments"
 
@@ -43,10 +52,16 @@ def report(
     feedback: str | None = None,
     json_out: str | None = None,
     html_out: str | None = None,
+    notes: Sequence[str] = (),
 ) -> str:
-    """Return the page of files of one benchmark, and write their figures as JSON, and the page to
-    click through, if there are paths to write them to."""
-    files = {str(path): list(read_rows(path)) for path in expand(paths)}
+    """Return the page of files of one benchmark, with the notes at its end, and write their figures
+    as JSON, and the page to click through, if there are paths to write them to."""
+    json_out, html_out = (path and home(path) for path in (json_out, html_out))
+    found = expand(paths)
+    check_outputs([*found, *filter(None, [questions])], {"--json": json_out, "--html": html_out})
+    if html_out:
+        html.check_name(html_out)
+    files = {str(path): list(read_rows(path)) for path in found}
     kinds = {path: kind(path, rows[0][1]) for path, rows in files.items()}
     first = next(iter(kinds))
     for path, name in kinds.items():
@@ -57,19 +72,31 @@ def report(
     if kinds[first] == ALPACA:
         if questions:
             raise ValueError(f"--questions is for {MT_BENCH}, and {first} has {ALPACA}")
-        figures, text = _alpaca(files, alpaca_data, feedback)
+        figures = _alpaca(files, alpaca_data, feedback)
     else:
         if alpaca_data:
             raise ValueError(f"--alpaca-data is for {ALPACA}, and {first} has {MT_BENCH}")
-        figures, text = _mt_bench(files, questions, feedback)
+        figures = _mt_bench(files, questions, feedback)
+    said = [page.Said(note, "note") for note in notes]
+    if any(is_own(row) for rows in files.values() for _, row in rows):
+        said.append(page.OWN_PROMPTS)
     if not feedback:
-        text += "\n" + page.text([page.NO_FEEDBACK])
+        said.append(page.NO_FEEDBACK)
+    blocks = page.blocks(figures) + said
     if json_out:
-        with atomic(home(json_out)) as file:
+        with atomic(json_out) as file:
             file.write((json.dumps(figures, indent=2) + "\n").encode())
     if html_out:
-        html.write(home(html_out), figures, files, questions, feedback)
-    return text
+        html.write(html_out, figures, blocks, files, questions)
+    return page.text(blocks)
+
+
+def is_own(row: dict) -> bool:
+    """Return True if the judge was asked by a prompt of our own."""
+    judge = row.get("judge")
+    names = [row.get("prompt"), *(judge[1:2] if isinstance(judge, list) else [])]
+    own = alpaca_prompt.OWN_NAME, mt_bench_prompts.OWN
+    return any(isinstance(name, str) and name.startswith(own) for name in names)
 
 
 def kind(path: str, row: dict) -> str:
@@ -86,7 +113,7 @@ def kind(path: str, row: dict) -> str:
     raise ValueError(f"{path} starts with {what}; it is neither {ALPACA} nor {MT_BENCH}")
 
 
-def _alpaca(files: dict[str, list], data: str | None, feedback: str | None) -> tuple[dict, str]:
+def _alpaca(files: dict[str, list], data: str | None, feedback: str | None) -> dict:
     runs = [alpaca.read(path, rows) for path, rows in files.items()]
     control = length_control.read(data) if data else None
     figures: dict[str, dict] = {}
@@ -111,9 +138,7 @@ def _alpaca(files: dict[str, list], data: str | None, feedback: str | None) -> t
     return _with(agreements, figures)
 
 
-def _mt_bench(
-    files: dict[str, list], questions: str | None, feedback: str | None
-) -> tuple[dict, str]:
+def _mt_bench(files: dict[str, list], questions: str | None, feedback: str | None) -> dict:
     category = mt_bench.categories(questions)
     judgments = [j for rows in files.values() for j in mt_bench.read(rows)]
     singles = [j for j in judgments if isinstance(j, mt_bench.Judgment)]
@@ -125,7 +150,7 @@ def _mt_bench(
     for key, those in by_model.items():
         figures[names[key]] = mt_bench.scores(those, category, feedback)
     for key, those in by_pair.items():
-        pairs = mt_bench.pairs(those, key[0], feedback)
+        pairs = mt_bench.pairs(those, key[0], feedback) | {"n_questions_in_all": len(category)}
         figures[names[key]] = figures.get(names[key], {}) | {"pairs": pairs}
     agreements = [
         mt_bench.agreement(by_model[one], by_model[other])
@@ -153,15 +178,24 @@ def _names(runs: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
     """Return the name under which each (model, judge) is shown: the model's, and the judge's behind
     it if several have judged that model."""
     runs = list(dict.fromkeys(runs))
-    judged = [model for model, _ in runs]
-    return {
-        (model, judge): model if judged.count(model) == 1 else f"{model} ({judge})"
+    judged = Counter(model for model, _ in runs)
+    names = {
+        (model, judge): model if judged[model] == 1 else f"{model} ({judge})"
         for model, judge in runs
     }
+    for name, times in Counter(names.values()).items():
+        if times > 1:
+            raise ValueError(f"two runs are both shown as {shown(name)}; show one of the two")
+    return names
 
 
-def _with(agreements: list[dict], figures: dict) -> tuple[dict, str]:
-    """Return the figures with how judges agree, where there are two of them, and the page."""
+def _with(agreements: list[dict], figures: dict) -> dict:
+    """Return the figures with how judges agree, where there are two of them."""
     if agreements:
+        if "agreement" in figures:
+            raise ValueError(
+                "a model has the name 'agreement', under which it stands how judges agree; show "
+                "one judge's files at a time"
+            )
         figures = figures | {"agreement": agreements}
-    return figures, page.text(page.blocks(figures))
+    return figures
