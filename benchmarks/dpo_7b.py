@@ -2,6 +2,7 @@
 
     python -m benchmarks.dpo_7b                                     one H200, under ten minutes
     python -m benchmarks.dpo_7b --contenders trl-tuned              as long again
+    python -m benchmarks.dpo_7b --contenders lora trl-lora          with adapters of rank 128
     python -m benchmarks.dpo_7b --shape tiny --steps 3 --batch 4    a CPU, in two or three
 
     ours      train_dpo.py from its command line
@@ -10,11 +11,14 @@
     trl       DPOTrainer with its defaults, of which the fused head is one since 1.15: padded,
               recomputing, bf16 autocast over fp32 weights
     trl-tuned the same, with the pairs of a step in the order of their lengths: less is padded
+    lora      train_dpo.py with the adapters, and for the memory, of the recipe zephyr-7b-dpo-lora
+    trl-lora  trl with PEFT's adapters beside weights that are bf16 if it computes in bf16
 
-All get the same starting weights, and in the same batches the same pairs: random ids, of the
-lengths that UltraFeedback has. Losses that differ at any step fail the run; running out of memory
-is a result. OUT/dpo_7b.jsonl gets a line for each contender, and one that has its line there or in
-benchmarks/h200, of the same flags, machine and code, is not run again.
+All get the same starting weights, adapters' too, and in the same batches the same pairs: random
+ids, of the lengths that UltraFeedback has. Losses that differ at any step fail the run, with
+adapters and without for themselves; running out of memory is a result. OUT/dpo_7b.jsonl gets a line
+for each contender, and one that has its line there or in benchmarks/h200, of the same flags,
+machine and code, is not run again.
 
 TRL at 7b, in the 140 GiB of an H200: weights, gradients and moments in fp32 are 108, autocast's
 bf16 weights 13.5. A reference that stays leaves nothing for activations, so its log-probs are
@@ -22,8 +26,8 @@ precomputed; smaller shapes keep it, as TRL does. A bf16 model would fit with on
 learning rates nearly all its updates round to nothing: not the same training.
 
 A machine without a network gets TRL as wheels, in a folder that git ignores:
-    pip download --no-deps --python-version 3.12 -d wheels trl datasets dill multiprocess
-    pip install --no-deps --no-index --find-links wheels trl datasets dill multiprocess
+    pip download --no-deps --python-version 3.12 -d wheels trl datasets dill multiprocess peft
+    pip install --no-deps --no-index --find-links wheels trl datasets dill multiprocess peft
 """
 
 import argparse
@@ -46,14 +50,16 @@ from torch import Tensor, nn
 from benchmarks import vs_trl
 from benchmarks.gpu import GRACE, MINUTES, ROOT, Part, attempt
 from benchmarks.vs_trl import SIZES, TOLERANCE, VOCABULARY, WARM_UP
-from zephyr import packing, reference
+from zephyr import config, lora, packing, reference
 from zephyr.data import arrays, batching
 from zephyr.data.batching import PairSteps
 from zephyr.distributed import fsdp
 from zephyr.distributed.machine import tune_allocators
 from zephyr.metrics import means
 from zephyr.packing import pack_pairs
-from zephyr.weights import base, config_json, hub, masters
+from zephyr.plan import costs
+from zephyr.run.folder import Run
+from zephyr.weights import adapter, base, config_json, hub, masters
 
 KEPT, FILE = ROOT / "benchmarks" / "h200", "dpo_7b.jsonl"
 PAIRS = 61_135  # of UltraFeedback, an epoch
@@ -65,7 +71,11 @@ CONTENDERS = {  # each with the modules without which it is left out, and second
     "control": Part("transformers' Mistral in train_dpo.py", 210, (), ("transformers",)),
     "trl": Part("DPOTrainer", 330, (), ("trl", "datasets")),
     "trl-tuned": Part("DPOTrainer, pairs by length", 330, (), ("trl", "datasets")),
+    "lora": Part("train_dpo.py with adapters", 210, ()),
+    "trl-lora": Part("DPOTrainer with PEFT's adapters", 330, (), ("trl", "datasets", "peft")),
 }
+ADAPTED = ["lora", "trl-lora"]  # who is compared with each other, and not with the rest
+LORA = "zephyr-7b-dpo-lora"  # the recipe of `lora`
 DEFAULT = ["ours", "control", "trl"]  # what ten minutes are enough for
 COLUMNS = {
     "pairs/s": ("pairs_per_second", 3),
@@ -93,8 +103,6 @@ LENGTHS = """
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags. Raises ValueError for a mistaken one, those for train_dpo.py included."""
-    from zephyr import config
-
     about, _, notes = __doc__.partition("\n")
     parser = argparse.ArgumentParser(
         "python -m benchmarks.dpo_7b",
@@ -111,9 +119,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     usual = "bf16" if torch.cuda.is_available() else "fp32"  # many a CPU has no bf16 to speak of
     add("--precision", choices=TOLERANCE, default=usual, help=f"[{usual}]")
     add("--lr", type=float, help="constant [1e-5 / 256 x width: the losses move, none flies off]")
-    add("--contenders", nargs="+", choices=CONTENDERS, default=DEFAULT, help="[all but trl-tuned]")
+    add("--lora-lr", type=float, help="of adapters [8 x --lr: at 7b it is the recipe's 5e-6]")
+    some = " ".join(DEFAULT)
+    add("--contenders", nargs="+", choices=CONTENDERS, default=DEFAULT, help=f"[{some}]")
     add("--ours", help=f"more flags of train_dpo.py, in quotes [at 7b {OWN['7b']}]")
     add("--control", help="likewise [as --ours]")
+    add(
+        "--lora", default="", help=f"likewise; {LORA} is the recipe, and trl-lora's adapters follow"
+    )
     add("--trl-pairs", type=int, help="per_device_train_batch_size [4, or --batch if less]")
     add("--trl-reference", choices=("live", "cached"), help="[live; at 7b cached]")
     add("--minutes", type=float, default=MINUTES, help=f"in all [{MINUTES}]")
@@ -135,22 +148,43 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if not o.minutes > 0:
         raise ValueError(f"--minutes {o.minutes} must be above 0")
     o.lr = o.lr or 1e-5 * SIZES["tiny"][0] / SIZES[o.shape][0]
+    o.lora_lr = o.lora_lr or 8 * o.lr
     if o.ours is None:
         o.ours = OWN.get(o.shape, "") if o.precision == "bf16" else ""
     o.control = o.ours if o.control is None else o.control
     o.trl_reference = o.trl_reference or ("cached" if o.shape == "7b" else "live")
-    for name in ("ours", "control"):
+    for name in ("ours", "control", "lora"):
         try:
-            config.parse(config.DPOConfig, flags(o, Path(), name))
+            found = settings(o, name)
         except ValueError as mistake:
             raise ValueError(f"--{name}: {mistake}") from None
+        if bool(found.lora_rank) != (name == "lora"):
+            rank = found.lora_rank
+            raise ValueError(f"--{name}: --lora-rank is {rank}; adapters are for --lora alone")
     return o
 
 
 def flags(o: argparse.Namespace, place: Path, name: str) -> list[str]:
     """train_dpo.py's. Without smoothing `robust` is DPO's loss, in plain torch ops."""
-    own = shlex.split(getattr(o, name))
-    return vs_trl.flags(o, place, o.precision, *["--loss", "robust"][: 2 * (name != "ours")], *own)
+    kind = {"control": ["--loss", "robust"], "lora": [LORA, "--log-every", "1"]}.get(name, [])
+    return vs_trl.flags(o, place, o.precision, *kind, *shlex.split(getattr(o, name)))
+
+
+def settings(o: argparse.Namespace, name: str) -> config.DPOConfig:
+    """What train_dpo.py makes of its flags, of which the paths do not count here."""
+    return config.parse(config.DPOConfig, flags(o, Path(), name))[0]
+
+
+def rate(o: argparse.Namespace, name: str) -> float:
+    """The contender's learning rate."""
+    return o.lora_lr if name in ADAPTED else o.lr
+
+
+def start(name: str, shape: torch.Size, device: torch.device) -> Tensor:
+    """The starting values of a parameter, in fp32: an adapter's are `lora.initial`."""
+    if lora.is_adapter(name):
+        return lora.initial(name, shape, config.DPOConfig.seed).to(device)
+    return drawn(name, shape, device)
 
 
 def drawn(name: str, shape: torch.Size, device: torch.device) -> Tensor:
@@ -191,9 +225,7 @@ def tokens(count: int):
 
 def plan(o: argparse.Namespace, data):
     """Which of the pairs each step has, as train_dpo.py plans it."""
-    from zephyr.config import DPOConfig
-
-    return PairSteps(data, o.batch, 1 << 30, DPOConfig.seed, rank=0, world=1)
+    return PairSteps(data, o.batch, 1 << 30, config.DPOConfig.seed, rank=0, world=1)
 
 
 def apart(pairs: list, numbers: list[int]):
@@ -213,14 +245,15 @@ def apart(pairs: list, numbers: list[int]):
 
 def work(o: argparse.Namespace) -> list[dict[str, float]]:
     """Of each step the tokens and FLOPs that it takes, prompts shared and not: no padding, no
-    recomputation, no reference. See costs.model_flops."""
+    recomputation, no reference, and no gradient of frozen weights. See costs.model_flops."""
 
     data, shape, steps = tokens(o.steps * o.batch), vs_trl.architecture(o.shape), []
     order = plan(o, data)
+    thin = costs.adapters(settings(o, "lora")) if o.contenders[0] in ADAPTED else None
     for step in range(o.steps):
         numbers = order.step(step).tolist()
         pairs = [data.pair(k) for k in numbers]
-        shared, unshared = (means.work(shape, p(pairs, numbers)) for p in (pack_pairs, apart))
+        shared, unshared = (means.work(shape, p(pairs, numbers), thin) for p in (pack_pairs, apart))
         steps.append(
             {
                 "tokens": shared["tokens"],
@@ -241,7 +274,7 @@ def ours(o: argparse.Namespace, place: Path) -> dict:
     def load(_, model: nn.Module, seed: int) -> None:
         for name, p in model.named_parameters():
             local = p.to_local() if hasattr(p, "to_local") else p
-            masters.fill(p, local, drawn(name, p.shape, local.device))
+            masters.fill(p, local, start(name, p.shape, local.device))
 
     def measured(model: nn.Module):
         spent = []
@@ -253,11 +286,11 @@ def ours(o: argparse.Namespace, place: Path) -> dict:
             return sums
 
         # of the control's head a compiler makes another graph where no gradient is wanted
-        return reference.Reference(call, exact=o.contenders[0] == "ours")
+        return reference.Reference(call, exact=o.contenders[0] != "control")
 
     # on the device: 29 GB of files would be minutes of a lease on their way there, and writing the
     # result to a disk and taking the digest of files as many
-    hub.load, hub.digest, hub.save = load, lambda _: "random", lambda *_, **__: None
+    hub.load, hub.digest, Run.export = load, lambda _: "random", lambda *_: None
     base.look = lambda c: (c, config_json.read(c.model), SimpleNamespace(), [])
     arrays.preferences, reference.live = lambda *_: made, measured
     return vs_trl.script(o, place, flags(o, place, o.contenders[0])) | {"calls": calls}
@@ -321,16 +354,20 @@ def trl(o: argparse.Namespace, place: Path) -> dict:
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    thin = lora.spec(settings(o, "lora")) if o.contenders[0] in ADAPTED else None
+    frozen = torch.bfloat16 if thin and o.precision == "bf16" else torch.float32
     tune_allocators()  # as the others do
 
     @torch.no_grad()
     def build() -> nn.Module:
         with device:
             shape = AutoConfig.from_pretrained(place / "base")
-            model = AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
+            model = AutoModelForCausalLM.from_config(shape, dtype=frozen)
         for name, p in model.named_parameters():
-            p.copy_(drawn(name, p.shape, device))
+            p.copy_(start(name, p.shape, device))
         return model
+
+    trl.trainer.dpo_trainer.get_peft_model = adapted
 
     # on a CPU and for the same reason: it names a cache that nobody will look for
     trl.trainer.dpo_trainer.hash_module = lambda _: "random"
@@ -346,12 +383,40 @@ def trl(o: argparse.Namespace, place: Path) -> dict:
         build(),
         PreTrainedTokenizerFast(tokenizer_object=words, pad_token="</s>"),
         batches,
-        None if cached else build(),
+        None if cached or thin else build(),  # without adapters the model is its reference
+        peft_config(thin) if thin else None,
         output_dir=str(place / "run"),
         bf16=o.precision == "bf16",
         per_device_train_batch_size=o.trl_pairs,
         precompute_ref_log_probs=cached,
     )
+
+
+def peft_config(spec: lora.Spec):
+    """PEFT's for the same adapters."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=spec.rank,
+        lora_alpha=spec.alpha,
+        target_modules=list(spec.targets),
+        use_rslora=spec.rslora,
+        lora_dropout=0.0,
+        task_type="CAUSAL_LM",
+    )
+
+
+@torch.no_grad()
+def adapted(model: nn.Module, wanted) -> nn.Module:
+    """peft.get_peft_model, but the adapters start from the values that ours start from."""
+    from peft import get_peft_model
+
+    wrapped = get_peft_model(model, wanted)
+    for name, p in wrapped.named_parameters():
+        if p.requires_grad:
+            ours = name.removeprefix(adapter.PREFIX).replace(".default.", ".")
+            p.copy_(start(ours, p.shape, p.device))
+    return wrapped
 
 
 def child(o: argparse.Namespace) -> None:
@@ -365,7 +430,8 @@ def child(o: argparse.Namespace) -> None:
         config_json.write_config(place / "base", vs_trl.architecture(o.shape), "float32", {})
         try:
             name = o.contenders[0]
-            side = trl if name.startswith("trl") else {"ours": ours, "control": control}[name]
+            o.lr = rate(o, name)
+            side = trl if name.startswith("trl") else control if name == "control" else ours
             cuda = torch.cuda.is_available()
             peak = means.peak_flops(torch.cuda.get_device_name()) if cuda else None
             found = rates(o, side(o, place), peak)
@@ -395,10 +461,11 @@ def about(o: argparse.Namespace, name: str, machine: dict) -> dict:
     """What a contender's result depends on: one whose `about` is equal stands for a new run."""
     trls = f"{o.trl_pairs} pairs, {o.trl_reference}"
     own = trls if name.startswith("trl") else getattr(o, name)
+    own += f", --lora {o.lora}" * (name == "trl-lora")
     # the host of a GPU may be another the next time
     same = {k: v for k, v in machine.items() if not (machine["gpu"] and k in ("cpu", "cores"))}
-    given = {k: getattr(o, k) for k in ("shape", "steps", "batch", "precision", "lr")}
-    return {"contender": name, "own": own, **given, **same}
+    given = {k: getattr(o, k) for k in ("shape", "steps", "batch", "precision")}
+    return {"contender": name, "own": own, **given, "lr": rate(o, name), **same}
 
 
 def earlier(o: argparse.Namespace) -> list[dict]:
@@ -433,7 +500,14 @@ def compare(o: argparse.Namespace) -> str:
         if same:
             results[name] = same[-1]
     ran = {name: r for name, r in results.items() if "error" not in r}
-    print(f"\n{o.shape} {o.precision}\n{vs_trl.table(results, COLUMNS, ('control', 'trl'))}")
+    groups = {
+        "": {name: r for name, r in results.items() if name not in ADAPTED},
+        " with adapters": {name: r for name, r in results.items() if name in ADAPTED},
+    }
+    for kind, group in groups.items():
+        if group:
+            lines = vs_trl.table(group, COLUMNS, ("control", "trl"))
+            print(f"\n{o.shape} {o.precision}{kind}\n{lines}")
     for name in (name for name, r in ran.items() if "phases" in r):
         print(f"{name}:", *(f"{k} {v:.3g}" for k, v in ran[name]["phases"].items()), sep="  ")
     for name, end in ends.items():
@@ -443,7 +517,10 @@ def compare(o: argparse.Namespace) -> str:
         for name, end in ends.items()
         if name not in results and not end.startswith("left out: it needs")
     ]
-    return "; ".join(filter(None, [*bad, ran and vs_trl.verdict(ran, o.precision)]))
+    for group in groups.values():
+        same = {name: ran[name] for name in group if name in ran}
+        bad += [vs_trl.verdict(same, o.precision)] if same else []
+    return "; ".join(filter(None, bad))
 
 
 def run(o: argparse.Namespace, name: str, left: float) -> tuple[list[dict], str]:

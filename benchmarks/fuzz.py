@@ -45,7 +45,7 @@ from zephyr import config, feedback, files
 from zephyr.data import arrays, forms, readers
 from zephyr.model import Mistral
 from zephyr.tokenizer import Tokenizer
-from zephyr.weights import base, config_json, locate, mistral, safetensor_files, tokenizer_json
+from zephyr.weights import base, config_json, hub, locate, mistral, safetensor_files, tokenizer_json
 
 MESSAGE = 600  # characters, of which the path in a test may be half
 ODD = [  # JSON that a row or a config should not hold
@@ -217,6 +217,7 @@ CONFIG = {
     "rope_scaling": None,
     "auto_map": {"AutoModel": "evil.Model"},
 }
+BASE = CONFIG | {"vocab_size": 302, "max_position_embeddings": 160}  # of `pieces`
 PARAMS = {
     "dim": 8,
     "n_layers": 1,
@@ -328,6 +329,14 @@ def ok(holds: bool, what: str) -> None:
         raise AssertionError(what)
 
 
+def check_message(error: ValueError, folder: Path) -> None:
+    """What holds of each refusal of a file in the folder."""
+    text = str(error)
+    ok(text.isprintable(), f"more than one line, or not text: {text[:2000]!r}")
+    ok(str(folder) in text, f"the file is not named: {text[:2000]!r}")
+    ok(len(text) < MESSAGE, f"{len(text)} characters: {text[:2000]!r}")
+
+
 def read_weights(path: Path) -> None:
     found = safetensor_files.stored(*locate.weight_files(path.parent))
     for name, tensor in found.items():
@@ -358,12 +367,23 @@ def read_base(path: Path) -> None:
 
 
 def read_adapter(path: Path) -> None:
-    """A folder with an adapter is refused; what is read of it is the name of its base."""
+    """The adapter as a run starts from it, and merged. The base that its config names, which is
+    another, is found or refused."""
+    folder, given = path.parent, path.parent / "base"
     try:
-        read_base(path)
+        locate.parts(folder)
     except ValueError as error:
-        if "is a LoRA adapter (adapter_config.json) of 'a/b', not a model" not in str(error):
-            raise
+        check_message(error, folder)
+    notes = base.look(replace(SETTINGS, model=str(folder), base=str(given)))[3]
+    ok(all(note.isprintable() for note in notes), "not text")
+    place = locate.parts(folder, given)
+    model = Mistral(config_json.read(given))
+    hub.load(place, model)
+    hub.merge(place, folder / "merged")
+    again = Mistral(model.config)
+    hub.load(folder / "merged", again)
+    same = zip(model.parameters(), again.parameters(), strict=True)
+    ok(all(torch.equal(p, q) for p, q in same), "merged is not what was loaded")
 
 
 def read_params(path: Path) -> None:
@@ -524,6 +544,63 @@ def beside_params(folder: Path) -> None:
     save_file(tensors, folder / "consolidated.safetensors")
 
 
+@cache
+def base_weights() -> bytes:
+    torch.manual_seed(0)
+    model = Mistral(config_json.parse(BASE, Path("config.json")))
+    return save({name: p.detach() for name, p in model.named_parameters()}, {"format": "pt"})
+
+
+def a_whole_base(folder: Path) -> None:
+    (base := folder / "base").mkdir()
+    a_base(base)
+    (base / locate.SINGLE).write_bytes(base_weights())
+
+
+def beside_adapter_config(folder: Path) -> None:
+    a_whole_base(folder)
+    (folder / locate.ADAPTER_WEIGHTS).write_bytes(adapter_weights_seeds()[0])
+
+
+def beside_adapter_weights(folder: Path) -> None:
+    a_whole_base(folder)
+    (folder / locate.ADAPTER).write_bytes(adapter_seeds()[0])
+
+
+def adapter_seeds() -> list[bytes]:
+    """Ours, and one that PEFT could have written."""
+    ours = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": "a/b",
+        "r": 2,
+        "lora_alpha": 4,
+        "lora_dropout": 0.0,
+        "target_modules": ["q_proj", "down_proj"],
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "modules_to_save": None,
+        "init_lora_weights": True,
+    }
+    others = {"use_rslora": True, "lora_dropout": 0.05, "alpha_pattern": {}, "use_dora": False}
+    return [json.dumps(value).encode() for value in (ours, ours | others)]
+
+
+def adapter_weights_seeds() -> list[bytes]:
+    """The second has the names that PEFT gives its parameters in memory, and another dtype."""
+    widths = {"self_attn.q_proj": (32, 32), "mlp.down_proj": (56, 32)}
+    tensors = {}
+    for name, (into, out) in widths.items():
+        name = f"base_model.model.model.layers.1.{name}"
+        tensors[f"{name}.lora_A.weight"] = torch.full((2, into), 0.5)
+        tensors[f"{name}.lora_B.weight"] = torch.full((out, 2), 0.25)
+    older = {name.replace(".weight", ".default.weight"): x for name, x in tensors.items()}
+    return [
+        save(tensors, {"format": "pt"}),
+        save({name: x.bfloat16() for name, x in older.items()}),
+    ]
+
+
 def weights_seeds() -> list[bytes]:
     tensors = {"a.weight": torch.ones(2, 3), "b": torch.zeros(4).bfloat16(), "c": torch.zeros(0, 2)}
     return [save(tensors, {"format": "pt"}), save({"x": torch.tensor(1.0)})]
@@ -579,8 +656,7 @@ def tokenizer_json_seeds() -> list[bytes]:
 
 def a_base(folder: Path) -> None:
     (folder / "tokenizer.model").write_bytes(pieces())
-    changes = {"vocab_size": 302, "max_position_embeddings": 160}
-    files.write_json(folder / "config.json", CONFIG | changes)
+    files.write_json(folder / "config.json", BASE)
 
 
 def list_seeds() -> list[bytes]:
@@ -603,8 +679,13 @@ TARGETS = {
         read_base,
         around=a_base,
     ),
-    "adapter": Target(
-        "adapter_config.json", lambda: [b'{"base_model_name_or_path": "a/b", "r": 8}'], read_adapter
+    "adapter": Target(locate.ADAPTER, adapter_seeds, read_adapter, around=beside_adapter_config),
+    "adapter weights": Target(
+        locate.ADAPTER_WEIGHTS,
+        adapter_weights_seeds,
+        read_adapter,
+        header_json,
+        beside_adapter_weights,
     ),
     "params": Target(
         "params.json", lambda: [json.dumps(PARAMS).encode()], read_params, around=beside_params
@@ -634,10 +715,8 @@ def attempt(target: Target, content: bytes, parent: Path) -> bool:
     try:
         target.read(path)
     except ValueError as error:
-        accepted, text = False, str(error)
-        ok(text.isprintable(), f"more than one line, or not text: {text[:2000]!r}")
-        ok(str(folder) in text, f"the file is not named: {text[:2000]!r}")
-        ok(len(text) < MESSAGE, f"{len(text)} characters: {text[:2000]!r}")
+        accepted = False
+        check_message(error, folder)
     ok(sorted(os.listdir(parent)) == before, "a file was written outside the folder")
     shutil.rmtree(folder)
     return accepted

@@ -221,9 +221,10 @@ def trl(o: argparse.Namespace, place: Path, name: str, precision: str) -> dict:
 
 
 def trainer(
-    o: argparse.Namespace, model, tokenizer, batches: list[list], frozen=None, **own
+    o: argparse.Namespace, model, tokenizer, batches: list[list], frozen=None, adapters=None, **own
 ) -> dict:
-    """TRL's DPOTrainer on the pairs of each step in `batches`; `own` are settings of its DPOConfig.
+    """TRL's DPOTrainer on the pairs of each step in `batches`; `adapters` is a config of PEFT's,
+    `own` are settings of its DPOConfig.
     `calls` are the pairs and seconds of each call that precomputes reference log-probs."""
     import torch
     from datasets import Dataset
@@ -273,6 +274,7 @@ def trainer(
         train_dataset=Dataset.from_dict(columns),
         processing_class=tokenizer,
         callbacks=[Clock()],
+        peft_config=adapters,
     )
     run.train()
     return {

@@ -11,6 +11,8 @@ import torch
 import transformers
 
 from benchmarks import dpo_7b, vs_trl
+from zephyr import config, lora
+from zephyr.config import DPOConfig
 from zephyr.model import Mistral
 from zephyr.packing import Pair, pack_pairs
 from zephyr.weights import config_json
@@ -18,6 +20,16 @@ from zephyr.weights import config_json
 pytestmark = pytest.mark.tools
 
 TINY = ["--shape", "tiny", "--steps", "3", "--batch", "1"]
+SMALL = {  # the same in Hugging Face's words
+    "hidden_size": 256,
+    "intermediate_size": 896,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 32000,
+}
+PATHS = ["--model", "m", "--data", "d", "--out", "o"]
+BF16 = ["--precision", "bf16"]
 MACHINE = {"gpu": None, "cpu": "some", "cores": 2, "commit": "abc", "torch": "2.13"}
 
 
@@ -65,6 +77,9 @@ def table(monkeypatch, tmp_path):
         ("--contenders theirs", "argument --contenders: invalid choice: 'theirs'"),
         ("--ours=--recompute=some", "--ours: argument --recompute: invalid choice: 'some'"),
         ("--control=--reworm=0.1", "--control: unknown argument --reworm=0.1"),
+        ("--lora=--lora-rank=5000", "--lora: --lora-rank 5000 must be from 0 to 4096"),
+        ("--lora=--lora-rank=0", "--lora: --lora-alpha is for adapters; give"),
+        ("--ours=--lora-rank=8", "--ours: --lora-rank is 8; adapters are for --lora alone"),
     ],
 )
 def test_a_mistake_costs_one_line(line, message, capsys):
@@ -91,16 +106,7 @@ def test_starting_weights_go_by_name():
     shape = vs_trl.architecture("tiny")
     with torch.device("meta"):
         ours = {name: p.shape for name, p in Mistral(shape).named_parameters()}
-        theirs = transformers.AutoModelForCausalLM.from_config(
-            transformers.MistralConfig(
-                hidden_size=256,
-                intermediate_size=896,
-                num_hidden_layers=4,
-                num_attention_heads=8,
-                num_key_value_heads=4,
-                vocab_size=32000,
-            )
-        )
+        theirs = transformers.AutoModelForCausalLM.from_config(transformers.MistralConfig(**SMALL))
     assert ours == {name: p.shape for name, p in theirs.named_parameters()}
     cpu, names = torch.device("cpu"), ["model.norm.weight", "lm_head.weight", *list(ours)[1:3]]
     once = {name: dpo_7b.drawn(name, ours[name], cpu) for name in names}
@@ -109,6 +115,55 @@ def test_starting_weights_go_by_name():
     q, k = names[2:]
     assert once["lm_head.weight"].std() == pytest.approx(0.02, rel=0.01)
     assert not torch.equal(once[q][:8], once[k][:8]) and (once["model.norm.weight"] == 1).all()
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
+def test_adapters_start_as_ours_in_peft():
+    """PEFT's parameters that train have the names and the values that ours have; the base is drawn
+    for both."""
+    o = dpo_7b.parse([*TINY, "--lora=--lora-rank=4 --lora-targets=q_proj,down_proj"])
+    spec, cpu = lora.spec(dpo_7b.settings(o, "lora")), torch.device("cpu")
+    with torch.device("meta"):
+        ours = Mistral(vs_trl.architecture("tiny"))
+    lora.attach(ours, spec, "fp32", cpu)
+    expected = {name: p.shape for name, p in ours.named_parameters() if p.requires_grad}
+    model = transformers.AutoModelForCausalLM.from_config(transformers.MistralConfig(**SMALL))
+    theirs = dpo_7b.adapted(model, dpo_7b.peft_config(spec))
+    theirs = {name: p for name, p in theirs.named_parameters() if p.requires_grad}
+    assert len(theirs) == len(expected) == 2 * 2 * 4
+    for name, shape in expected.items():
+        other = theirs[f"base_model.model.{name.removesuffix('.weight')}.default.weight"]
+        assert torch.equal(other, lora.initial(name, shape, DPOConfig.seed))
+        assert torch.equal(other, dpo_7b.start(name, shape, cpu))
+        assert bool(other.any()) == name.endswith(lora.A)
+
+
+def test_lora_has_the_recipe_at_7b():
+    """What of the recipe decides the work; objective and schedule are those of the others."""
+    o = dpo_7b.parse(["--precision", "bf16"])
+    c, _ = config.parse(config.DPOConfig, [dpo_7b.LORA, *PATHS])
+    found = dpo_7b.settings(o, "lora")
+    for name in ("lora_rank", "lora_alpha", "lora_targets", "recompute", "microbatch_tokens"):
+        assert getattr(found, name) == getattr(c, name), name
+    assert dpo_7b.rate(o, "lora") == dpo_7b.rate(o, "trl-lora") == c.lr and c.lora_rank == 128
+    assert found.seed == DPOConfig.seed and dpo_7b.settings(o, "ours").lora_rank == 0
+    assert dpo_7b.rate(o, "trl") == dpo_7b.settings(o, "ours").lr == o.lr == 6.25e-7
+
+
+def test_adapters_are_held_to_each_other_alone(table, capsys):
+    """Losses with adapters may be others than without, and not differ among themselves."""
+    same = {name: result([0.69, 0.5]) for name in dpo_7b.DEFAULT}
+    thin = {name: result([0.69, 0.6]) for name in dpo_7b.ADAPTED}
+    asked = ["--contenders", *dpo_7b.DEFAULT, *dpo_7b.ADAPTED]
+    table(same | thin, *asked)
+    said = capsys.readouterr().out
+    assert "lora pairs_per_second: 1.00 x trl-lora\n" in said
+    assert "ours pairs_per_second: 1.00 x control, 1.00 x trl\n" in said
+    with pytest.raises(SystemExit, match=r"0.610000 in trl-lora, 0.600000 in lora; over 0.005"):
+        table(
+            thin | {"trl-lora": result([0.69, 0.61])}, "--again", *BF16, *asked[:1], *dpo_7b.ADAPTED
+        )
+    table(same | thin, "--lora-lr", "1e-3", *asked)
 
 
 def test_the_control_is_planned_by_the_lengths_of_its_own_packs(monkeypatch):
@@ -220,6 +275,24 @@ def test_a_real_run(tmp_path, capsys, monkeypatch):
     assert abs(ours["losses"][2] - math.log(2)) > 10 * vs_trl.TOLERANCE["fp32"], "it learns"
     assert ours["hours"] > 0 and ours["reference"] > 0 and ours["peak_gib"] > 0.1
     assert "ours pairs_per_second: " in capsys.readouterr().out
+
+
+def test_a_real_run_with_adapters(tmp_path, capsys, monkeypatch):
+    """It starts at ln 2 and learns in another way than all weights do; its work is less."""
+    monkeypatch.setattr(dpo_7b, "KEPT", tmp_path)
+    argv = [*TINY, "--precision", "fp32", "--out", str(tmp_path), "--contenders", "lora"]
+    dpo_7b.main(argv)
+    (row,) = (json.loads(x) for x in (tmp_path / dpo_7b.FILE).read_text().splitlines())
+    found, about = row["found"], row["about"]
+    assert about["lr"] == 8e-5 and about["contender"] == "lora"
+    assert found["losses"][0] == pytest.approx(math.log(2), abs=1e-6)
+    assert abs(found["losses"][2] - math.log(2)) > 10 * vs_trl.TOLERANCE["fp32"], "it learns"
+    assert found["reference"] > 0 and "tiny fp32 with adapters" in capsys.readouterr().out
+    thin, whole = (
+        dpo_7b.work(dpo_7b.parse([*TINY, "--contenders", name])) for name in ("lora", "ours")
+    )
+    for a, b in zip(thin, whole, strict=True):
+        assert a["tokens"] == b["tokens"] and a["flops"] != b["flops"]
 
 
 def test_the_architecture_is_one_that_huggingface_reads(tmp_path):

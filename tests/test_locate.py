@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from model_helpers import MISTRAL_7B, folder_of, model, put, refused
+from zephyr.files import shown
 from zephyr.model import Mistral
 from zephyr.weights import base, config_json, hub, locate
 
@@ -142,6 +143,19 @@ def test_quantized_by_its_tensors(tmp_path, ending):
     odd = {f"{name}.weight": None, f"{name}.{ending}": torch.ones(3)}
     line = refused(folder_of(model(), tmp_path / "odd", **odd))
     assert f"odd has {name}.{ending}: quantized weights cannot be trained; take the model" in line
+
+
+@pytest.mark.parametrize(
+    "named", ["", "x" * 5000, "~no-such-user/x", "a\0b", "\ud800", 3, [], None], ids=repr
+)
+def test_an_adapter_whose_base_is_no_path(tmp_path, monkeypatch, named):
+    """An empty name is not the working folder, and one too long is refused as any other."""
+    monkeypatch.chdir(tmp_path)
+    folder = put(tmp_path / "it", adapter_config__json={"base_model_name_or_path": named})
+    line = f"{folder} is a LoRA adapter (adapter_config.json) of {shown(named)}, which is no folder"
+    with pytest.raises(ValueError) as raised:
+        locate.parts(folder)
+    assert str(raised.value).startswith(line) and len(str(raised.value)) < 600
 
 
 def test_a_lora_adapter(tmp_path, good):

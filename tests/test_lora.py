@@ -631,6 +631,8 @@ Q = adapter.PREFIX + "model.layers.0.self_attn.q_proj.lora_"
         (None, {"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'; only True or"),
         (None, {"modules_to_save": ["lm_head"]}, r"modules_to_save is \['lm_head'\]; only None"),
         (None, {"lora_alpha": 0}, "lora_alpha is 0; it must be a positive number"),
+        (None, {"use_rslora": 1}, "use_rslora is 1; it must be true or false"),
+        (None, {"\x1b[2J": 1}, r"adapter_config.json: '\\x1b\[2J' is 1; only None"),
         ({}, {}, "adapter_model.safetensors holds no tensor"),
         ({f"{Q}A.weight": torch.ones(2, 32)}, {}, r"q_proj are \[2, 32\] and None; they must be"),
         (
@@ -645,6 +647,21 @@ Q = adapter.PREFIX + "model.layers.0.self_attn.q_proj.lora_"
             r"layers.7.*q_proj.weight is for \[32, 32\], and .*base has none",
         ),
         ({"base_model.model.lm_head.lora_A.weight": torch.ones(2, 32)}, {}, "is no adapter of a"),
+        (
+            {f"{Q}A.weight": torch.ones(0, 32), f"{Q}B.weight": torch.ones(32, 0)},
+            {},
+            r"q_proj are \[0, 32\] and \[32, 0\]; they must be \[r, in\] and \[out, r\], and r",
+        ),
+        (
+            {f"{Q}A.weight": torch.ones(2, 32).char(), f"{Q}B.weight": torch.ones(32, 2).char()},
+            {},
+            "lora_A.weight is I8; adapters are one of F64, F32, F16, BF16",
+        ),
+        (
+            {f"{Q}{end}": torch.ones(2, 32) for end in ("A.weight", "A.default.weight")},
+            {},
+            r"has model.layers.0.self_attn.q_proj.lora_A.weight twice, once as base_model",
+        ),
         (
             {f"{Q}A.weight": torch.full((2, 32), math.nan), f"{Q}B.weight": torch.ones(32, 2)},
             {},

@@ -75,7 +75,10 @@ def read(folder: Path) -> dict[str, Pair]:
     for key, value in raw.items():
         if value and key not in SILENT and value not in ONLY.get(key, ()):
             rule = " or ".join(map(repr, ONLY.get(key, (None,))))
-            raise ValueError(f"{path}: {key} is {shown(value)}; only {rule} is implemented")
+            name = files.plain(key)
+            raise ValueError(f"{path}: {name} is {shown(value)}; only {rule} is implemented")
+    if (rslora := raw.get("use_rslora")) not in (None, False, True) or type(rslora) is int:
+        raise ValueError(f"{path}: use_rslora is {shown(rslora)}; it must be true or false")
     alpha = raw.get("lora_alpha")
     if type(alpha) not in (int, float) or not 0 < alpha < 1e9:
         raise ValueError(f"{path}: lora_alpha is {shown(alpha)}; it must be a positive number")
@@ -83,13 +86,14 @@ def read(folder: Path) -> dict[str, Pair]:
     pairs = {}
     for name in sorted({name.rpartition(".lora_")[0] for name in tensors}):
         a, b = tensors.get(name + lora.A), tensors.get(name + lora.B)
-        if a is None or b is None or a.dim() != 2 or b.dim() != 2 or len(a) != b.shape[1]:
+        whole = a is not None and b is not None and a.dim() == b.dim() == 2
+        if not whole or len(a) != b.shape[1] or not len(a):
             had = [None if x is None else list(x.shape) for x in (a, b)]
             raise ValueError(
                 f"{folder / locate.ADAPTER_WEIGHTS}: lora_A and lora_B of {files.plain(name)} are "
-                f"{had[0]} and {had[1]}; they must be [r, in] and [out, r]"
+                f"{had[0]} and {had[1]}; they must be [r, in] and [out, r], and r above 0"
             )
-        spec = lora.Spec(len(a), alpha, (), raw.get("use_rslora") is True)
+        spec = lora.Spec(len(a), alpha, (), bool(rslora))
         pairs[f"{name}.weight"] = Pair(a.float(), spec.scale * b.float())
     return pairs
 
@@ -101,8 +105,11 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
         pickle = " but adapter_model.bin, a pickle, and reading that can run code"
         other = pickle * (folder / "adapter_model.bin").exists()
         raise ValueError(f"{folder} has no {path.name}{other}; save it as safetensors with PEFT")
-    safetensor_files.stored([path])  # which says what is wrong with it
-    projection = rf"model\.layers\.\d+\.(self_attn|mlp)\.({'|'.join(PROJECTIONS)})"
+    for name, (_, _, _, dtype) in safetensor_files.stored([path]).items():
+        if dtype not in safetensor_files.FLOATS:
+            kinds = ", ".join(safetensor_files.FLOATS)
+            raise ValueError(f"{path}: {files.plain(name)} is {dtype}; adapters are one of {kinds}")
+    projection = rf"model\.layers\.[0-9]{{1,4}}\.(self_attn|mlp)\.({'|'.join(PROJECTIONS)})"
     found = {}
     for name, x in load_file(path).items():
         ours = name.removeprefix(PREFIX).replace(".default.", ".")
@@ -111,6 +118,8 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
                 f"{path}: {files.plain(name)} is no adapter of a projection, one of "
                 f"{', '.join(PROJECTIONS)}"
             )
+        if ours in found:
+            raise ValueError(f"{path} has {ours} twice, once as {name}")
         found[ours] = x
     if not found:
         raise ValueError(f"{path} holds no tensor")

@@ -28,7 +28,6 @@ from zephyr.weights.adapter import Pair
 from zephyr.weights.locate import Parts
 from zephyr.weights.masters import fill, full_master, resharded_parameters
 
-FLOATS = ("F64", "F32", "F16", "BF16")
 SHARD_BYTES = 2_000_000_000  # a file, which is in memory while it is written
 HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
 QUANTIZED = (  # how the names end that GPTQ, AWQ, bitsandbytes, fp8 and compressed-tensors add
@@ -162,8 +161,9 @@ def check(
     for name, (path, inside, shape, dtype) in found.items():
         if shape != (right := tuple(wanted[name].shape)):
             raise ValueError(f"{path}: {inside} is {list(shape)}; its config says {list(right)}")
-        if dtype not in FLOATS:
-            raise ValueError(f"{path}: {inside} is {dtype}; weights are one of {', '.join(FLOATS)}")
+        if dtype not in safetensor_files.FLOATS:
+            kinds = ", ".join(safetensor_files.FLOATS)
+            raise ValueError(f"{path}: {inside} is {dtype}; weights are one of {kinds}")
 
 
 def digest(folder: Path | str | Parts) -> str:

@@ -52,19 +52,30 @@ def parts(folder: Path | str | Parts, base: Path | str | None = None) -> Parts:
             f"{folder} is a LoRA adapter ({ADAPTER}) and a model ({weights[0]}) at once, and "
             "programs differ in whether they add the two; put them in folders of their own"
         )
-    named = base or read_json(folder / ADAPTER).get("base_model_name_or_path")
-    if not isinstance(named, str | Path) or not Path(home(named)).is_dir():
+    text = str(base) if base else read_json(folder / ADAPTER).get("base_model_name_or_path")
+    named = _folder(text)
+    if named is None:
         raise ValueError(
-            f"{folder} is a LoRA adapter ({ADAPTER}) of {shown(named and str(named))}, which is no "
-            "folder here; give --base, the folder of that model"
+            f"{folder} is a LoRA adapter ({ADAPTER}) of {shown(text)}, which is no folder here; "
+            "give --base, the folder of that model"
         )
-    named = Path(home(named))
     if (named / ADAPTER).exists():
         raise ValueError(
             f"{folder} is a LoRA adapter of another, {named}; make a model of that one first: "
             f"python -m zephyr.weights {shlex.quote(str(named))} NEW; then give --base NEW"
         )
     return Parts(named, folder)
+
+
+def _folder(named: object) -> Path | None:
+    """Return the folder that a value names; None if it names none."""
+    if not isinstance(named, str) or not named:
+        return None
+    try:
+        path = Path(home(named))
+        return path if path.is_dir() else None
+    except (ValueError, OSError):  # no such home, no text, too long
+        return None
 
 
 def config_file(folder: Path) -> Path:

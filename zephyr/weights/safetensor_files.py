@@ -12,6 +12,8 @@ from torch import Tensor
 from zephyr.files import plain, recognise_weights, size_of, write_json
 from zephyr.weights.locate import INDEX, SINGLE
 
+FLOATS = ("F64", "F32", "F16", "BF16")  # what weights can be, in safetensors' names
+
 
 class Stored(NamedTuple):
     """A tensor in a file."""
