@@ -680,7 +680,7 @@ TARGETS = {
         around=a_base,
     ),
     "adapter": Target(locate.ADAPTER, adapter_seeds, read_adapter, around=beside_adapter_config),
-    "adapter weights": Target(
+    "adapter-model": Target(
         locate.ADAPTER_WEIGHTS,
         adapter_weights_seeds,
         read_adapter,
