@@ -32,7 +32,7 @@ from run_helpers import (
     speak,
     weights_of,
 )
-from zephyr import feedback, generate, lora, losses, optim
+from zephyr import feedback, generate, lora, losses, optim, source
 from zephyr.architecture import PROJECTIONS, MistralConfig
 from zephyr.attention import Layout
 from zephyr.distributed import fsdp
@@ -510,6 +510,13 @@ def test_dpo_on_an_adapter_of_sft_is_an_adapter_of_the_same_base(place, tmp_path
     exported, whole = weights_of(tmp_path / "latest"), weights_of(out)
     assert all(torch.equal(exported[name], whole[name]) for name in whole)
     assert Tokenizer(out / "adapter").digest == Tokenizer(place / "base").digest
+    # one as PEFT leaves it, without a tokenizer, speaks as its base does
+    alone = shutil.copytree(tmp_path / "merged" / "adapter", tmp_path / "peft" / "adapter")
+    for path in alone.iterdir():
+        if not path.name.startswith("adapter_"):
+            path.unlink()
+    assert (found := source.open_source(str(alone))).empty_system is False
+    assert source.title(found) == "peft"
     # full training on an adapter
     full = (*DPO, "--model", str(start), "--steps", "2")
     first = run(train_dpo, place, tmp_path / "full", *full)[0]

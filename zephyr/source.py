@@ -59,7 +59,7 @@ def open_source(name: str, key_from: str | None = None) -> "Endpoint | Folder":
 
 def title(source: "Endpoint | Folder") -> str:
     """Return what files call a source: the endpoint's model, or the folder's name; of a run's
-    `model/`, the run's."""
+    `model/` or `adapter/`, the run's."""
     return source.model if isinstance(source, Endpoint) else source.name
 
 
@@ -137,7 +137,7 @@ class Folder:
         base.open_folder(path)  # raises ValueError if it is none
         self.path = path
         parts = Path(path).resolve().parts
-        self.name = parts[-2] if parts[-1] == "model" and len(parts) > 2 else parts[-1]
+        self.name = parts[-2] if parts[-1] in ("model", "adapter") and len(parts) > 2 else parts[-1]
 
     @cached_property
     def model(self) -> str:
@@ -219,9 +219,9 @@ class Folder:
     @cached_property
     def empty_system(self) -> bool:
         """True if the model was trained with an empty system message where there is none."""
-        from zephyr.weights import config_json
+        from zephyr.weights import config_json, locate
 
-        return config_json.empty_system(Path(self.path)) is not False
+        return config_json.empty_system(locate.parts(self.path).tokenizer) is not False
 
     def _sample(self, batch: dict[str, list[int]], requests: dict[str, Request], file: AnswerFile):
         """Answer a batch, and write its answers to the file."""
