@@ -62,8 +62,9 @@ def test_the_textbook_runs_by_itself(tmp_path):
     lines = [line.split() for line in done.stdout.splitlines() if line.startswith("step")]
     steps = [[float(line[k]) for k in (3, 5, 6, 8)] for line in lines]
     assert len(steps) == 20 and steps[0] == [0.6931, 0, 0, 0]
-    for loss, chosen, rejected, margin in steps[-3:]:
-        assert loss < 0.6 and margin == pytest.approx(chosen - rejected, abs=2e-4) and margin > 0.3
+    assert sum(loss for loss, *_ in steps[-3:]) / 3 < 0.5  # one batch of eight may be a hard one
+    for _, chosen, rejected, margin in steps[-3:]:
+        assert margin == pytest.approx(chosen - rejected, abs=2e-4) and margin > 0.3
 
 
 @pytest.mark.parametrize("train_on", ["all", "assistant"])
