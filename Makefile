@@ -18,7 +18,7 @@ demo: $(READY)   ## the whole recipe on an invented village, judged before and a
 test: lint   ## everything that a user can meet without a GPU, but for tests of minutes
 	CUDA_VISIBLE_DEVICES= $(PYTHON) -m pytest -q -m "not gpu and not slow and not tools"
 
-test-tools: $(READY)   ## benchmarks, every kernel compiled for three chips, 19 parsers fuzzed
+test-tools: $(READY)   ## benchmarks, every kernel compiled for three chips, 19 parsers fuzzed, the exercises
 	CUDA_VISIBLE_DEVICES= $(PYTHON) -m pytest -q -m "tools and not gpu and not slow"
 
 test-slow: $(READY)   ## 70 B on 512 simulated ranks, another transformers, Inductor
