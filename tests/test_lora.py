@@ -331,7 +331,6 @@ def test_one_compiled_graph_serves_all_blocks_with_adapters_and_without(
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("g++"), reason="Inductor compiles C++")
 @pytest.mark.parametrize("reference", ["cached", "live"])
 def test_by_inductor_in_bf16_the_start_is_the_reference_to_the_bit(place, tmp_path, reference):
     """As on a GPU, where blocks are compiled: one graph, so one rounding, adapters on or off."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from judge_helpers import judging
 
-from helpers import SHARED
+from helpers import shared
 from zephyr.data.readers import write_rows
 from zephyr.evals import __main__ as evals_command
 from zephyr.evals import mt_bench, mt_bench_prompts
@@ -96,10 +96,8 @@ def mt_bench_files(folder: Path, prompts: str) -> None:
         ]
         write_rows(folder / "judge_prompts.jsonl", lines)
     else:
-        data = SHARED / "mt_bench" / "judge_prompts.jsonl"
-        if not data.exists():
-            pytest.skip(f"no {data}")
-        (folder / "judge_prompts.jsonl").write_bytes(data.read_bytes())
+        fastchats = shared("mt_bench/judge_prompts.jsonl").read_bytes()
+        (folder / "judge_prompts.jsonl").write_bytes(fastchats)
 
 
 def alpaca_files(folder: Path) -> None:

@@ -181,7 +181,7 @@ def test_building_over_something_is_refused(world):
         birds.build(world)
 
 
-def test_a_folder_of_another_village_is_made_again(tmp_path, monkeypatch, capsys):
+def test_a_folder_of_another_village_is_moved_aside(tmp_path, monkeypatch, capsys):
     """As after an update, or an edit of village.py; one of this village stays."""
     monkeypatch.setattr(birds, "FOLDER", tmp_path / "world")
     monkeypatch.setattr(birds, "build", lambda folder: made.append(folder) or fresh(folder))
@@ -192,11 +192,13 @@ def test_a_folder_of_another_village_is_made_again(tmp_path, monkeypatch, capsys
         (folder / birds.MADE_BY).write_text(birds.version())
 
     assert birds.ensure() == birds.ensure() and len(made) == 1
-    for change in (lambda mark: mark.write_text("older"), lambda mark: mark.unlink()):
-        (birds.FOLDER / "old").touch()
+    for k, change in enumerate((lambda mark: mark.write_text("older"), lambda mark: mark.unlink())):
+        (birds.FOLDER / "old").write_text(str(k))
         change(birds.FOLDER / birds.MADE_BY)
         birds.ensure()
-        assert not (birds.FOLDER / "old").exists() and "made again" in capsys.readouterr().err
+        assert not (birds.FOLDER / "old").exists()
+        aside = tmp_path / f"world.{k + 1}"
+        assert (aside / "old").read_text() == str(k) and str(aside) in capsys.readouterr().err
     assert len(made) == 3
 
 

@@ -36,6 +36,7 @@ from zephyr.data.prompts import read_prompts
 from zephyr.data.readers import BadRow, BadRows, expand, write_rows
 from zephyr.endpoint import Answer, Endpoint, Failure
 from zephyr.files import home, plain
+from zephyr.run import exits
 from zephyr.source import add_flags, ask, how, open_source, title
 
 # what is kept beside OUT: all answers of each model and of the judge, and what is in no row
@@ -44,12 +45,7 @@ COMPLETIONS, RATINGS, FAILED = ".completions.", ".ratings", ".failed.jsonl"
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Return the parsed command line. Raises ValueError for what is wrong with it."""
-    parser = argparse.ArgumentParser(
-        "zephyr.feedback collect",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = exits.Parser("zephyr.feedback collect", description=__doc__, allow_abbrev=False)
     add = parser.add_argument
     add("prompts", nargs="+", help="files whose rows have a prompt: .jsonl .json (.gz) .parquet")
     add("--models", nargs="+", required=True, metavar="M", help="NAME@URL, or a model's folder")
@@ -70,10 +66,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add_flags(parser)
     add("--judge-key-from", metavar="NAME", help="variable with the judge's key [--key-from]")
 
-    def error(message: str) -> None:
-        raise ValueError(f"{message}; --help lists the flags")
-
-    parser.error = error
     args = parser.parse_args(argv)
     for name, least in (("completions", 2), ("max_new", 1), ("judge_max_new", 1)):
         if (value := getattr(args, name)) < least:

@@ -277,12 +277,7 @@ def table(counts: Counts, test: int) -> str:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Return the parsed command line. Raises ValueError for what is wrong with it."""
-    parser = argparse.ArgumentParser(
-        "zephyr.feedback",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = exits.Parser("zephyr.feedback", description=__doc__, allow_abbrev=False)
     add = parser.add_argument
     add("raw", nargs="+", help="UltraFeedback's files: .jsonl .json (.gz) .parquet, or globs")
     add("--out", required=True, help="the pairs, .jsonl or .jsonl.gz")
@@ -323,10 +318,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--seed", type=int, default=42, help="of the random rejected and the test split [42]")
 
-    def error(message: str) -> None:
-        raise ValueError(f"{message}; --help lists the flags")
-
-    parser.error = error
     args = parser.parse_args(argv)
     args.out, args.test_out = home(args.out), args.test_out and home(args.test_out)
     if args.test_size < 0 or bool(args.test_size) != bool(args.test_out):

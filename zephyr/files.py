@@ -12,6 +12,7 @@ import stat
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import BinaryIO
 
@@ -94,6 +95,12 @@ def atomic(path: Path | str) -> Iterator[BinaryIO]:
     finally:
         if temp:
             Path(temp).unlink(missing_ok=True)
+
+
+def unused(path: Path, first: int = 0) -> Path:
+    """Return the first of path, path.1, path.2, ... that does not exist, counted from `first`."""
+    names = (path.with_name(f"{path.name}.{k}") if k else path for k in count(first))
+    return next(name for name in names if not os.path.lexists(name))
 
 
 def check_outputs(read: Iterable[str | Path], written: Mapping[str, str | None]) -> None:

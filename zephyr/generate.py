@@ -285,11 +285,7 @@ def answer(model: Mistral, tokenizer: Tokenizer, messages: list, new: int, **sam
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        "python -m zephyr.generate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = exits.Parser("python -m zephyr.generate", description=__doc__)
     parser.add_argument("model", help="a Hugging Face folder, as a run's model/ or adapter/")
     parser.add_argument("--base", help="of an adapter: its base, if not where its config says")
     parser.add_argument("--prompt", help="answer this and end; without it, chat")
@@ -304,10 +300,6 @@ def main() -> None:
     parser.add_argument("--top-p", type=float, default=1.0, help="nucleus to sample from [1.0]")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling [0]")
 
-    def error(message: str) -> None:
-        raise ValueError(f"{message}; see --help")
-
-    parser.error = error
     args = parser.parse_args()
     for flag, value, fits in (
         ("--prompt", repr(args.prompt), args.prompt != ""),
@@ -317,7 +309,7 @@ def main() -> None:
         ("--seed", args.seed, 0 <= args.seed < 1 << 64),
     ):
         if not fits:
-            error(f"{flag} {value} is out of range")
+            parser.error(f"{flag} {value} is out of range")
     args.model, args.system = files.home(args.model), text(args.system, "--system")
     args.prompt = args.prompt and text(args.prompt, "--prompt")
     args.base = args.base and files.home(args.base)

@@ -35,7 +35,9 @@ SAMPLING = {"temperature": 1.0, "top_p": 1.0, "seed": 0}  # of a request that do
 TIMES = 3  # that one thing is asked, until the answer can be read
 NEW = 1024  # tokens of an answer to a request without max_tokens
 ROWS, PROMPTS = 256, 1 << 14  # of a batch, at most: its conversations, and their prompts' tokens
-CACHE = 1 << 30  # bytes of keys and values on a CPU; on a GPU it is a third of the free memory
+# bytes of keys and values on a CPU; on a GPU a third of what the weights leave of its memory, used
+# by others or not, so that the same command makes the same batches
+CACHE = 1 << 30
 
 
 def open_source(name: str, key_from: str | None = None) -> "Endpoint | Folder":
@@ -186,7 +188,8 @@ class Folder:
         if weight.is_cuda:
             import torch
 
-            room = torch.cuda.mem_get_info(weight.device)[0] // 3
+            weights = sum(p.nbytes for p in model.parameters())
+            room = (torch.cuda.mem_get_info(weight.device)[1] - weights) // 3
         each = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * weight.itemsize
         groups: dict[str, dict[str, list[int]]] = {}
         for key, request in requests.items():

@@ -6,7 +6,6 @@ python -m zephyr.evals judge mt-bench|alpaca ANSWERS --judge NAME@URL ...    wha
 python -m zephyr.evals pairs MODEL --reference REF --data PAIRS  accuracy of the implicit reward
 """
 
-import argparse
 import importlib
 import sys
 from collections.abc import Sequence
@@ -21,21 +20,9 @@ COMMANDS = {
 }
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser for which a wrong flag is a user's mistake like any other: one line."""
-
-    def error(self, message: str) -> None:
-        raise ValueError(f"{message}; --help shows what there is")
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else list(argv)
-    parser = Parser(
-        "python -m zephyr.evals",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = exits.Parser("python -m zephyr.evals", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, about in COMMANDS.items():
         command = commands.add_parser(name, help=about, allow_abbrev=False)

@@ -42,8 +42,7 @@ class Judge:
         if found and len(left) + len(failures) == len(found):
             raise ValueError(
                 f"{plain(self.name)}: none of its {len(left)} verdicts can be read, the first is "
-                f"{shown(left[0].text)}; a judge that thinks first needs a larger "
-                "--max-new"
+                f"{shown(left[0].text)}; a judge that thinks first needs a larger --max-new"
             )
         return found
 

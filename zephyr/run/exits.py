@@ -13,6 +13,7 @@
 torchrun exits with 1 whatever its ranks' codes were; its last lines show theirs.
 """
 
+import argparse
 import contextlib
 import importlib.metadata
 import importlib.util
@@ -20,11 +21,23 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from zephyr.errors import Preempted, kind
 
 LOST_RANK = 6
 NOBODY_READS = 141
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose help shows `description` as it is written, and for which a wrong flag is a
+    user's mistake like any other: a ValueError of one line."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; --help lists the flags")
 
 
 def call(main: Callable[[], None]) -> None:

@@ -20,7 +20,6 @@ from concurrent.futures import Future
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
-from itertools import count
 from pathlib import Path
 from typing import Protocol, TextIO
 
@@ -124,7 +123,7 @@ class Run:
         used = any(p.name != ".lock" for p in out.iterdir())
         if c.resume == "fresh" and used and not restarted():
             whole = _real(out)  # of a link what it leads to is moved, and not the link
-            whole.rename(_unused(whole, 1))
+            whole.rename(files.unused(whole, 1))
             self.held.enter_context(_hold(out))
         left = [path for pattern in (*LEFTOVERS, ".seen-*") for path in out.glob(pattern)]
         left += [*out.glob("checkpoints/.trash*"), *out.glob("checkpoints/step-*.part")]
@@ -140,7 +139,7 @@ class Run:
                 break
             except BadCheckpoint:
                 damaged = saved.pop()
-                damaged.rename(_unused(damaged.with_name(f"damaged-{damaged.name}")))
+                damaged.rename(files.unused(damaged.with_name(f"damaged-{damaged.name}")))
                 if not saved:
                     raise BadCheckpoint(
                         f"{out} has no intact checkpoint; --resume fresh starts "
@@ -342,12 +341,6 @@ def _real(path: Path) -> Path:
     """Return where a path leads by all its links. For a loop of links, at which Path.resolve
     raises, it returns some path."""
     return Path(os.path.realpath(path))
-
-
-def _unused(path: Path, first: int = 0) -> Path:
-    """Return the first of path, path.1, path.2, ... that does not exist, counted from `first`."""
-    names = (path.with_name(f"{path.name}.{k}") if k else path for k in count(first))
-    return next(name for name in names if not os.path.lexists(name))
 
 
 def _hold(out: Path) -> TextIO:

@@ -14,7 +14,6 @@ import hashlib
 import io
 import json
 import os
-import shutil
 import sys
 import tempfile
 from collections import defaultdict
@@ -274,11 +273,13 @@ def version() -> str:
 
 
 def ensure() -> Path:
-    """Return FOLDER, which is built first if it is absent, or was built from another village."""
+    """Return FOLDER, which is built first if it is absent. One that was built from another village
+    is moved aside."""
     made_by = FOLDER / MADE_BY
     if FOLDER.exists() and (not made_by.exists() or made_by.read_text().strip() != version()):
-        print(f"{FOLDER} is of another village than zephyr/toy has: made again", file=sys.stderr)
-        shutil.rmtree(FOLDER)
+        aside = files.unused(FOLDER, 1)
+        os.rename(FOLDER, aside)
+        print(f"{FOLDER} is of another village than zephyr/toy has: now {aside}", file=sys.stderr)
     if not FOLDER.exists():
         build(FOLDER)
     return FOLDER
