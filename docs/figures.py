@@ -574,16 +574,10 @@ def judge() -> str:
 
 def main(check: bool) -> int:
     """Write the figures, or count those that are not what they would be."""
-    folder, stale = ROOT / "docs" / "figures", 0
+    folder = ROOT / "docs" / "figures"
     folder.mkdir(exist_ok=True)
-    for name, draw in FIGURES.items():
-        path, text = folder / f"{name}.svg", draw()
-        if not path.exists() or path.read_text(encoding="utf-8") != text:
-            stale += 1
-            print(f"docs/figures/{path.name}: {'stale: make docs' if check else 'written'}")
-            if not check:
-                path.write_text(text, encoding="utf-8")
-    return stale * check
+    made = ((folder / f"{name}.svg", draw()) for name, draw in FIGURES.items())
+    return include.settle(made, check)
 
 
 if __name__ == "__main__":

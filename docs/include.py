@@ -18,6 +18,7 @@ import re
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -77,16 +78,21 @@ def filled(text: str) -> str:
     return BLOCK.sub(lambda match: match[1] + make[match[2]](match[3]), text)
 
 
-def main(check: bool) -> int:
+def settle(made: Iterable[tuple[Path, str]], check: bool) -> int:
+    """Write each file that is not as it is made now, and return 0; or to `check` write nothing, and
+    return how many such files there are."""
     stale = 0
-    for page in pages():
-        text = page.read_text(encoding="utf-8")
-        if (new := filled(text)) != text:
+    for path, text in made:
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
             stale += 1
-            print(f"{page.relative_to(ROOT)}: {'stale: make docs' if check else 'written'}")
+            print(f"{path.relative_to(ROOT)}: {'stale: make docs' if check else 'written'}")
             if not check:
-                page.write_text(new, encoding="utf-8")
+                path.write_text(text, encoding="utf-8")
     return stale * check
+
+
+def main(check: bool) -> int:
+    return settle(((page, filled(page.read_text(encoding="utf-8"))) for page in pages()), check)
 
 
 if __name__ == "__main__":

@@ -8,10 +8,10 @@ import re
 import threading
 import weakref
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from judge_helpers import judging
 
 from helpers import gpt, human
 from model_helpers import folder_of, model
@@ -47,37 +47,11 @@ def answered(body):
 @pytest.fixture
 def server():
     """Models that say what `says` makes of a body, and the bodies that they got."""
-
-    class Models(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            httpd.asked.append(body)
-            httpd.keys.append((body["model"], self.headers["Authorization"]))
-            said = httpd.says(body)
-            status, why = (200, "stop") if isinstance(said, str) else (said, "")
-            reply = {"choices": [{"message": {"content": said}, "finish_reason": why}]}
-            reply |= {"usage": {"prompt_tokens": 10, "completion_tokens": 5}}
-            data = json.dumps(reply if status == 200 else {"error": "no, thanks"}).encode()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, *_):
-            pass
-
-    class Server(ThreadingHTTPServer):
-        request_queue_size = 64  # where more knock at once, the kernel lets them wait a second
-
-    httpd = Server(("127.0.0.1", 0), Models)
-    httpd.asked, httpd.keys = [], []
-    httpd.says = lambda body: (judged if body["model"] == "judge" else answered)(body)
-    httpd.at = f"@http://127.0.0.1:{httpd.server_address[1]}/v1"
-    httpd.of = lambda name: [body for body in httpd.asked if body["model"] == name]
-    threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
-    yield httpd
-    httpd.shutdown()
-    httpd.server_close()
+    with judging() as models:
+        models.says = lambda body: (judged if body["model"] == "judge" else answered)(body)
+        models.at, models.why = f"@{models.url}", "no, thanks"
+        models.of = lambda name: [body for body in models.asked if body["model"] == name]
+        yield models
 
 
 @pytest.fixture

@@ -101,3 +101,10 @@ def test_every_command_of_the_page_runs(place, capsys):
     for name in re.findall(r"--(?:out|json|html) (\S+)", SHELL):
         assert (place / name).stat().st_size > 0, name
     assert "prompts are our own" not in capsys.readouterr().out
+
+
+def test_the_front_page_s_commands_are_the_page_s():
+    """So that they run, too."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", "")
+    shown = [" ".join(line.split()) for line in text.splitlines() if "-m zephyr.evals" in line]
+    assert len(shown) == 5 and set(shown) <= {" ".join(line.split()) for line in COMMANDS}

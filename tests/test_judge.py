@@ -3,14 +3,12 @@
 import gzip
 import json
 import re
-from functools import partial
 
 import pytest
-from judge_helpers import judging
+from judge_helpers import judging, not_there
 
 from helpers import shared
 from model_helpers import folder_of, model
-from zephyr import source
 from zephyr.data.readers import read_rows, write_rows
 from zephyr.evals import __main__ as evals_command
 from zephyr.evals import judge_mt_bench, mt_bench, mt_bench_prompts
@@ -233,12 +231,7 @@ def test_while_the_judge_is_asked_nothing_but_its_answers_is_there(files, server
 
 
 def test_an_endpoint_that_is_not_there(files, server, capsys, monkeypatch):
-    quick = partial(source.ask_endpoint, sleep=lambda seconds: None)
-    monkeypatch.setattr(source, "ask_endpoint", quick)
-    server.url = "http://127.0.0.1:9/v1"
-    with pytest.raises(SystemExit) as ended:
-        command(files, server)
-    assert ended.value.code == 2 and "cannot be reached" in capsys.readouterr().err
+    not_there(command, files, server, capsys, monkeypatch)
 
 
 # two models

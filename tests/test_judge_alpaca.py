@@ -3,13 +3,11 @@
 import json
 import math
 import re
-from functools import partial
 
 import pytest
-from judge_helpers import judging
+from judge_helpers import judging, not_there
 
 from helpers import shared
-from zephyr import source
 from zephyr.data.readers import read_rows, write_rows
 from zephyr.evals import __main__ as evals_command
 from zephyr.evals import alpaca, alpaca_prompt, judge_alpaca
@@ -302,12 +300,7 @@ def test_a_judge_that_gives_no_verdict(says, why, message, files, server, capsys
 
 
 def test_an_endpoint_that_is_not_there(files, server, capsys, monkeypatch):
-    quick = partial(source.ask_endpoint, sleep=lambda seconds: None)
-    monkeypatch.setattr(source, "ask_endpoint", quick)
-    server.url = "http://127.0.0.1:9/v1"
-    with pytest.raises(SystemExit) as ended:
-        command(files, server)
-    assert ended.value.code == 2 and "cannot be reached" in capsys.readouterr().err
+    not_there(command, files, server, capsys, monkeypatch)
 
 
 def test_a_judge_without_a_url_is_a_folder(files, capsys):
