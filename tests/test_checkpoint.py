@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.distributed.checkpoint import filesystem
 
 from helpers import WORKERS
 from model_helpers import folder_of, model, pairs
@@ -146,6 +147,28 @@ def test_saves_in_the_background_use_one_copy_of_the_state(ranks, base, c):
         found = {name: torch.empty_like(x) for name, x in right.items()}
         checkpoint.read(run.out / "checkpoints" / f"step-{step:06d}", found)
         equal(found, right)
+
+
+def test_a_file_is_written_without_a_wait_for_the_gpu(ranks, base, c, monkeypatch):
+    """Each wait is for all that training has queued since."""
+    waits, write = [], checkpoint.Writer.write_data
+
+    class Loader(filesystem._SerialCpuLoader):  # the one for GPUs, which waits
+        def __init__(self, resolve, **ahead):
+            super().__init__(resolve)
+            waits.append(ahead)
+
+    def beside_a_gpu(self, *plan):
+        with monkeypatch.context() as here:
+            here.setattr(torch.cuda, "is_available", lambda: True)
+            here.setattr(filesystem, "_OverlappingCpuLoader", Loader)
+            return write(self, *plan)
+
+    monkeypatch.setattr(checkpoint.Writer, "write_data", beside_a_gpu)
+    run = Run(c, DIGESTS, ranks)
+    run.save(1, *start(ranks, base))
+    run.wait()
+    assert len(checkpoint.complete(run.out)) == 1 and waits == []
 
 
 def test_a_tied_model_stays_tied(ranks, c, tmp_path):
