@@ -1,8 +1,10 @@
-# `make help` lists what there is. Every target sets itself up in .venv first; to use an interpreter
-# that has everything already, and no network, name it: `make test PYTHON=python3`. With another torch
-# than constraints.txt has, in an environment of its own: `make test TORCH=2.11.0`, the oldest that is
-# supported, which on Linux comes with CUDA.
+# `make help` lists what there is. Every target sets itself up in .venv first, with python3 or another:
+# `make demo VENV_PYTHON=python3.12`. To use an interpreter that has everything already, and no
+# network, name it: `make test PYTHON=python3`. With another torch than constraints.txt has, in an
+# environment of its own: `make test TORCH=2.11.0`, the oldest that is supported, which on Linux comes
+# with CUDA.
 VENV = .venv$(TORCH:%=-torch-%)
+VENV_PYTHON ?= python3
 PYTHON ?= $(VENV)/bin/python
 READY = $(if $(filter $(VENV)/%,$(PYTHON)),$(VENV)/ready)
 
@@ -55,7 +57,9 @@ clean:   ## remove .venv and runs
 # torch comes first and alone, so that nothing else picks a different build of it; the interpreter
 # of an older torch's Triton needs an older numpy
 $(VENV)/ready: setup.py constraints.txt
-	python3 -m venv $(VENV)
+	@$(VENV_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+	    "$(VENV_PYTHON) is older than Python 3.11; give a newer one, as in VENV_PYTHON=python3.12")'
+	$(VENV_PYTHON) -m venv $(VENV)
 	grep -v $(if $(TORCH),'^torch==\|^triton==\|^numpy==','^$$') constraints.txt > $(VENV)/constraints.txt
 	$(if $(TORCH),echo 'numpy<2.4' >> $(VENV)/constraints.txt)
 	$(VENV)/bin/python -m pip install -q "$(if $(TORCH),torch==$(TORCH),$$(grep '^torch==' constraints.txt))"
