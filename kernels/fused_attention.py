@@ -35,7 +35,7 @@ from kernels.jit import jit, tl, triton
 LOG2E = 1.4426950408889634
 EVERYTHING = 2**30  # a window that no sequence fills
 BLOCKS = {  # by dtype or, of half precision, by chip: BM, BN, warps, stages
-    "fp32": {"attention": (16, 16, 4, 2), "dq": (16, 16, 4, 2), "dkdv": (16, 16, 4, 1)},
+    "fp32": {"attention": (16, 16, 4, 2), "dq": (16, 16, 4, 2), "dkdv": (16, 16, 8, 3)},
     80: {"attention": (128, 64, 8, 2), "dq": (64, 64, 4, 2), "dkdv": (32, 64, 8, 3)},
     90: {"attention": (128, 64, 8, 3), "dq": (128, 64, 8, 3), "dkdv": (32, 128, 8, 3)},
     100: {"attention": (128, 64, 8, 3), "dq": (128, 64, 8, 3), "dkdv": (64, 64, 8, 3)},
