@@ -163,9 +163,11 @@ def run(o: argparse.Namespace) -> bool:
     o.out.mkdir(parents=True, exist_ok=True)
     out, began = o.out.resolve(), time.monotonic()
     table, ends = [], []
-    for name in ("facts.jsonl", "bench.jsonl", "vs_trl.jsonl"):
-        (out / name).unlink(missing_ok=True)  # they are appended to
-    with (out / "log.txt").open("w") as log:
+    whole = set(o.parts) == set(PARTS)
+    if whole:  # some parts alone are added to what there is
+        for name in ("facts.jsonl", "bench.jsonl", "vs_trl.jsonl"):
+            (out / name).unlink(missing_ok=True)
+    with (out / "log.txt").open("w" if whole else "a") as log:
         for name in (name for name in PARTS if name in o.parts):
             title = f"\n== {name}: {PARTS[name].about}\n"
             print(title, end="", flush=True)

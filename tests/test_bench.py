@@ -375,6 +375,20 @@ def test_a_part_that_fails_costs_no_other(monkeypatch, tmp_path, capsys):
     assert gpu.run(gpu.parse(["--out", str(tmp_path / "new"), "--parts", "bench"]))
 
 
+def test_some_parts_alone_are_added_to_what_there_is(monkeypatch, tmp_path):
+    write = "import sys; open(sys.argv[1], 'a').write('{}\\n')"
+    parts = {
+        name: gpu.Part(name, 9, ("-c", write, f"{{out}}/{name}.jsonl")) for name in ("facts", "x")
+    }
+    monkeypatch.setattr(gpu, "PARTS", parts)
+    (tmp_path / "facts.jsonl").write_text("{}\n")
+    (tmp_path / "log.txt").write_text("before\n")
+    for argv, facts_there, begins in ((["--parts", "x"], 1, True), ([], 1, False)):
+        gpu.run(gpu.parse(["--out", str(tmp_path), *argv]))
+        assert len((tmp_path / "facts.jsonl").read_text().splitlines()) == facts_there
+        assert (tmp_path / "log.txt").read_text().startswith("before\n") == begins
+
+
 def test_every_part_names_what_is_there():
     for part in gpu.PARTS.values():
         assert part.command[0] == "-m" and gpu.importlib.util.find_spec(part.command[1])
