@@ -15,7 +15,7 @@ import re
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.vs_trl import machine
 from kernels.bench import timing
 from zephyr.attention import Layout, segment_by_segment
 from zephyr.packing import Pair, pack_pairs
@@ -91,11 +92,11 @@ def exactness(packed: Layout, tensors: list[Tensor], window: int | None) -> dict
     return found
 
 
-def varlen() -> list[Row]:
+def varlen() -> Iterator[Row]:
     """The attention that training runs, at each window: its errors, and its speed. A row is `wrong`
     if an error is above twice the plain reference's in bf16."""
     packed, many = layout(LENGTHS, CUDA), layout(PAIRS * LENGTHS[:1], CUDA)
-    tensors, rows = attention(packed, HEADS, KV_HEADS, HEAD), []
+    tensors = attention(packed, HEADS, KV_HEADS, HEAD)
     timed = [attention(many, HEADS, KV_HEADS, HEAD) for _ in range(2)]
     for window in WINDOWS:
         found = exactness(packed, tensors, window)
@@ -110,9 +111,7 @@ def varlen() -> list[Row]:
         ms = timing.medians(calls, timed, REPEAT)
         flops = 4 * HEADS * HEAD * many.attended(window)  # three times that with the backward
         rates = [flops / ms["forward"] / 1e9, 3 * flops / ms["both"] / 1e9]
-        rows.append(
-            {"window": window, "errors": found, "wrong": not right, "ms": ms, "tflops": rates}
-        )
+        yield {"window": window, "errors": found, "wrong": not right, "ms": ms, "tflops": rates}
         told = ", ".join(f"{x:.1e} ({y:.1e})" for x, y in zip(*found.values(), strict=True))
         print(
             f"window {window}: errors of output, dq, dk, dv (the reference's) {told}; "
@@ -120,12 +119,10 @@ def varlen() -> list[Row]:
             f"backward, {rates[1]:.0f} TFLOP/s",
             flush=True,
         )
-    return rows
 
 
-def matmuls() -> list[Row]:
+def matmuls() -> Iterator[Row]:
     """TFLOP/s of x wᵀ in bf16, and with an fp32 output."""
-    rows = []
     for M, (name, (inputs, outputs)) in itertools.product(ROWS, LINEAR.items()):
         sets = [
             [torch.randn(n, inputs, device=CUDA, dtype=torch.bfloat16) for n in (M, outputs)]
@@ -139,13 +136,12 @@ def matmuls() -> list[Row]:
             call(*sets[0])
         ms = timing.medians(calls, sets, REPEAT)
         tflops = {kind: 2 * M * inputs * outputs / t / 1e9 for kind, t in ms.items()}
-        rows.append({"layer": name, "M": M, "inputs": inputs, "outputs": outputs, "tflops": tflops})
+        yield {"layer": name, "M": M, "inputs": inputs, "outputs": outputs, "tflops": tflops}
         print(
             f"{name:9} M {M:5}  {inputs:5} -> {outputs:5}  bf16 {tflops['bf16']:.0f}, "
             f"fp32 output {tflops['fp32']:.0f} TFLOP/s",
             flush=True,
         )
-    return rows
 
 
 def transfers() -> list[Row]:
@@ -164,33 +160,32 @@ def transfers() -> list[Row]:
     return rows
 
 
-def clock() -> list[Row]:
+def clock() -> Iterator[Row]:
     """A minute of square matmuls: the rate of each second, and the sensors at its end."""
     a, b = (torch.randn(SIDE, SIDE, device=CUDA, dtype=torch.bfloat16) for _ in range(2))
-    out, query = (
-        torch.mm(a, b),
-        ["nvidia-smi", f"--query-gpu={','.join(SENSORS)}", "--format=csv,noheader,nounits"],
-    )
+    out = torch.mm(a, b)
+    query = ["nvidia-smi", f"--query-gpu={','.join(SENSORS)}", "--format=csv,noheader,nounits"]
     once = timing.medians({"": lambda a, b: torch.mm(a, b, out=out)}, [(a, b)], REPEAT)[""]
     many, rows = max(1, int(1e3 / once)), []
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(SECONDS + 1)]
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(SECONDS + 2)]
     marks[0].record()
-    for second in range(SECONDS):
+    for second in range(SECONDS + 1):
         for _ in range(many):
             torch.mm(a, b, out=out)
         marks[second + 1].record()
-        marks[second].synchronize()  # one second of work stays queued while the sensors are read
+        if not second:
+            continue
+        start, end = marks[second - 1 : second + 1]
+        end.synchronize()  # one second of work stays queued while the sensors are read
         rows.append(sensors(subprocess.run(query, capture_output=True, text=True).stdout))
-    torch.cuda.synchronize()
-    for row, (start, end) in zip(rows, itertools.pairwise(marks), strict=True):
-        row["tflops"] = many * 2 * SIDE**3 / start.elapsed_time(end) / 1e9
+        rows[-1]["tflops"] = many * 2 * SIDE**3 / start.elapsed_time(end) / 1e9
+        yield rows[-1]
     first, last = (statistics.mean(row["tflops"] for row in x) for x in (rows[:3], rows[-10:]))
     told = ", ".join(f"{name} {rows[-1][name]}" for name in SENSORS)
     print(
         f"{SIDE}^3 bf16 for {SECONDS} s: {first:.0f} TFLOP/s in the first 3 s, {last:.0f} in the "
         f"last 10; then {told}"
     )
-    return rows
 
 
 def sensors(text: str) -> Row:
@@ -221,11 +216,13 @@ def main(argv: list[str] | None = None) -> None:
         o = parser.parse_args(argv)
         if not torch.cuda.is_available():
             raise ValueError(f"{o.fact} needs a GPU; torch {torch.__version__} sees none")
-        rows = FACTS[o.fact]()
-        if o.json:
-            device = torch.cuda.get_device_name()
-            with o.json.open("a") as file:
-                file.write(json.dumps({"fact": o.fact, "device": device, "rows": rows}) + "\n")
+        rows: list[Row] = []
+        try:
+            rows.extend(FACTS[o.fact]())
+        finally:  # what there is, even if the run is interrupted
+            if o.json:
+                with o.json.open("a") as file:
+                    file.write(json.dumps({"fact": o.fact, **machine(), "rows": rows}) + "\n")
         if any(row.get("wrong") for row in rows):
             raise ValueError(f"{o.fact}: an error is above twice the reference's in bf16")
     except (ValueError, OSError) as mistake:

@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
     ours, theirs = models(o)
     for batch in o.batches:
         spent = race(o, ours, theirs, batch)
-        row = {"shape": o.shape, "device": o.device, "batch": batch, "torch": torch.__version__}
+        row = {"shape": o.shape, "device": o.device, "batch": batch, **vs_trl.machine()}
         for name, rounds in spent.items():
             rate = batch * o.new / statistics.median(wall for wall, _ in rounds)
             both = list(zip(rounds, spent["ours"], strict=True))

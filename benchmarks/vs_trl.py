@@ -381,14 +381,14 @@ def machine() -> dict:
     """The processors, and what code runs on them."""
     import torch
 
-    from kernels.provenance import commit, installed
+    from kernels.provenance import code, installed
 
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     return {
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cpu": cpu and cpu[1],
         "cores": len(os.sched_getaffinity(0)),
-        "commit": commit(),
+        "commit": code(),
         "torch": str(torch.__version__),
         **{p: v for p in ("triton", "transformers", "trl") if (v := installed(p))},
     }

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import runpy
 import subprocess
 import sys
 from types import ModuleType, SimpleNamespace
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 import kernels
 from benchmarks import facts, gpu
 from helpers import WORKERS
-from kernels import jit, reference
+from kernels import jit, provenance, reference
 from kernels.bench import __main__ as bench
 from kernels.bench import budget, cases, peers, report, timing
 from zephyr.packing import Pair, pack_pairs
@@ -374,6 +375,20 @@ def test_a_part_that_fails_costs_no_other(monkeypatch, tmp_path, capsys):
     assert gpu.run(gpu.parse(["--out", str(tmp_path / "new"), "--parts", "bench"]))
 
 
+def test_some_parts_alone_are_added_to_what_there_is(monkeypatch, tmp_path):
+    write = "import sys; open(sys.argv[1], 'a').write('{}\\n')"
+    parts = {
+        name: gpu.Part(name, 9, ("-c", write, f"{{out}}/{name}.jsonl")) for name in ("facts", "x")
+    }
+    monkeypatch.setattr(gpu, "PARTS", parts)
+    (tmp_path / "facts.jsonl").write_text("{}\n")
+    (tmp_path / "log.txt").write_text("before\n")
+    for argv, facts_there, begins in ((["--parts", "x"], 1, True), ([], 1, False)):
+        gpu.run(gpu.parse(["--out", str(tmp_path), *argv]))
+        assert len((tmp_path / "facts.jsonl").read_text().splitlines()) == facts_there
+        assert (tmp_path / "log.txt").read_text().startswith("before\n") == begins
+
+
 def test_every_part_names_what_is_there():
     for part in gpu.PARTS.values():
         assert part.command[0] == "-m" and gpu.importlib.util.find_spec(part.command[1])
@@ -383,6 +398,15 @@ def test_every_part_names_what_is_there():
     assert sum(part.seconds for name, part in gpu.PARTS.items() if name != "trl") < 16 * 60
     for name in ("kernels", "wide"):
         bench.parse(list(gpu.PARTS[name].command[4:6]))
+
+
+def test_without_matplotlib_only_the_figure_is_missing(monkeypatch):
+    find = gpu.importlib.util.find_spec
+    monkeypatch.setattr(
+        gpu.importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name)
+    )
+    bare = runpy.run_path(gpu.__file__, run_name="bare")["PARTS"]["kernels"]
+    assert "--plot" not in bare.command and "{out}/bench.jsonl" in bare.command
 
 
 def textbook(q, k, v, window):
@@ -415,6 +439,53 @@ def test_the_attention_comparison():
     assert len(found["ours"]) == 4
     for ours, plain in zip(found["ours"], found["plain"], strict=True):
         assert 1e-4 < ours <= plain < 2e-2
+
+
+def test_code_without_a_checkout_is_told_apart(tmp_path, monkeypatch):
+    """A GPU that is lent gets the files without .git; results of other code are not its results."""
+    told = []
+    for line in ("a = 1", "a = 2", "a = 1"):
+        monkeypatch.setattr(provenance, "__file__", str(tmp_path / "kernels" / "provenance.py"))
+        for name in ("kernels/provenance.py", "zephyr/run/folder.py", "train_dpo.py"):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(line if name.startswith("z") else "")
+        told.append(provenance.code())
+    assert told[0] == told[2] != told[1] and all(x.startswith("files ") for x in told)
+    monkeypatch.undo()
+    assert provenance.code() == (provenance.commit() or f"files {provenance.digest()}")
+
+
+class Mark:
+    """A CUDA event: each second of work takes two."""
+
+    record = synchronize = lambda self: None
+
+    def elapsed_time(self, other) -> float:
+        return 2000.0
+
+
+def test_a_fact_keeps_what_it_has_when_it_is_interrupted(tmp_path, monkeypatch):
+    monkeypatch.setattr(facts, "CUDA", CPU)
+    monkeypatch.setattr(facts, "SIDE", 64)
+    monkeypatch.setattr(facts.timing, "medians", lambda *_: {"": 1000.0})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: Mark())
+    monkeypatch.setattr(facts, "machine", lambda: {"gpu": "one", "commit": "abc"})
+    readings = iter(["1980, 700, 50", "1900, 700, 60"])
+
+    def read(*_, **__):
+        try:
+            return SimpleNamespace(stdout=next(readings))
+        except StopIteration:
+            raise KeyboardInterrupt from None
+
+    monkeypatch.setattr(facts.subprocess, "run", read)
+    with pytest.raises(KeyboardInterrupt):
+        facts.main(["clock", "--json", str(tmp_path / "facts.jsonl")])
+    kept = json.loads((tmp_path / "facts.jsonl").read_text())
+    assert (kept["fact"], kept["gpu"], kept["commit"]) == ("clock", "one", "abc")
+    assert [row["clocks.sm"] for row in kept["rows"]] == [1980, 1900]
+    assert kept["rows"][0]["tflops"] == pytest.approx(2 * 64**3 / 2000 / 1e9)
 
 
 def test_sensors():

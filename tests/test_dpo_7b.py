@@ -117,6 +117,15 @@ def test_starting_weights_go_by_name():
     assert not torch.equal(once[q][:8], once[k][:8]) and (once["model.norm.weight"] == 1).all()
 
 
+@pytest.mark.parametrize("inputs", [256, 4096])
+def test_starting_weights_pass_on_the_same_at_any_width(inputs):
+    """At 7b a rounding must not grow from layer to layer, or the losses of two right contenders
+    would differ by more than TOLERANCE."""
+    w = dpo_7b.drawn("lm_head.weight", torch.Size([512, inputs]), torch.device("cpu"))
+    out = torch.randn(512, inputs, generator=torch.Generator().manual_seed(0)) @ w.T
+    assert out.std() == pytest.approx(0.32, rel=0.02)
+
+
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
 def test_adapters_start_as_ours_in_peft():
     """PEFT's parameters that train have the names and the values that ours have; the base is drawn

@@ -103,6 +103,13 @@ def test_cached_equals_live_in_any_packing(ranks, window):
             torch.testing.assert_close(reference(batch), live(m)(batch), rtol=1e-6, atol=1e-5)
 
 
+def test_a_table_is_no_more_exact_than_what_filled_it(ranks, monkeypatch):
+    """benchmarks/dpo_7b.py's control has a head that may round in two ways, and says so."""
+    assert cached(model(), plan(pairs()), ranks).exact
+    monkeypatch.setattr(wanted, "live", lambda m: replace(live(m), exact=False))
+    assert not cached(model(), plan(pairs()), ranks, weights="other").exact
+
+
 def test_training_starts_from_equal_bits(ranks):
     m, p = model(), plan(pairs())
     reference = cached(m, p, ranks)

@@ -106,7 +106,8 @@ def cached(
                     )
                 )
     seconds = (time.perf_counter() - began) * bool(missing)
-    return Reference(lambda batch: table_P2[batch.pairs].flatten(), 0 in missing, seconds)
+    exact = reference.exact and 0 in missing
+    return Reference(lambda batch: table_P2[batch.pairs].flatten(), exact, seconds)
 
 
 def _read(path: Path, pairs: int) -> Tensor:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 import kernels
-from kernels.provenance import commit, installed
+from kernels.provenance import code, installed
 
 Row = dict[str, Any]
 FORM = "{:14} {:16} {:5} {:>7} {:>5} {:>6} {:>9} {:>9} {:>13} {:>5} {:>6} {:>8} {:>8}"
@@ -42,7 +42,7 @@ def machine(device: torch.device, copy_gbs: float) -> Row:
         "threads": torch.get_num_threads(),
         "copy_gbs": copy_gbs,
         "kernels": kernels.implementation(device),
-        "commit": commit(),
+        "commit": code(),
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__)}
         | {name: installed(name) for name in ("triton", "trl", "liger-kernel")},
     }
