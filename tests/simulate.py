@@ -71,6 +71,7 @@ def main(model: str, ranks: int, replicas: int, recompute: str, rank: int) -> di
         seen["moments"] = sum(x.to_local().nbytes for x in moments)
     parts = fit.occupied(c, t, ranks, load, recompute, reshard=True)
     del parts["context and fragments"]
+    parts.pop("gradients all-reduced", 0)  # another stream's: not at the same time as activations
     parts["masters"] += parts.pop("frozen weights", 0)
     # the tracker ran before the optimizer made its moments
     parts["peak"] = sum(parts.values()) - parts["moments"]

@@ -16,10 +16,11 @@ from kernels import fused_logprob
 from run_helpers import torchrun
 from zephyr import attention, lora, optim, packing
 from zephyr.architecture import PROJECTIONS, MistralConfig
+from zephyr.config import DPOConfig
 from zephyr.distributed import fsdp
 from zephyr.model import Mistral
 from zephyr.packing import Pair
-from zephyr.plan import costs
+from zephyr.plan import costs, fit
 from zephyr.plan.__main__ import MODELS
 from zephyr.weights import masters
 
@@ -466,6 +467,13 @@ def test_what_fsdp_holds(tmp_path):
         ours = costs.sharding(WIDE, 2, 2, reshard == "always")
         assert forward < sum(ours.values())
         assert backward == pytest.approx(sum(ours.values()), rel=0.1)
+    # of two replicas what a backward adds to the gradients too: but for the root's, its last
+    t = DPOConfig(model="", data=("",), out="", replicas=2)
+    parts = fit.occupied(WIDE, t, 2, costs.Load(1, 1, 1, 0), "none", True)
+    shared = sum(costs.sharding(WIDE, 1, 2, True).values())
+    ours = shared + parts["gradients all-reduced"]
+    forward, backward = map(max, zip(*(each["replicas"] for each in found), strict=True))
+    assert forward < shared and 0.8 * ours < backward < ours
 
 
 def test_traffic():

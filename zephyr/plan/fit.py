@@ -26,6 +26,10 @@ def occupied(
     parts: dict[str, float] = {**costs.state(c, shards, t.adam_state, a, itemsize)}
     if not costs.plain(ranks, t.precision, t.masters, a):
         parts |= costs.sharding(c, shards, itemsize, reshard, a)
+        if t.replicas > 1:
+            # FSDP2 keeps what a micro-batch adds until its backward ends, in the memory of a stream
+            # of its own, which the next forward cannot use
+            parts["gradients all-reduced"] = parts["gradients"]
     elif a and itemsize == 2:
         parts["bf16 copies"] = costs.cast(c, recompute, itemsize, a)
     if getattr(t, "reference", "") == "live" and not a:

@@ -31,6 +31,7 @@ def _memory(job: Job) -> str:
         "moments": f"AdamW's, {t.adam_state}",
         "gathered weights": f"reshard {t.reshard}",
         "gradient buffers": "before reduce-scatter",
+        "gradients all-reduced": "of a micro-batch, until its backward ends",
         "activations": f"{job.microbatch():,.0f} tokens, recompute {t.recompute}",
         "context and fragments": f"assumed: 1 GiB, and {FRAGMENTS:.0%} of the rest",
     }
