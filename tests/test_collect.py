@@ -294,6 +294,19 @@ def test_answers_that_do_not_come_or_are_empty_are_counted(command, server, tmp_
     assert "empty answer: kept apart" in out and "no answer" not in out
 
 
+def test_failures_of_an_endpoint_and_of_a_folder_are_said_alike(command, server, tmp_path):
+    folder = folder_of(model(max_position_embeddings=16), tmp_path / "short")
+    server.says = lambda body: {"ant": 400, "judge": judged(body)}.get(body["model"], "Yes.")
+    pool = [f"{name}{server.at}" for name in POOL]
+    code, said, err = command("--models", *pool, folder)
+    assert code == 0 and re.search(r"no answer: kept apart +12\n", said)
+    told = re.findall(r"^(\w+): 6 of 6 requests have no answer, the last: (.+)$", err, re.M)
+    assert sorted(name for name, _ in told) == ["ant", "short"]
+    why = dict(told)
+    assert why["ant"].endswith("400: no, thanks; the same command asks them again")
+    assert why["short"].endswith(f"{folder} has 16 positions")
+
+
 def test_endpoints_are_asked_at_once(command, server):
     """ant answers once bee was asked, and asked alone it would wait in vain."""
     asked, says = {name: threading.Event() for name in POOL}, server.says

@@ -409,3 +409,17 @@ def test_a_judge_in_a_folder(files, capsys):
             evals_command.main([*map(str, argv), "--max-new", "2"])
         assert "judge: none of its 4 verdicts can be read, the first is" in capsys.readouterr().err
         assert (files / "out.jsonl.answers").read_text().count("\n") == 12
+
+
+def test_what_a_judge_in_a_folder_cannot_answer_is_said(files, capsys, monkeypatch):
+    """As of an endpoint, but that to ask it again would be in vain."""
+    monkeypatch.setattr(judge_mt_bench, "_readable", lambda text: True)
+    folder = folder_of(model(max_position_embeddings=4096), files / "judge")
+    long = answer_line(81, ["the cat " * 4096, "Red."])
+    write_rows(files / "a.jsonl", [long, answer_line(101, ANSWERS[101])])
+    argv = ["judge", "mt-bench", files / "a.jsonl", "--questions", files / "q.jsonl"]
+    argv += ["--references", files / "r.jsonl", "--judge", folder, "--out", files / "out.jsonl"]
+    evals_command.main([*map(str, argv), "--max-new", "2"])
+    said, err = capsys.readouterr()
+    assert re.search(r"^judge: 2 of 4 requests have no answer, the last: .* positions$", err, re.M)
+    assert "2 requests have no answer" in said and "asks them again" not in said + err

@@ -105,7 +105,8 @@ def test_another_model_in_the_same_folder_is_asked_anew(folder, tmp_path):
     assert len(set(keys)) == 2 and one.text != other.text
 
 
-def test_a_conversation_that_does_not_fit_is_a_failure(folder, tmp_path):
+def test_a_conversation_that_does_not_fit_is_a_failure(folder, tmp_path, capsys):
+    """And one line says so, as of an endpoint; none does where every request has its answer."""
     long = asked("the cat sat " * 200)
     bad = Request([{"role": "assistant", "content": "x"}], {"max_tokens": 6})
     found = source.open_source(str(folder))
@@ -113,6 +114,12 @@ def test_a_conversation_that_does_not_fit_is_a_failure(folder, tmp_path):
     assert isinstance(one, Failure) and "positions" in one.why
     assert isinstance(other, Failure) and "should speak" in other.why
     assert isinstance(third, Answer)
+    line = f"dpo: 2 of 3 requests have no answer, the last: {other.why}\n"
+    assert capsys.readouterr().err == line
+    list(source.ask(found, [long, bad, asked("a")], tmp_path / "a.jsonl"))
+    assert capsys.readouterr().err == line.replace("2 of 3", "2 of 2")
+    list(source.ask(found, [asked("a")], tmp_path / "a.jsonl"))
+    assert capsys.readouterr().err == ""
 
 
 def test_each_answer_may_fill_the_positions_that_its_own_prompt_leaves(folder, tmp_path):

@@ -55,9 +55,15 @@ def key_of(model: str, request: Request) -> str:
     return sha256(json.dumps(named, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
-def _say(text: str) -> None:
+def to_stderr(text: str) -> None:
+    """Print a line on stderr, above a progress bar if there is one."""
     with contextlib.suppress(OSError):  # nobody may be reading
         tqdm.write(text, file=sys.stderr)
+
+
+def without_answer(name: str, failures: int, asked: int, last: str) -> str:
+    """Return the line about the requests to a model that got no answer."""
+    return f"{plain(name)}: {failures} of {asked} requests have no answer, the last: {last}"
 
 
 def ask(
@@ -69,7 +75,7 @@ def ask(
     attempts: int = 6,
     budget: Budget | None = None,
     sleep: Callable[[float], object] | None = None,
-    say: Callable[[str], object] = _say,
+    say: Callable[[str], object] = to_stderr,
 ) -> Iterator[Answer | Failure]:
     """Yield an answer for each request, in their order, from the file `path` or the endpoint, which
     is asked `concurrency` requests at a time; each is tried up to `attempts` times.
@@ -116,8 +122,8 @@ def ask(
         if run.end:
             raise run.ending(len(todo))
         if run.failures:
-            why = f"{run.failures} of {len(todo)} requests have no answer, the last: {run.why}"
-            say(f"{plain(model)}: {why}; the same command asks them again")
+            why = without_answer(model, run.failures, len(todo), run.why)
+            say(f"{why}; the same command asks them again")
 
 
 @dataclass

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from zephyr.client.budget import Budget
 from zephyr.client.exchange import Answer, Endpoint
 from zephyr.client.store import AnswerFile
-from zephyr.endpoint import Failure, Request, key_of
+from zephyr.endpoint import Failure, Request, key_of, to_stderr, without_answer
 from zephyr.endpoint import ask as ask_endpoint
 from zephyr.files import home, shown
 
@@ -178,6 +178,10 @@ class Folder:
                 bar.close()
             for key in keys:
                 yield file.found.get(key) or failed[key]
+        if failed:
+            last = [*failed.values()][-1].why
+            # not to be asked again: here the same request fails in the same way
+            to_stderr(without_answer(self.name, len(failed), len(todo), last))
 
     def _batches(self, requests: dict[str, Request], failed: dict) -> list[dict[str, list[int]]]:
         """Return the requests' prompts by key, those of one batch together: alike in parameters and

@@ -65,9 +65,8 @@ def run(args: argparse.Namespace) -> str:
     judge = Judge(model, f"{out}.answers", **source.how(args, [model]))
     notes = module.run(args, judge, out)
     if judge.unanswered:
-        notes.append(
-            f"{judge.unanswered} requests have no answer; the same command asks them again"
-        )
+        again = "; the same command asks them again" * isinstance(model, Endpoint)
+        notes.append(f"{judge.unanswered} requests have no answer{again}")
     text = show.report(
         [out],
         getattr(args, "alpaca_data", None),
