@@ -512,6 +512,31 @@ def test_keys_go_where_they_belong(command, server, monkeypatch):
     assert {*server.keys} == wanted
 
 
+def test_a_key_goes_to_the_host_that_it_is_given_for_and_to_no_other(command, server, monkeypatch):
+    """Neither the usual variable's, once a host has its own; and the judge's host is a host."""
+    for name in ("OPENAI_API_KEY", "ONE", "OTHER"):
+        monkeypatch.setenv(name, name.lower())
+    one = server.url.split("/")[2]
+    with judging() as local:
+        local.says, other = lambda body: "Yes.", local.url.split("/")[2]
+        pool = ["--models", f"ant@{server.url}", f"bee@{local.url}"]
+        first, second = ("--key-from", f"{one}=ONE"), ("--key-from", f"{other}=OTHER")
+        for k, (flags, *keys) in enumerate(
+            [
+                ((), *["Bearer openai_api_key"] * 3),
+                (("--key-from", "ONE"), *["Bearer one"] * 3),
+                (first, "Bearer one", None, "Bearer one"),
+                (second, None, "Bearer other", None),
+                ((*first, *second), "Bearer one", "Bearer other", "Bearer one"),
+                ((*second, "--judge-key-from", "ONE"), None, "Bearer other", "Bearer one"),
+            ]
+        ):
+            server.keys.clear(), local.keys.clear()
+            assert command(*pool, *flags, out=f"{k}.jsonl")[0] == 0
+            wanted = {*zip(("ant", "bee", "judge"), keys, strict=True)}
+            assert {*server.keys, *local.keys} == wanted
+
+
 def test_each_models_line_and_what_favours_it(command, server):
     """Of every three, ant's answer is 9, bee's and cat's 5: ant is first each time."""
     server.says = lambda b: (
@@ -543,6 +568,13 @@ def test_each_models_line_and_what_favours_it(command, server):
         (["--out", "raw.txt"], "--out raw.txt: rows are written to a file, .jsonl or .jsonl.gz"),
         (["--out", "HERE/folder.jsonl"], "rows are written to a file"),
         (["--out", "HERE/old.jsonl"], "old.jsonl.ratings.jsonl is read, and --out"),
+        (["--key-from", "x.org=A"], "x.org=...: no model is at that host; they are at 127.0.0.1:"),
+        (["--key-from", "sk-1"], "--key-from takes the name of a variable that has the key"),
+        (["--key-from", "=A"], "takes the name of a variable that has the key, or HOST=NAME"),
+        (["--key-from", "A", "--key-from", "B"], "--key-from names two variables for all"),
+        (["--key-from", "a=A", "--key-from", "A=B"], "names two variables for a"),
+        (["--key-from", "A", "--key-from", "a=B"], "--key-from A is for every host, and another"),
+        (["--judge-key-from", "a=B"], "--judge-key-from a=...: no model is at that host"),
         (["--models", "x/y@http://a/v1", "x-y@http://a/v1"], "two that are called x-y"),
         (["--out", "HERE/prompts.jsonl"], "prompts.jsonl is read, and --out"),
         (["--principles", "HERE/none.json"], "none.json"),

@@ -759,7 +759,13 @@ def test_the_key_goes_to_the_server_and_nowhere_else(server, asking, capfd, monk
     asking([request("good", seed=2)])
     assert "Authorization" not in server.headers[-1]
     server.behave = lambda handler, body, times: (401, {}, error())
-    assert "401: the key is refused; OTHER is not set" in stopped(asking)
+    assert "401: no key was sent; OTHER is not set" in stopped(asking)
+    asking.endpoint = Endpoint(server.url, "m", "")
+    told = f"401: no key was sent; give --key-from {asking.endpoint.host}=NAME"
+    assert told in stopped(asking)
+    server.behave = lambda handler, body, times: (403, {}, error())
+    assert stopped(asking).endswith("; no key was sent")
+    asking.endpoint = Endpoint(server.url, "m", "OTHER")
     for bad in ("sk\nX-Evil: 1", "sk-ü"):
         monkeypatch.setenv("OTHER", bad)
         told = stopped(asking)

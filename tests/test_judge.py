@@ -396,6 +396,18 @@ def test_mistakes_of_two_models_cost_one_line(others, name, message, files, serv
     assert not server.asked and not (files / "out.jsonl").exists()
 
 
+def test_a_key_is_for_the_host_that_it_is_given_for(files, server, capsys, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "usual")
+    monkeypatch.setenv("MINE", "mine")
+    command(files, server, "--key-from", f"{server.url.split('/')[2]}=MINE")
+    assert {*server.keys} == {("gpt-x", "Bearer mine")}
+    (files / "out.jsonl.answers").unlink()
+    with pytest.raises(SystemExit):
+        command(files, server, "--key-from", "api.openai.com=MINE")
+    assert "--key-from api.openai.com=...: no model is at that" in capsys.readouterr().err
+    assert len(server.keys) == 4
+
+
 def test_a_judge_in_a_folder(files, capsys):
     """It is sampled here; this one, untrained, says nothing that is a grade."""
     folder = folder_of(model(max_position_embeddings=4096), files / "judge")

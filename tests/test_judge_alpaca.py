@@ -279,7 +279,7 @@ def test_wrong_flags_cost_one_line(files, server, capsys):
 @pytest.mark.parametrize(
     "says, why, message",
     [
-        (401, "sk-123 is wrong", "401: the key is refused; OPENAI_API_KEY is not set"),
+        (401, "sk-123 is wrong", "401: no key was sent; OPENAI_API_KEY is not set"),
         (404, "no such model", "404: no model 'gpt-x': no such model"),
         (
             "Both are good.",

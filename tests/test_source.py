@@ -137,7 +137,7 @@ def test_each_answer_may_fill_the_positions_that_its_own_prompt_leaves(folder, t
 
 
 def test_what_names_a_source():
-    found = source.open_source("a@b/c@http://localhost:8000/v1", "KEY")
+    found = source.open_source("a@b/c@http://localhost:8000/v1", {"": "KEY"})
     assert found == Endpoint("http://localhost:8000/v1", "a@b/c", "KEY")
     assert source.title(found) == "a@b/c"
     with pytest.raises(ValueError, match="names no model; write NAME@URL"):
@@ -148,6 +148,23 @@ def test_what_names_a_source():
         source.open_source("runs/nowhere")
     with pytest.raises(ValueError, match=r"'gpt\\udcff@http://a/v1': its bytes are not UTF-8"):
         source.open_source("gpt\udcff@http://a/v1")
+
+
+def test_a_key_is_of_the_host_and_port_that_the_url_has(folder):
+    names = ["a@https://API.org/v1", "b@https://api.org:8443/v1", "c@http://[::1]:80", str(folder)]
+    given = ["api.org=A", "[::1]:80=C"]
+    *found, _ = source.open_sources(names, given)
+    assert [(f.host, f.key_from) for f in found] == [
+        ("api.org", "A"),
+        ("api.org:8443", ""),
+        ("[::1]:80", "C"),
+    ]
+    assert [f.key_from for f in source.open_sources(names[:2], None)] == ["OPENAI_API_KEY"] * 2
+    with pytest.raises(ValueError, match=r"^--key-from x=...: no model is .*; all are folders$"):
+        source.open_sources([str(folder)], ["x=A"])
+    with pytest.raises(ValueError) as wrong:
+        source.open_sources(["a@https://user:secret@api.org/v1"], ["api.org=A"])
+    assert "secret" not in str(wrong.value)
 
 
 def test_a_parameter_that_sampling_lacks_is_refused(folder, tmp_path):

@@ -37,7 +37,7 @@ from zephyr.data.readers import BadRow, BadRows, expand, write_rows
 from zephyr.endpoint import Answer, Endpoint, Failure
 from zephyr.files import home, plain
 from zephyr.run import exits
-from zephyr.source import add_flags, ask, how, open_source, title
+from zephyr.source import Folder, add_flags, ask, how, open_sources, title
 
 # what is kept beside OUT: all answers of each model and of the judge, and what is in no row
 COMPLETIONS, RATINGS, FAILED = ".completions.", ".ratings", ".failed.jsonl"
@@ -86,18 +86,21 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> str:
     """Ask the models and the judge, write the rows, and return the report."""
-    pool, judge = {}, open_source(args.judge, args.judge_key_from or args.key_from)
-    models = [open_source(name, args.key_from) for name in args.models]
-    given = how(args, [judge, *models])
+    if own := args.judge_key_from:
+        (judge,) = open_sources([args.judge], [own], "--judge-key-from")
+        models = open_sources(args.models, args.key_from)
+    else:
+        judge, *models = open_sources([args.judge, *args.models], args.key_from)
+    given, pool = how(args, [judge, *models]), {}
     budget = given["budget"]
-    for name, model in zip(args.models, models, strict=True):
+    for model in models:
         called = title(model)
         if kept_in(called) in map(kept_in, pool):
             raise ValueError(
                 f"--models has two that are called {plain(called)}; rows, or the files of their "
                 "answers, could not tell them apart, so rename one"
             )
-        pool[called] = name
+        pool[called] = model
     for model in [*models, judge]:
         if isinstance(model, Endpoint):
             budget.price(title(model), 0, 0)  # before anything is paid for, it has a price
@@ -144,17 +147,22 @@ def kept_in(model: str) -> str:
 
 
 def complete(
-    todo: Sequence[Completion], pool: Mapping[str, str], args: argparse.Namespace, given: Mapping
+    todo: Sequence[Completion],
+    pool: Mapping[str, Endpoint | Folder],
+    args: argparse.Namespace,
+    given: Mapping,
 ) -> None:
     """Ask the models for their completions: all endpoints at once, and folders one by one, so that
     one model at a time is loaded."""
     sampling = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_new}
     with contextlib.ExitStack() as stack:
         endpoints, folders = [], []
-        for called, name in pool.items():
+        for called, model in pool.items():
             mine = [c for c in todo if c.model == called]
             requests = [c.request(sampling, args.seed) for c in mine]
-            path, model = args.out + kept_in(called), open_source(name, args.key_from)
+            path = args.out + kept_in(called)
+            if isinstance(model, Folder):  # the pool would keep one that is loaded
+                model = Folder(model.path)
             answers = ask(model, requests, path, **given)
             if isinstance(model, Endpoint) and mine:
                 endpoints.append((mine, stack.enter_context(contextlib.closing(answers))))

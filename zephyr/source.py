@@ -14,7 +14,7 @@ import argparse
 import contextlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from hashlib import sha256
@@ -27,9 +27,10 @@ from zephyr.client.exchange import Answer, Endpoint
 from zephyr.client.store import AnswerFile
 from zephyr.endpoint import Failure, Request, key_of, to_stderr, without_answer
 from zephyr.endpoint import ask as ask_endpoint
-from zephyr.files import home, shown
+from zephyr.files import home, plain, shown, some
 
 KEY = "OPENAI_API_KEY"  # the variable that has an endpoint's, unless --key-from names another
+VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 AT = re.compile(r"(.+)@(https?://.*)", re.DOTALL)
 SAMPLING = {"temperature": 1.0, "top_p": 1.0, "seed": 0}  # of a request that does not say
 TIMES = 3  # that one thing is asked, until the answer can be read
@@ -40,15 +41,18 @@ ROWS, PROMPTS = 256, 1 << 14  # of a batch, at most: its conversations, and thei
 CACHE = 1 << 30
 
 
-def open_source(name: str, key_from: str | None = None) -> "Endpoint | Folder":
+def open_source(name: str, keys: Mapping[str, str] | None = None) -> "Endpoint | Folder":
     """Return the model that `NAME@URL` or a folder's path names. A folder is loaded when it is
-    first asked. Raises ValueError if there is no model under that name."""
+    first asked. `keys` are those of `read_keys`. Raises ValueError if there is no model under that
+    name."""
     try:
         name.encode()
     except UnicodeEncodeError:  # no file could hold the name, and this would show once all is paid
         raise ValueError(f"{shown(name)}: its bytes are not UTF-8") from None
     if match := AT.fullmatch(name):
-        return Endpoint(match[2], match[1], key_from or KEY)
+        keys = {"": KEY} if keys is None else keys
+        host = match[2].split("/")[2].lower()  # as Endpoint has it, if it takes the URL
+        return Endpoint(match[2], match[1], keys.get(host, keys.get("", "")))
     if name.startswith(("http://", "https://")):
         raise ValueError(f"{shown(name)} names no model; write NAME@URL, as in gpt-4.1@{name}")
     if not Path(path := home(name)).exists() and "/" not in name:
@@ -57,6 +61,47 @@ def open_source(name: str, key_from: str | None = None) -> "Endpoint | Folder":
             f"{name}@http://localhost:8000/v1"
         )
     return Folder(path)
+
+
+def open_sources(
+    names: Sequence[str], given: Sequence[str] | None, flag: str = "--key-from"
+) -> "list[Endpoint | Folder]":
+    """Return the models that the names of `open_source` name, with the keys that the flag has
+    given. Raises ValueError, too, for the key of a host at which none of them is."""
+    keys = read_keys(given, flag)
+    sources = [open_source(name, keys) for name in names]
+    hosts = {source.host for source in sources if isinstance(source, Endpoint)}
+    for host in keys.keys() - hosts - {""}:
+        there = f"they are at {some(hosts)}" if hosts else "all are folders"
+        raise ValueError(f"{flag} {plain(host)}=...: no model is at that host; {there}")
+    return sources
+
+
+def read_keys(given: Sequence[str] | None, flag: str = "--key-from") -> dict[str, str]:
+    """Return the variables with the hosts' keys, by host, that are given as HOST=NAME; or under ""
+    the variable for all of them, given as NAME. Where one host has a key of its own, no other host
+    has any that is not named, so that no key goes where it was not meant to.
+
+        ["api.openai.com=OPENAI_API_KEY"] -> {"api.openai.com": "OPENAI_API_KEY"}
+        ["POOL_KEY"] -> {"": "POOL_KEY"}
+        None -> {"": "OPENAI_API_KEY"}
+    """
+    keys: dict[str, str] = {}
+    for text in given or [KEY]:
+        host, equals, name = text.rpartition("=")
+        if not VARIABLE.fullmatch(name) or bool(host) != bool(equals):  # it may be a key: not shown
+            raise ValueError(
+                f"{flag} takes the name of a variable that has the key, or HOST=NAME, as in "
+                f"api.openai.com={KEY}"
+            )
+        if keys.setdefault(host := host.lower(), name) != name:
+            raise ValueError(f"{flag} names two variables for {plain(host) or 'all'}")
+    if "" in keys and len(keys) > 1:
+        raise ValueError(
+            f"{flag} {keys['']} is for every host, and another is for one alone; give each as "
+            "HOST=NAME, and a host that takes no key none"
+        )
+    return keys
 
 
 def title(source: "Endpoint | Folder") -> str:
@@ -72,7 +117,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--budget-tokens", type=int, metavar="N", help="stop before so many tokens")
     add("--budget-money", type=float, metavar="X", help="or before so much, by --prices")
     add("--prices", metavar="FILE", help="a price table, see zephyr/client/budget.py")
-    add("--key-from", metavar="NAME", help=f"variable with the key [{KEY}]")
+    what = f"variable with the key [{KEY}]; of HOST alone, may be given for each"
+    add("--key-from", action="append", metavar="[HOST=]NAME", help=what)
 
 
 def how(args: argparse.Namespace, sources: "Sequence[Endpoint | Folder]") -> dict:

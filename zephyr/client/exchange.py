@@ -42,7 +42,8 @@ class Answer:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where a model answers. The key stays in the environment variable `key_from`.
+    """Where a model answers. The key stays in the environment variable `key_from`; if that is "",
+    it has none.
 
     `refused` is what the model turned out not to take, and the name that it takes instead.
     """
@@ -62,11 +63,17 @@ class Endpoint:
             good = False
         if "@" in url or "?" in url or "#" in url:  # there may be a key in it: it is not shown
             raise ValueError(
-                f"the URL of an endpoint has neither @ nor ? nor #; a key goes into {self.key_from}"
+                "the URL of an endpoint has neither @ nor ? nor #; a key goes into "
+                f"{self.key_from or 'a variable'}"
             )
         if not good or not url.isascii() or not url.isprintable() or " " in url:
             raise ValueError(f"{shown(self.url)} is no URL such as http://localhost:8000/v1")
         object.__setattr__(self, "url", url)
+
+    @property
+    def host(self) -> str:
+        """Which server it is, with the port if the URL has one: localhost:8000."""
+        return urlsplit(self.url).netloc.lower()
 
     def key(self) -> str:
         key = os.environ.get(self.key_from, "").strip()
@@ -158,7 +165,8 @@ def _refusal(
 ) -> Trouble:
     """Return what a status other than 200 means."""
     # what a server tells of a wrong key may hold part of it
-    told = "the key is refused" if status == 401 else _told(endpoint, body)
+    sent_one = "the key is refused" if endpoint.key() else "no key was sent"
+    told = sent_one if status == 401 else _told(endpoint, body)
     error = body.get("error") if isinstance(body, dict) else None
     error = error if isinstance(error, dict) else {}
     where, key = endpoint.url, endpoint.key_from
@@ -175,9 +183,11 @@ def _refusal(
         return Trouble(why, ends=True)
     if status == 401:
         fix = f"set {key} to one of this server" if endpoint.key() else f"{key} is not set"
+        fix = fix if key else f"give --key-from {endpoint.host}=NAME"
         return Trouble(f"{where}: 401: {told}; {fix}", ends=True)
     if status == 403:
-        return Trouble(f"{where}: 403: {told}; may the key in {key} use this model?", ends=True)
+        asked = f"may the key in {key} use this model?" if key else "no key was sent"
+        return Trouble(f"{where}: 403: {told}; {asked}", ends=True)
     if status == 404 and "model" in told.lower():
         why = f"{where}: 404: no model {shown(endpoint.model)}: {told}; {where}/models lists them"
         return Trouble(why, ends=True)

@@ -23,7 +23,7 @@ from zephyr.evals import answer_page
 from zephyr.evals.converse import Said, converse, missing
 from zephyr.evals.questions import Question, read_instructions, read_questions
 from zephyr.files import atomic, check_outputs, home, plain, shown
-from zephyr.source import Folder, add_flags, ask, how, open_source, title
+from zephyr.source import Folder, add_flags, ask, how, open_sources, title
 
 NEW = {"mt-bench": 1024, "alpaca": 2048}  # tokens of an answer, at most
 ENDS = {"mt-bench": (".jsonl", ".jsonl.gz"), "alpaca": (".json",)}  # of the files written
@@ -103,7 +103,7 @@ def row_of(benchmark: str, model: str, question: Question, turns: list[str]) -> 
 
 def run(args: argparse.Namespace) -> str:
     """Ask a model a benchmark's questions, write the answers, and return the page about them."""
-    source, best = open_source(args.model, args.key_from), None
+    (source,), best = open_sources([args.model], args.key_from), None
     check(args, source)
     given = how(args, [source])
     alpaca, out, name = args.benchmark == "alpaca", home(args.out), args.name or title(source)

@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> str:
     """Have the answers judged, write what the judge says, and return the page that `show` makes."""
     module, out = BENCHMARKS[args.benchmark][0], home(args.out)
     check(args, module, out)
-    model = source.open_source(args.judge, args.key_from)
+    (model,) = source.open_sources([args.judge], args.key_from)
     judge = Judge(model, f"{out}.answers", **source.how(args, [model]))
     notes = module.run(args, judge, out)
     if judge.unanswered:
