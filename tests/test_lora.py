@@ -158,6 +158,25 @@ def test_an_adapter_that_peft_made(place, tmp_path, rslora, capsys):
     near(ours_merged(found), logits)
 
 
+@pytest.mark.parametrize(
+    "which",
+    [
+        {"target_modules": r".*layers\.1\.(self_attn|mlp)\.(q|o|up)_proj"},
+        {"target_modules": "all-linear", "exclude_modules": ["q_proj"]},
+        {"target_modules": ["self_attn.q_proj", "up_proj"], "layers_to_transform": 0},
+        {"target_modules": ["q_proj", "v_proj"], "exclude_modules": r".*0.*q_proj"},
+    ],
+    ids=str,
+)
+def test_an_adapter_of_some_layers_that_peft_made(place, tmp_path, which):
+    model = MistralForCausalLM.from_pretrained(place / "base", attn_implementation="eager")
+    config = peft.LoraConfig(r=3, lora_alpha=1.5, init_lora_weights=False, **which)
+    theirs = peft.get_peft_model(model, config).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    with torch.no_grad():
+        near(ours_merged(tmp_path / "theirs", place / "base"), theirs(IDS[None]).logits[0])
+
+
 def test_an_adapter_of_several_ranks_on_which_another_is_trained(place, tmp_path, capfd):
     """PEFT's rank_pattern; their sum has one rank, filled up with zeros."""
     model = MistralForCausalLM.from_pretrained(place / "base", attn_implementation="eager")
@@ -594,6 +613,9 @@ def test_an_adapter_answers(six_steps, place, tmp_path, monkeypatch, capsys):
         speak(monkeypatch, moved, "--prompt", "one two")
     told = capsys.readouterr().err
     assert "is a LoRA adapter (adapter_config.json) of 'mistralai/Mistral-7B-v0.1', which" in told
+    with pytest.raises(SystemExit):
+        speak(monkeypatch, six_steps[1] / "adapter", "--base", "", "--prompt", "one two")
+    assert "(adapter_config.json) of '', which is no folder here" in capsys.readouterr().err
 
 
 SHAPE_OF_REAL = MistralConfig(
@@ -638,6 +660,25 @@ Q = adapter.PREFIX + "model.layers.0.self_attn.q_proj.lora_"
         (None, {"modules_to_save": ["lm_head"]}, r"modules_to_save is \['lm_head'\]; only None"),
         (None, {"lora_alpha": 0}, "lora_alpha is 0; it must be a positive number"),
         (None, {"use_rslora": 1}, "use_rslora is 1; it must be true or false"),
+        (None, {"r": 8}, r"q_proj has rank 2, and adapter_config.json says 8 \(r, rank_pattern\)"),
+        (None, {"r": 8, "rank_pattern": {"q_proj": 4}}, "rank 2, and .* says 4 or 8"),
+        (None, {"r": None}, "r is None; it must be a whole number above 0"),
+        (None, {"rank_pattern": {"v": "2"}}, "rank_pattern of v is '2'; it must be a whole number"),
+        (None, {"rank_pattern": [2]}, r"rank_pattern is \[2\]; it must be an object"),
+        (
+            None,
+            {"target_modules": ["k_proj"]},
+            r"target_modules \['k_proj'\] leaves out model.layers.0.self_attn.q_proj, which has an",
+        ),
+        (None, {"target_modules": ["proj", "k_q_proj"]}, "leaves out model.layers.0.self_attn.q_p"),
+        (None, {"exclude_modules": ["self_attn.q_proj"]}, "exclude_modules .* leaves out model"),
+        (None, {"layers_to_transform": [1, 2]}, r"layers_to_transform \[1, 2\] leaves out model"),
+        (None, {"layers_to_transform": "0"}, "layers_to_transform '0' leaves out model.layers.0"),
+        (
+            None,
+            {"target_modules": ["q_proj", "up_proj", "elsewhere"]},
+            "target_modules names up_proj, of which adapter_model.safetensors has no tensor",
+        ),
         (None, {"\x1b[2J": 1}, r"adapter_config.json: '\\x1b\[2J' is 1; only None"),
         ({}, {}, "adapter_model.safetensors holds no tensor"),
         ({f"{Q}A.weight": torch.ones(2, 32)}, {}, r"q_proj are \[2, 32\] and None; they must be"),

@@ -66,7 +66,7 @@ def read(folder: Path) -> dict[str, Pair]:
 
     lora_dropout is of training; no adapter is applied with it. Raises ValueError for a kind of
     adapter that is not W + s B A on projections of the blocks, and for files that lack or do not
-    fit each other.
+    fit each other: what PEFT would leave out or scale in another way is not added.
     """
     path = folder / locate.ADAPTER
     raw = files.read_json(path)
@@ -82,7 +82,7 @@ def read(folder: Path) -> dict[str, Pair]:
     alpha = raw.get("lora_alpha")
     if type(alpha) not in (int, float) or not 0 < alpha < 1e9:
         raise ValueError(f"{path}: lora_alpha is {shown(alpha)}; it must be a positive number")
-    tensors = _tensors(folder)
+    ranks, tensors = _ranks(path, raw), _tensors(folder)
     pairs = {}
     for name in sorted({name.rpartition(".lora_")[0] for name in tensors}):
         a, b = tensors.get(name + lora.A), tensors.get(name + lora.B)
@@ -93,9 +93,64 @@ def read(folder: Path) -> dict[str, Pair]:
                 f"{folder / locate.ADAPTER_WEIGHTS}: lora_A and lora_B of {files.plain(name)} are "
                 f"{had[0]} and {had[1]}; they must be [r, in] and [out, r], and r above 0"
             )
+        if len(a) not in ranks:
+            had = " or ".join(map(str, sorted(ranks)))
+            raise ValueError(
+                f"{folder / locate.ADAPTER_WEIGHTS}: {name} has rank {len(a)}, and "
+                f"{path.name} says {had} (r, rank_pattern): the scale depends on it; take two "
+                "files of one adapter"
+            )
         spec = lora.Spec(len(a), alpha, (), bool(rslora))
         pairs[f"{name}.weight"] = Pair(a.float(), spec.scale * b.float())
+    _check_names(path, raw, {name.removesuffix(".weight") for name in pairs})
     return pairs
+
+
+def _ranks(path: Path, raw: dict) -> set[int]:
+    """Return the ranks that a config gives to its adapters."""
+    pattern = raw.get("rank_pattern") or {}
+    if not isinstance(pattern, dict):
+        raise ValueError(f"{path}: rank_pattern is {shown(pattern)}; it must be an object")
+    ranks = {"r": raw.get("r")} | {f"rank_pattern of {k}": r for k, r in pattern.items()}
+    for key, r in ranks.items():
+        if type(r) is not int or r < 1:
+            must = "it must be a whole number above 0"
+            raise ValueError(f"{path}: {files.plain(key)} is {shown(r)}; {must}")
+    return set(ranks.values())
+
+
+def _check_names(path: Path, raw: dict, names: set[str]) -> None:
+    """Raise ValueError unless the projections with tensors are those that the config's lists name.
+
+    A name in a list is the end of a projection's, as PEFT has it. Where there is a pattern instead,
+    the tensors alone say what has adapters: a pattern from outside may take for ever to match.
+    """
+    targets, excluded, layers = (
+        raw.get(key) for key in ("target_modules", "exclude_modules", "layers_to_transform")
+    )
+    layers = layers if isinstance(layers, list) or layers is None else [layers]
+
+    def among(name: str, listed: list) -> bool:
+        return any(f".{name}".endswith(f".{end}") for end in listed)
+
+    for name in sorted(names):
+        left_out = {
+            "target_modules": isinstance(targets, list) and not among(name, targets),
+            "exclude_modules": isinstance(excluded, list) and among(name, excluded),
+            "layers_to_transform": bool(layers) and int(name.split(".")[2]) not in layers,
+        }
+        if key := next((key for key, out in left_out.items() if out), None):
+            raise ValueError(
+                f"{path}: {key} {shown(raw[key])} leaves out {name}, which has an adapter in "
+                f"{locate.ADAPTER_WEIGHTS}, so PEFT would not add it; take two files of one adapter"
+            )
+    if isinstance(targets, list) and not excluded:
+        found = {name.split(".")[-1] for name in names}
+        if lacking := [x for x in PROJECTIONS if x in targets and x not in found]:
+            raise ValueError(
+                f"{path}: target_modules names {files.some(lacking)}, of which "
+                f"{locate.ADAPTER_WEIGHTS} has no tensor; fetch it again, or take the name out"
+            )
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:

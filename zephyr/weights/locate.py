@@ -52,7 +52,11 @@ def parts(folder: Path | str | Parts, base: Path | str | None = None) -> Parts:
             f"{folder} is a LoRA adapter ({ADAPTER}) and a model ({weights[0]}) at once, and "
             "programs differ in whether they add the two; put them in folders of their own"
         )
-    text = str(base) if base else read_json(folder / ADAPTER).get("base_model_name_or_path")
+    text = (
+        str(base)
+        if base is not None
+        else read_json(folder / ADAPTER).get("base_model_name_or_path")
+    )
     named = _folder(text)
     if named is None:
         raise ValueError(
