@@ -113,6 +113,7 @@ def test_what_it_cannot_read_is_refused_in_one_line(url, cases, tmp_path):
         (json.dumps(good | {"n": 2}).encode(), "one choice"),
         (json.dumps(good | {"stream": True}).encode(), "does not stream"),
         (b" " * (serve.LARGEST + 1), "Content-Length is 1 to"),
+        (b" " * (8 * serve.LARGEST), "Content-Length is 1 to"),
     ):
         with pytest.raises(urllib.error.HTTPError) as caught:
             urllib.request.urlopen(f"{url}/chat/completions", body)
