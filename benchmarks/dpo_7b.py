@@ -63,12 +63,11 @@ from zephyr.weights import adapter, base, config_json, hub, masters
 
 KEPT, FILE = ROOT / "benchmarks" / "h200", "dpo_7b.jsonl"
 PAIRS = 61_135  # of UltraFeedback, an epoch
-# of what a starting weight gives of inputs that spread by 1: at any width as in 256 inputs at 0.02
-SPREAD = 0.32
+SPREAD = 0.32  # of a starting matrix's outputs where its inputs spread by 1
 # what an H200 holds at 7b: 12 bytes for each weight, and 16k tokens without repeating a matmul
 OWN = {"7b": "--masters split --adam-state bf16 --recompute elementwise --microbatch-tokens 16384"}
-# each with the modules without which it is left out, and the seconds it may take: what comes first
-# may cost the next one its turn, which another call gives it, but is not cut short itself
+# each with the modules without which it is left out, and the seconds it may take. Together they are
+# more than ten minutes: one that is cut short leaves nothing, one that had no turn has another call
 CONTENDERS = {
     "ours": Part("train_dpo.py", 300, ()),
     "control": Part("transformers' Mistral in train_dpo.py", 300, (), ("transformers",)),
@@ -195,11 +194,11 @@ def drawn(name: str, shape: torch.Size, device: torch.device) -> Tensor:
     numbers of a seed that is the name's own, so in whatever order they are made each contender's
     bits are equal.
 
-    They spread by SPREAD / √inputs. By 0.02 at any width, one rounding grows by what follows it: at
-    7b two ways to round a token's log-prob in bf16, ours and transformers', lie 0.067 nats apart.
-    The mean losses of 128 pairs of two responses of 305 tokens, each against a reference, then
-    spread by beta / 2 * 0.067 * √(2 * 2 * 305 / 128) = 0.010, twice what TOLERANCE allows. So it is
-    0.0031 nats (a CPU's bf16, all 32 layers), and 0.0005.
+    Their spread is SPREAD / √inputs. With 0.02 at every width, each of 7b's wide layers would
+    enlarge the roundings before it: ours and transformers' log-probs of a token, in a CPU's bf16
+    over all 32 layers, differ by 0.067 nats. The mean loss of 128 pairs, of two responses of 305
+    tokens with a reference each, would then differ by beta / 2 * 0.067 * √(2 * 2 * 305 / 128) =
+    0.010, twice what TOLERANCE allows. With SPREAD these are 0.0031 nats and 0.0005.
     """
     if len(shape) == 1:
         return torch.ones(shape, device=device)

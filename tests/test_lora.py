@@ -284,7 +284,8 @@ def test_the_trajectory_is_the_same(place, tmp_path, six_steps, change, capfd):
     same(run(train_dpo, place, out, *flags), six_steps[0])
     if "--no-merge" in change:
         assert not (out / "model").exists()
-        capfd.readouterr()
+        told = capfd.readouterr().err
+        assert f" {out}/adapter\n" in told and f" {out}/model\n" not in told
         again = [flag for flag in flags if flag != "--no-merge"]
         run(train_dpo, place, out, *again)
         told = capfd.readouterr().err

@@ -15,7 +15,7 @@ import contextlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -51,8 +51,8 @@ def open_source(name: str, keys: Mapping[str, str] | None = None) -> "Endpoint |
         raise ValueError(f"{shown(name)}: its bytes are not UTF-8") from None
     if match := AT.fullmatch(name):
         keys = {"": KEY} if keys is None else keys
-        host = match[2].split("/")[2].lower()  # as Endpoint has it, if it takes the URL
-        return Endpoint(match[2], match[1], keys.get(host, keys.get("", "")))
+        endpoint = Endpoint(match[2], match[1], keys.get("", ""))
+        return replace(endpoint, key_from=keys.get(endpoint.host, endpoint.key_from))
     if name.startswith(("http://", "https://")):
         raise ValueError(f"{shown(name)} names no model; write NAME@URL, as in gpt-4.1@{name}")
     if not Path(path := home(name)).exists() and "/" not in name:

@@ -165,8 +165,7 @@ def _refusal(
 ) -> Trouble:
     """Return what a status other than 200 means."""
     # what a server tells of a wrong key may hold part of it
-    sent_one = "the key is refused" if endpoint.key() else "no key was sent"
-    told = sent_one if status == 401 else _told(endpoint, body)
+    told = "the key is refused" if status == 401 else _told(endpoint, body)
     error = body.get("error") if isinstance(body, dict) else None
     error = error if isinstance(error, dict) else {}
     where, key = endpoint.url, endpoint.key_from
@@ -181,10 +180,11 @@ def _refusal(
             return Trouble(f"{where}: {status}: {told}", again=True, after=max(after, 0.0))
         why = f"{where}: {status}: asks to wait for {after:.0f} seconds; start again then"
         return Trouble(why, ends=True)
+    if status == 401 and endpoint.key():
+        return Trouble(f"{where}: 401: {told}; set {key} to one of this server", ends=True)
     if status == 401:
-        fix = f"set {key} to one of this server" if endpoint.key() else f"{key} is not set"
-        fix = fix if key else f"give --key-from {endpoint.host}=NAME"
-        return Trouble(f"{where}: 401: {told}; {fix}", ends=True)
+        fix = f"{key} is not set" if key else f"give --key-from {endpoint.host}=NAME"
+        return Trouble(f"{where}: 401: no key was sent; {fix}", ends=True)
     if status == 403:
         asked = f"may the key in {key} use this model?" if key else "no key was sent"
         return Trouble(f"{where}: 403: {told}; {asked}", ends=True)

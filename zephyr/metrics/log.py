@@ -221,9 +221,10 @@ class Log:
         where the results are."""
         width = max(map(len, self.last), default=0)
         values = [f"  {name:{width}}  {value:.6g}" for name, value in self.last.items()]
+        made = [name for name in ("adapter", "model") if (self.folder / name).exists()]
         places = [
             *(f"  {name:{width}}  {text}" for name, text in more.items()),
-            f"  {'model':{width}}  {self.folder / 'model'}",
+            *(f"  {name:{width}}  {self.folder / name}" for name in made),
             f"  {'curves':{width}}  python -m zephyr.metrics {self.folder}",
         ]
         return "\n".join([f"{self.folder}:", *values, *places])

@@ -77,8 +77,9 @@ class Handler(BaseHTTPRequestHandler):
             if self.path != "/v1/chat/completions":
                 raise ValueError(f"{self.path} is not /v1/chat/completions")
             if not 0 < (size := int(self.headers.get("Content-Length", 0))) <= LARGEST:
-                for at in range(0, size, 1 << 16):  # who still sends would not see the answer
-                    self.rfile.read(min(size - at, 1 << 16))
+                left = size  # is read too: who still sends would not see the answer
+                while left > 0 and (read := self.rfile.read(min(left, 1 << 16))):
+                    left -= len(read)
                 raise ValueError(f"a request's Content-Length is 1 to {LARGEST}, not {size}")
             self.answer(200, reply(json.loads(self.rfile.read(size))))
         except (ValueError, RecursionError) as error:

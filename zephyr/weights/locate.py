@@ -52,11 +52,8 @@ def parts(folder: Path | str | Parts, base: Path | str | None = None) -> Parts:
             f"{folder} is a LoRA adapter ({ADAPTER}) and a model ({weights[0]}) at once, and "
             "programs differ in whether they add the two; put them in folders of their own"
         )
-    text = (
-        str(base)
-        if base is not None
-        else read_json(folder / ADAPTER).get("base_model_name_or_path")
-    )
+    named_there = read_json(folder / ADAPTER).get("base_model_name_or_path")
+    text = named_there if base is None else str(base)
     named = _folder(text)
     if named is None:
         raise ValueError(
