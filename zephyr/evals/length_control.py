@@ -83,8 +83,9 @@ def l1_logistic(
 
     It is solved by Newton's method with a soft threshold (Friedman, Hastie and Tibshirani 2010):
     each step minimises ||w||_1 plus the quadratic with the gradient and curvature at w, one
-    coordinate after the other, and is halved until the objective falls. At the minimum the gradient
-    of the smooth part is -sign(w) where w is not 0, and within -1 and 1 where it is.
+    coordinate after the other, and is halved while the objective rises by more than its sum's
+    rounding. At the minimum the gradient of the smooth part is -sign(w) where w is not 0, and
+    within -1 and 1 where it is.
     """
 
     def objective(w_F):
@@ -107,8 +108,8 @@ def l1_logistic(
                 step_F[f] = math.copysign(max(abs(target) - 1, 0), target) / bend - w_F[f]
             if np.abs(step_F - before_F).max() < 1e-13:
                 break
-        now = objective(w_F)
-        while objective(w_F + step_F) > now and np.abs(step_F).max() > 1e-12:
+        most = objective(w_F) * (1 + 1e-12)
+        while objective(w_F + step_F) > most and np.abs(step_F).max() > 1e-12:
             step_F = step_F / 2
         w_F = w_F + step_F
         if np.abs(step_F).max() < 1e-10:
