@@ -16,9 +16,11 @@ help:   ## this list
 demo: $(READY)   ## the whole recipe on an invented village, judged before and after: 4 to 12 minutes
 	$(PYTHON) demo.py
 
-# without the GPU, if there is one: its tensors would meet those that the tests make
+# without the GPU, if there is one: its tensors would meet those that the tests make; in two
+# processes, by files, whose fixtures serve many tests
 test: lint   ## everything that a user can meet without a GPU, but for tests of minutes
-	CUDA_VISIBLE_DEVICES= $(PYTHON) -m pytest -q -m "not gpu and not slow and not tools"
+	CUDA_VISIBLE_DEVICES= $(PYTHON) -m pytest -q -n 2 --dist loadfile \
+	    -m "not gpu and not slow and not tools"
 
 test-tools: $(READY)   ## benchmarks, every kernel compiled for three chips, 19 parsers fuzzed, the exercises
 	CUDA_VISIBLE_DEVICES= $(PYTHON) -m pytest -q -m "tools and not gpu and not slow"

@@ -24,6 +24,7 @@ setup(
         "tensorboard": ["tensorboard>=2.16"],
         "test": [
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "transformers>=5",
             "peft>=0.21",

@@ -172,7 +172,7 @@ def test_broken_list(tmp_path, data, why):
         (b"\n\n<!DOCTYPE html><html>", "is an HTML or XML page, not data"),
         (b"<?xml?>", "is an HTML or XML page, not data"),
         (b"PAR1\x15\x04", "is a parquet file; rename it to .parquet"),
-        (gzip.compress(b"{}"), "is gzip-compressed; add .gz to its name"),
+        (gzip.compress(b"{}", mtime=0), "is gzip-compressed; add .gz to its name"),
         (b' [{"a": 1}]', "is a JSON list, not an object per line; name it .json"),
     ],
 )
