@@ -28,7 +28,7 @@ from zephyr.weights.adapter import Pair
 from zephyr.weights.locate import Parts
 from zephyr.weights.masters import fill, full_master, resharded_parameters
 
-SHARD_BYTES = 2_000_000_000  # a file, which is in memory while it is written
+SHARD_BYTES = 1_000_000_000  # a file, which is in memory while it is written
 HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
 QUANTIZED = (  # how the names end that GPTQ, AWQ, bitsandbytes, fp8 and compressed-tensors add
     ".qweight",
