@@ -27,6 +27,7 @@ ONE_READ = 32768  # the widest row that a program holds in registers
 TILE = 8192  # what it takes at a time of a wider one
 ROWS = {"cuda": 4096}  # of a chunk; elsewhere 512, whose logits stay near the cache
 GRAIN = {"cuda": 256}  # a chunk's rows are a multiple of it, so of a matmul's tile; elsewhere 128
+ALIGNED = 64  # tokens of a block, so that its rows begin where a matmul's fast loads can
 WIDENED = 2**24  # weights of a half-precision head that a CPU has in fp32 at a time: 64 MiB
 
 
@@ -304,6 +305,7 @@ def _by_block(h_ND, ch_ND, w_VD, targets_N, lse_N, workspace, need_h, triton):
     (N, D), V = h_ND.shape, len(w_VD)
     wide = torch.promote_types(h_ND.dtype, torch.float32)
     room = workspace // (N * (wide.itemsize + h_ND.itemsize)) - D
+    room = room // ALIGNED * ALIGNED
     gw_ND = torch.zeros_like(h_ND, dtype=wide) if need_h else None
     dw_VD = None if ch_ND is None else torch.empty_like(w_VD)
 

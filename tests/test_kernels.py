@@ -305,6 +305,21 @@ def test_on_a_gpu_chunks_are_even_and_whole_tiles(n, rows):
     assert fused_logprob.chunk_rows(n, 32_000, SimpleNamespace(**about), 2**31) == rows
 
 
+def test_blocks_of_the_vocabulary_begin_at_multiples_of_64(monkeypatch):
+    """A matmul reads rows that begin at any place a number or two at a time. There is room for
+    1101 tokens."""
+    monkeypatch.setenv("ZEPHYR_KERNELS", "torch")
+    original, widths = fused_logprob.gradient_step, []
+    monkeypatch.setattr(
+        fused_logprob,
+        "gradient_step",
+        lambda z, *rest: widths.append(z.shape[1]) or original(z, *rest),
+    )
+    h, w, targets, c = inputs(45, 7, 2500)
+    run(lambda *x: kernels.linear_logprob(*x, 45 * 8 * (7 + 1101)), h, w, targets, c)
+    assert widths == [1088, 1088, 324]
+
+
 def test_without_a_gradient_nothing_of_n_by_v_is_kept(implementation, monkeypatch):
     monkeypatch.setitem(fused_logprob.ROWS, "cpu", 8)
     h, w, targets, _ = inputs(64, 4, 300, torch.bfloat16)
