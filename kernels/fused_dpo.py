@@ -32,6 +32,17 @@ def first_token(response_ptr, N, r, STEPS: tl.constexpr):
 
 
 @jit
+def lane_sum(b_x, BLOCK: tl.constexpr):
+    """Return the sum of BLOCK lanes, a power of 2: of neighbours, then of neighbouring sums, and so
+    on. tl.sum adds the lanes in an order that depends on which thread the compiler gives which, and
+    that on what else is in the kernel; two numbers have one sum."""
+    STEPS: tl.constexpr = BLOCK.bit_length() - 1
+    for step in tl.static_range(1, STEPS + 1):
+        b_x = tl.sum(tl.reshape(b_x, [BLOCK >> step, 2]), 1)
+    return tl.sum(b_x, 0)
+
+
+@jit
 def response_sum(logprob_ptr, response_ptr, r, start, end, N, responses, BLOCK: tl.constexpr):
     """Return the sum of response r's tokens start..end-1, added lane by lane and then over the
     lanes.
@@ -48,7 +59,7 @@ def response_sum(logprob_ptr, response_ptr, r, start, end, N, responses, BLOCK: 
         stray = tl.load(response_ptr + o_n, mask=m_n, other=r) != r
         b_logprob = tl.load(logprob_ptr + o_n, mask=m_n, other=0.0)
         b_sum += tl.where(stray, float("nan"), b_logprob)
-    return tl.where(whole, tl.sum(b_sum, 0), float("nan"))
+    return tl.where(whole, lane_sum(b_sum, BLOCK), float("nan"))
 
 
 @jit

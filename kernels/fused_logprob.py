@@ -27,6 +27,7 @@ ONE_READ = 32768  # the widest row that a program holds in registers
 TILE = 8192  # what it takes at a time of a wider one
 ROWS = {"cuda": 4096}  # of a chunk; elsewhere 512, whose logits stay near the cache
 GRAIN = {"cuda": 256}  # a chunk's rows are a multiple of it, so of a matmul's tile; elsewhere 128
+ALIGNED = 64  # tokens of a block, so that its rows begin where a matmul's fast loads can
 WIDENED = 2**24  # weights of a half-precision head that a CPU has in fp32 at a time: 64 MiB
 
 
@@ -45,13 +46,17 @@ def row_kernel(
     lse_ptr,
     g_ptr,
     V,
-    GRADIENT: tl.constexpr,
+    gradient,
     TILE: tl.constexpr,
     ONE_READ: tl.constexpr,
 ):
-    """One program per row of z [C, V]: its log-sum-exp, its target's log-prob and, with GRADIENT,
+    """One program per row of z [C, V]: its log-sum-exp, its target's log-prob and, if `gradient`,
     its row of G, which may be the row of z itself.
 
+    `gradient` is 1.0 or 0.0, floats being what Triton does not look at when it compiles. Were it a
+    constant, there would be two kernels, and in the one that writes G the threads would hold other
+    parts of the row; its sums would round in another way, and the log-probs of a pass with a
+    gradient would not be those of one without.
     With ONE_READ the whole row is one tile that stays in registers. Otherwise the first pass keeps
     a maximum and a sum per lane, and the second reads the row again.
     A target outside 0..V-1 gives NaN.
@@ -83,7 +88,7 @@ def row_kernel(
     lse = top + tl.log(total)
     tl.store(lse_ptr + i_n, lse)
     tl.store(logprob_ptr + i_n, (z_target - top) - tl.log(total))
-    if GRADIENT:
+    if gradient > 0:
         scale = tl.where(valid, 1.0 / total, float("nan"))
         if ONE_READ:
             b_g = b_p * scale
@@ -112,11 +117,9 @@ def gradient_kernel(z_ptr, target_ptr, lse_ptr, g_ptr, first, B, TILE: tl.conste
     tl.store(g_ptr + i_n * B + o_b, b_g.to(g_ptr.dtype.element_ty), mask=o_b < B)
 
 
-def row_step(
-    z_CV: Tensor, targets_C: Tensor, g_CV: Tensor | None, triton: bool
-) -> tuple[Tensor, Tensor]:
-    """Return log p(target) and lse of each row, fp32 (fp64 for fp64), and fill g_CV if there is
-    one. Both z and g are contiguous and may share storage; z is used up."""
+def row_step(z_CV: Tensor, targets_C: Tensor, g_CV: Tensor, triton: bool) -> tuple[Tensor, Tensor]:
+    """Return log p(target) and lse of each row, fp32 (fp64 for fp64), and fill g_CV unless it has
+    no rows. Both z and g are contiguous and may share storage; z is used up."""
     if triton:
         C, V = z_CV.shape
         logprob_C, lse_C = z_CV.new_empty(C), z_CV.new_empty(C)
@@ -128,9 +131,9 @@ def row_step(
             targets_C,
             logprob_C,
             lse_C,
-            z_CV if g_CV is None else g_CV,
+            g_CV,
             V,
-            GRADIENT=g_CV is not None,
+            float(len(g_CV) > 0),
             TILE=tile,
             ONE_READ=V <= ONE_READ,
             num_warps=min(most, max(4, tile // 1024)),
@@ -141,7 +144,7 @@ def row_step(
     p_CV = torch.softmax(z_CV, 1, out=z_CV)  # one pass of cached rows; exp alone would take longer
     # the largest p is exp(0) / total; the sum of p is 1 but for what softmax's own sum rounded off
     log_total_C = (p_CV.sum(1) / p_CV.amax(1)).log()
-    if g_CV is not None:
+    if len(g_CV):
         p_CV[rows, targets_C] -= 1
         g_CV.copy_(p_CV)
     return target_C - top_C - log_total_C, top_C + log_total_C
@@ -248,7 +251,7 @@ def forward(
     with torch.autocast(h_ND.device.type, enabled=False), torch.cuda.device_of(h_ND):
         for start in range(0, N, rows):
             chunk = slice(start, min(start + rows, N))
-            g_CV = g_NV[chunk] if keep else None
+            g_CV = g_NV[chunk]
             z = g_CV if in_place else z_CV[: chunk.stop - start]
             logits(h_ND[chunk], w_VD, out_CV=z)
             logprob_N[chunk], lse_N[chunk] = row_step(z, targets_N[chunk], g_CV, triton)
@@ -304,6 +307,7 @@ def _by_block(h_ND, ch_ND, w_VD, targets_N, lse_N, workspace, need_h, triton):
     (N, D), V = h_ND.shape, len(w_VD)
     wide = torch.promote_types(h_ND.dtype, torch.float32)
     room = workspace // (N * (wide.itemsize + h_ND.itemsize)) - D
+    room = room // ALIGNED * ALIGNED
     gw_ND = torch.zeros_like(h_ND, dtype=wide) if need_h else None
     dw_VD = None if ch_ND is None else torch.empty_like(w_VD)
 

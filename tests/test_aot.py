@@ -58,6 +58,16 @@ def test_what_is_wrong_is_named(cache):
     assert wrong[4].startswith("sums_kernel sm_80 does not compile with Triton ")
 
 
+def test_no_compiler_chooses_the_order_of_a_responses_sum(cache):
+    """Two kernels form it, and must get equal bits: what is reduced in them has two numbers or one,
+    whatever the layout that the compiler gives it."""
+    ran = python(WORKERS / "reductions.py", TRITON_CACHE_DIR=cache, PYTHONPATH=str(ROOT))
+    assert ran.returncode == 0, ran.stderr
+    found = [line.split() for line in ran.stdout.splitlines()]
+    assert {name for name, _ in found} == {"sums_kernel", "dpo_kernel"}
+    assert {size for _, size in found} == {"1", "2"}
+
+
 def test_it_must_not_be_interpreted():
     ran = python("-m", "kernels.aot", TRITON_INTERPRET="1")
     assert ran.returncode == 2

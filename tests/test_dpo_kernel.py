@@ -177,6 +177,29 @@ def test_gradcheck_of_the_specification(objective, monkeypatch):
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])
+def test_the_lanes_of_a_sum_are_added_in_pairs(device, monkeypatch):
+    """Lane by lane over blocks of 1024, then neighbours, in fp32: the order is no compiler's, so
+    that two kernels have one sum."""
+    monkeypatch.setenv("ZEPHYR_KERNELS", "triton")
+    logprob, response, _, _ = tokens([700, 2500])
+    right = []
+    for part in logprob.split([700, 2500]):
+        blocks = np.zeros(-(-len(part) // 1024) * 1024, np.float32)
+        blocks[: len(part)] = part
+        lanes = np.zeros(1024, np.float32)
+        for block in blocks.reshape(-1, 1024):
+            lanes += block
+        while len(lanes) > 1:
+            lanes = lanes[0::2] + lanes[1::2]
+        right += lanes.tolist()
+    logprob, response = logprob.to(device), response.to(device)
+    assert kernels.response_sums(logprob, response, 2).tolist() == right
+    zeros = torch.zeros(2, device=device)
+    for name in ("dpo", "ipo"):
+        assert kernels.dpo_loss(logprob, response, zeros, 0.1, 0.0, name)[1].tolist() == right
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
 def test_the_example_of_the_docstring(device, implementation):
     logprob = torch.tensor([-1.0, -2, -3, -1, -2, -2], device=device)
     response = torch.tensor([0, 0, 1, 2, 3, 3], device=device)

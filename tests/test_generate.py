@@ -234,11 +234,14 @@ def test_both_back_ends_see_the_same_keys(monkeypatch):
 def test_a_captured_step_equals_an_eager_one(dtype, monkeypatch):
     """In every bit, while the batch shrinks from 4 rows to 2 and 1."""
     m = model(sliding_window=6).to("cuda", dtype)
-    seen, choose = [], generate.choose
+    seen, choose, made, capture = [], generate.choose, [], generate.captured
     monkeypatch.setattr(
         generate, "choose", lambda x_BV, *how: seen.append(x_BV.clone()) or choose(x_BV, *how)
     )
+    monkeypatch.setattr(generate, "captured", lambda step: made.append(step) or capture(step))
+    monkeypatch.setattr(generate, "CAPTURE", 0)  # 12 steps would not be worth one
     for eos in {token for answer in greedy(m, prompts(), 12, eos=-1) for token in answer}:
+        assert made, "nothing was captured"
         seen.clear()
         captured = greedy(m, prompts(), 12, eos), seen[:]
         seen.clear()
@@ -260,6 +263,7 @@ def test_a_gpu_decodes_as_a_cpu(dtype, most, monkeypatch):
         return forced_NB[(len(seen) - 1) % 12].to(logits_BV.device)
 
     monkeypatch.setattr(generate, "choose", choose)
+    monkeypatch.setattr(generate, "CAPTURE", 0)  # the GPU's steps are replayed, but for the first
     for m in (model(sliding_window=6), model(sliding_window=6).to("cuda", dtype)):
         list(generate.stream(m, prompts(), 12))
     expected, found = torch.stack(seen).chunk(2)

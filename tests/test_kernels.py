@@ -18,7 +18,7 @@ from torch.profiler import profile
 
 import kernels
 from helpers import ROOT, WORKERS
-from kernels import fused_logprob, jit, reference
+from kernels import aot, fused_logprob, jit, reference
 
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
 WIDE = 2**30
@@ -298,11 +298,51 @@ def test_with_and_without_a_gradient_the_chunks_are_the_same(n, room, sizes, mon
     assert found == {False: sizes, True: sizes}
 
 
+def test_with_and_without_a_gradient_the_row_kernel_is_the_same(monkeypatch):
+    """Triton compiles one for each set of types and constants, and two may add a row's numbers in
+    other orders. It does not look at the value of a float."""
+    made, about = [], []
+    monkeypatch.setattr(fused_logprob, "row_kernel", aot.Recorder(None, made))
+    z, targets = torch.empty(4, 32_000), torch.zeros(4, dtype=torch.int64)
+    for rows in (4, 0):
+        g = torch.empty(rows, 32_000, dtype=torch.bfloat16)
+        fused_logprob.row_step(z, targets, g, triton=True)
+        _, args, options = made.pop()
+        values = [x.dtype if isinstance(x, torch.Tensor) else x for x in args]
+        about.append(([x for x in values if type(x) is not float], options))
+        assert [x for x in values if type(x) is float] == [rows > 0]
+    assert about[0] == about[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("v", [300, 32_000, 32_002, 40_000])
+def test_on_a_gpu_a_pass_without_a_gradient_has_the_same_bits(v):
+    h, w, targets, _ = inputs(700, 64, v, torch.bfloat16, "cuda")
+    kept = kernels.linear_logprob(h.requires_grad_(), w, targets)
+    with torch.no_grad():
+        assert torch.equal(kernels.linear_logprob(h, w, targets), kept)
+
+
 @pytest.mark.parametrize("n, rows", [(2048, 2048), (8192, 4096), (12_800, 3328), (29_360, 2048)])
 def test_on_a_gpu_chunks_are_even_and_whole_tiles(n, rows):
     """Of Mistral's head, at the default workspace, beside a G that is kept."""
     about = {"device": torch.device("cuda"), "dtype": torch.bfloat16, "itemsize": 2}
     assert fused_logprob.chunk_rows(n, 32_000, SimpleNamespace(**about), 2**31) == rows
+
+
+def test_blocks_of_the_vocabulary_begin_at_multiples_of_64(monkeypatch):
+    """A matmul reads rows that begin at any place a number or two at a time. There is room for
+    1101 tokens."""
+    monkeypatch.setenv("ZEPHYR_KERNELS", "torch")
+    original, widths = fused_logprob.gradient_step, []
+    monkeypatch.setattr(
+        fused_logprob,
+        "gradient_step",
+        lambda z, *rest: widths.append(z.shape[1]) or original(z, *rest),
+    )
+    h, w, targets, c = inputs(45, 7, 2500)
+    run(lambda *x: kernels.linear_logprob(*x, 45 * 8 * (7 + 1101)), h, w, targets, c)
+    assert widths == [1088, 1088, 324]
 
 
 def test_without_a_gradient_nothing_of_n_by_v_is_kept(implementation, monkeypatch):
@@ -313,12 +353,12 @@ def test_without_a_gradient_nothing_of_n_by_v_is_kept(implementation, monkeypatc
     monkeypatch.setattr(
         fused_logprob,
         "row_step",
-        lambda z, t, g, triton: shapes.append((tuple(z.shape), g)) or original(z, t, g, triton),
+        lambda z, t, g, triton: shapes.append((z.shape, g.shape)) or original(z, t, g, triton),
     )
     kernels.linear_logprob(h.requires_grad_().detach(), w, targets)
     with torch.no_grad():
         kernels.linear_logprob(h, w, targets)
-    assert shapes == [((8, 300), None)] * 16
+    assert shapes == [((8, 300), (0, 300))] * 16
 
 
 def test_the_backward_makes_nothing_of_n_by_v(monkeypatch):

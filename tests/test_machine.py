@@ -14,6 +14,7 @@ import train_dpo
 import train_sft
 from run_helpers import DPO, launch, run, weights_of
 from zephyr.distributed import machine
+from zephyr.distributed.group import start
 from zephyr.metrics import phases
 
 CPU = torch.device("cpu")
@@ -254,6 +255,19 @@ def test_on_a_gpu_two_deterministic_runs_are_one(place, tmp_path, as_before, fla
     assert one[0]["rewards/margins"] == one[0]["rewards/accuracies"] == 0
     for name, weight in weights_of(tmp_path / "one").items():
         assert torch.equal(weight, weights_of(tmp_path / "two")[name]), name
+
+
+@pytest.mark.parametrize("ranks, seen, plural", [(2, 1, "GPU,"), (8, 4, "GPUs,")])
+def test_more_ranks_than_gpus_cost_a_line(monkeypatch, ranks, seen, plural):
+    """On every rank, the first one too, which has a GPU; none waits for the others."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
+    told = rf"{ranks} ranks on a .* sees {seen} {plural} .* --nproc-per-node {seen}"
+    for rank in (0, ranks - 1):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        with pytest.raises(ValueError, match=told):
+            start()
 
 
 # --- bf16

@@ -263,9 +263,7 @@ def logits(C: int, V: int, device: torch.device) -> list[Tensor]:
 
 def launch(tile: int, warps: int, one_read: bool, *tensors: Tensor) -> None:
     C, V = tensors[0].shape
-    fused_logprob.row_kernel[(C,)](
-        *tensors, V, GRADIENT=True, TILE=tile, ONE_READ=one_read, num_warps=warps
-    )
+    fused_logprob.row_kernel[(C,)](*tensors, V, 1.0, TILE=tile, ONE_READ=one_read, num_warps=warps)
 
 
 def run(o: argparse.Namespace) -> None:

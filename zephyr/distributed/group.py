@@ -62,8 +62,14 @@ def start(replicas: int = 1, masters: str = "fp32", deterministic: bool = False)
             "master takes the same 4 bytes, and is cast as it is gathered: leave it "
             "out"
         )
-    attention.prepare_back_end()
     cuda = torch.cuda.is_available()
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1))
+    if cuda and here > (seen := torch.cuda.device_count()):
+        raise ValueError(
+            f"{here} ranks on a machine where each sees {seen} GPU{'s' * (seen > 1)}, and every "
+            f"rank needs its own: torchrun --nproc-per-node {seen}, or see CUDA_VISIBLE_DEVICES"
+        )
+    attention.prepare_back_end()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)

@@ -102,7 +102,8 @@ class HostCopies:
 
     The memory is made at the first save and used again by the next, which must not begin before the
     one under way has ended. Beside a GPU it is pinned: 58 GB at 7 B take seconds to pin, once, and
-    the copies are queued one behind the other and waited for together.
+    64 GB of memory, as torch rounds each pinned tensor up to a power of two. The copies are queued
+    one behind the other and waited for together.
     """
 
     should_synchronize_after_execute = False  # `stage` returns once everything is there
