@@ -21,6 +21,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from zephyr.client import interrupt
 from zephyr.collection import report
 from zephyr.collection.completion import (
     PRINCIPLES,
@@ -184,6 +185,7 @@ def _fill(todo: Sequence[Completion], answers: Iterable[Answer | Failure]) -> No
 
 
 def main(argv: Sequence[str]) -> None:
+    interrupt.heed()
     try:
         print(run(parse(argv)))
     except ValueError as error:
