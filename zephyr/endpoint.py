@@ -114,17 +114,20 @@ def ask(
             # every answer that is in flight when something ends the call is still paid for and kept
             futures = {key: pool.submit(run.ask, key, request) for key, request in todo.items()}
             for key in keys:
-                yield file.found[key] if key in file.found else futures[key].result()
+                answer = file.found[key] if key in file.found else futures[key].result()
+                run.inside = False
+                yield answer
+                run.inside = True
         except _Stopped:
             pass  # run.end says why, once no request is in flight
         finally:
+            run.inside = run.closing = True
             run.stop.set()
-            try:
-                pool.shutdown(cancel_futures=True)
-            finally:
-                pool.shutdown()  # a Ctrl-C may have broken off the waiting
-                interrupt.running.remove(run)
+            pool.shutdown(cancel_futures=True)
+            interrupt.running.remove(run)
             bar.close()
+            if run.interrupted:
+                raise KeyboardInterrupt
         if run.end:
             raise run.ending(len(todo))
         if run.failures:
@@ -144,6 +147,9 @@ class _Run:
     sleep: Callable[[float], object] | None
     say: Callable[[str], object]
     bar: tqdm
+    inside: bool = True  # `ask` is at work, so that no exception of a signal may break it off
+    closing: bool = False  # and is about to set `stop` itself
+    interrupted: bool = False  # it raises KeyboardInterrupt at its end
     in_flight: int = 0
     answered: int = 0
     failures: int = 0
@@ -203,9 +209,11 @@ class _Run:
         return answer
 
     def halt(self) -> int:
-        """Send no request from now on, and return how many are in flight. It does not wait for
-        `lock`: who holds it may wait for a lock of the thread that a signal has interrupted."""
-        self.stop.set()
+        """Send no request from now on, and return how many are in flight. This runs in the midst of
+        what the main thread does, so it waits for no lock that this thread may hold."""
+        self.interrupted = self.inside
+        if not self.closing:
+            self.stop.set()
         return self.in_flight
 
     def _go_without(self, name: str) -> None:

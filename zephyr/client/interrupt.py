@@ -15,14 +15,16 @@ def heed() -> None:
 
 
 def _first(*_: object) -> None:
-    if running:
+    if runs := list(running):
         signal.signal(signal.SIGINT, _second)
-        if flying := sum(run.halt() for run in running):
+        if flying := sum(run.halt() for run in runs):
             many = "answers are" if flying > 1 else "answer is"
-            running[0].say(
+            runs[0].say(
                 f"Ctrl-C: no more is asked; {flying} {many} in flight and waited for, to be kept; "
                 "a second Ctrl-C leaves at once"
             )
+        if any(run.interrupted for run in runs):
+            return  # what it does must not be broken off: answers would be lost
     raise KeyboardInterrupt
 
 
