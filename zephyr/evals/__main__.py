@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             command.set_defaults(run=module.run)
     try:
         args = parser.parse_args(argv)
+        exits.refuse_empty(args, argv)
         interrupt.heed()
         print(args.run(args))
     except ValueError as error:
