@@ -581,7 +581,7 @@ def test_each_models_line_and_what_favours_it(command, server):
         (["--principles", "HERE/a.json"], "a.json: 'a' is 'x'; a principle has a list"),
         (["--principles", "HERE/b.json"], "b.json has no principle"),
         (["--no-principles", "--principles", "HERE/b.json"], "not allowed with argument"),
-        (["--exclude", "HERE/prompts.jsonl"], "is given twice"),
+        (["--exclude", "HERE/prompts.jsonl"], "no prompt is left: 6 in an evaluation set"),
         (["--exclude", "HERE/all.jsonl"], "no prompt is left: 6 in an evaluation set"),
         (["--budget-money", 1], "needs a price table"),
         (["--prices", "HERE/prices.json"], "the price table has no 'judge', only ant, bee, cat"),
@@ -602,6 +602,20 @@ def test_mistakes_cost_one_line_and_nothing_is_asked(more, why, command, server,
     assert code == 2 and why in err and err.count("\n") == 1 and not said
     assert not server.asked and not (tmp_path / "raw.jsonl").exists()
     assert Path(tmp_path / "prompts.jsonl").read_text().count("\n") == len(ASKED)
+
+
+@pytest.mark.parametrize(
+    "there, why",
+    [
+        ({"prompt": "x"}, "which holds no raw rows; name another, or move it away"),
+        ({"instruction": "x", "completions": []}, "raw.jsonl.ratings is not there; name another"),
+    ],
+)
+def test_only_its_own_rows_are_overwritten(there, why, command, server, tmp_path):
+    write_rows(tmp_path / "raw.jsonl", [there])
+    code, said, err = command()
+    assert code == 2 and "--out would overwrite " in err and why in err and err.count("\n") == 1
+    assert not server.asked and rows_of(tmp_path / "raw.jsonl") == [there]
 
 
 def test_no_row_at_all_is_said(command, server, tmp_path):

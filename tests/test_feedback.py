@@ -261,7 +261,7 @@ GOOD = completion("a", 1)
 @pytest.mark.parametrize(
     "broken, why",
     [
-        ({}, "instruction must be text, not null or missing"),
+        ({}, "no raw row, with instruction and completions; it has ''"),
         ({"instruction": " \n"}, r"instruction must be text, not ' \\n'"),
         ({"instruction": ["p"]}, r"instruction must be text, not \['p'\]"),
         ({"instruction": "p"}, "completions must be a list of two or more, not null or missing"),
@@ -568,9 +568,12 @@ skipped 2 bad rows of 302; the first 2:
         ),
         (
             "raw.jsonl --out ./raw.jsonl",
-            "raw.jsonl is named twice; an output needs a file of its own",
+            "--out ./raw.jsonl would overwrite this file: it is read; name another",
         ),
-        ("raw.jsonl --out o.jsonl --test-out o.jsonl --test-size 5", "o.jsonl is named twice"),
+        (
+            "raw.jsonl --out o.jsonl --test-out o.jsonl --test-size 5",
+            "--test-out o.jsonl would overwrite this file: --out writes it",
+        ),
         (
             "raw.jsonl --out o.jsonl --test-out t.jsonl --test-size 200",
             "no pair is left to train on: 200 for the test",
@@ -592,6 +595,27 @@ def test_mistakes_cost_one_line_and_write_nothing(tmp_path, monkeypatch, capsys,
     assert "on-bad-row" not in error
     assert os.listdir(tmp_path) == ["raw.jsonl"]
     assert (tmp_path / "raw.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "flags, told",
+    [
+        ("--out q.jsonl --exclude q.jsonl", "--out q.jsonl would overwrite this file: it is read"),
+        ("--out q.jsonl", "--out would overwrite q.jsonl, which holds no pairs; name another, or"),
+        ("--out o.jsonl --test-out q.jsonl --test-size 5", "--test-out would overwrite q.jsonl, w"),
+        ("--out o.jsonl --test-out=", "--test-out is empty; is a variable not set?"),
+    ],
+)
+def test_no_other_file_is_overwritten(tmp_path, monkeypatch, capsys, flags, told):
+    monkeypatch.chdir(tmp_path)
+    raw_file(tmp_path / "raw.jsonl")
+    write_rows("q.jsonl", [{"question_id": 1, "turns": ["What?"]}])
+    before = (tmp_path / "q.jsonl").read_bytes()
+    code, out, error = command(capsys, "raw.jsonl", *flags.split())
+    assert (code, out) == (2, "") and told in error and error.count("\n") == 1
+    assert (tmp_path / "q.jsonl").read_bytes() == before and not os.path.exists("o.jsonl")
+    assert command(capsys, "raw.jsonl", "--out", "o.jsonl")[0] == 0
+    assert command(capsys, "raw.jsonl", "--out", "o.jsonl", "--rejected", "worst")[0] == 0
 
 
 def test_help(capsys):

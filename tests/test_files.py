@@ -171,6 +171,8 @@ def test_broken_list(tmp_path, data, why):
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "is a Git LFS pointer"),
         (b"\n\n<!DOCTYPE html><html>", "is an HTML or XML page, not data"),
         (b"<?xml?>", "is an HTML or XML page, not data"),
+        (b"\xff\xfe" + '{"a": 1}'.encode("utf-16-le"), "is UTF-16 text; save it as UTF-8"),
+        (b"\xfe\xff" + '{"a": 1}'.encode("utf-16-be"), "is UTF-16 text; save it as UTF-8"),
         (b"PAR1\x15\x04", "is a parquet file; rename it to .parquet"),
         (gzip.compress(b"{}", mtime=0), "is gzip-compressed; add .gz to its name"),
         (b' [{"a": 1}]', "is a JSON list, not an object per line; name it .json"),
@@ -213,7 +215,7 @@ def test_unreadable(tmp_path):
     with pytest.raises(ValueError, match="a.jsonl: cannot read: No such file"):
         list(read_rows(tmp_path / "a.jsonl"))
     (tmp_path / "folder.json").mkdir()
-    with pytest.raises(ValueError, match="folder.json: cannot read: Is a directory"):
+    with pytest.raises(ValueError, match="folder.json is a folder; name a file in it"):
         list(read_rows(tmp_path / "folder.json"))
     with pytest.raises(ValueError, match="a.csv is none of .jsonl, .json, .jsonl.gz, .json.gz, .p"):
         list(read_rows(tmp_path / "a.csv"))

@@ -168,8 +168,20 @@ def test_an_answer_without_a_grade_is_asked_for_again(files, server, capsys):
     [
         ({"a": [answer_line(81, [None, "x"])]}, "a.jsonl:1: an answer to question 81 is no text: "),
         ({"a": [answer_line(81, ["x", "y"])] * 2}, "a.jsonl:2: question 81 is answered before"),
-        ({"a": [answer_line(7, ["x"])]}, "question 7 is answered and is none of --questions"),
-        ({"a": [answer_line(81, ["x"])]}, "question 81 has 2 turns and 1 answers"),
+        (
+            {"a": [answer_line(7, ["x"])]},
+            "a.jsonl: question 7 is answered and is none of --questions; give the file that",
+        ),
+        ({"a": [answer_line(81, ["x"])]}, "a.jsonl: question 81 has 2 turns and 1 answers; give"),
+        ({"a": [answer_line(81, ["x", "y"], "")]}, "a.jsonl:1 is no line of an answer file"),
+        (
+            {"a": [answer_line(81, ["x", "y"]), answer_line(101, ["x", "y"], "other")]},
+            "a.jsonl:2: it is 'other''s answer in a file of 'ours''s; split the file",
+        ),
+        (
+            {"a": [answer_line(81, ["x", "y"]) | {"choices": [{"turns": ["x", "y"]}] * 2}]},
+            "a.jsonl:1: question 81 has 2 choices, of which one is judged; delete the others",
+        ),
         ({"a": [{"instruction": "x"}]}, "a.jsonl:1 is no line of an answer file, with question_id"),
         (
             {"a": [{"instruction": "x", "output": "y", "generator": "z"}]},
@@ -195,6 +207,11 @@ def test_mistakes_cost_one_line(change, message, files, server, capsys):
     [
         ("--out {}/a.jsonl", "--out .*a.jsonl would overwrite this file: it is read; name another"),
         ("--json {}/out.jsonl", "--json .* would overwrite this file: --out writes it"),
+        ("--json {}/out.jsonl.answers", "--json .*answers would overwrite this file: it is read"),
+        ("--references {}/a.jsonl", "--references .*a.jsonl has the answers that are judged; give"),
+        ("--references {}/folder.jsonl", "folder.jsonl is a folder; name a file in it"),
+        ("--prompts=", "--prompts is empty; is a variable not set?"),
+        ("--json=", "--json is empty; is a variable not set?"),
         ("--html {}/q.jsonl", "--html .* would overwrite this file: it is read"),
         ("--html {}/x.txt", "the page's name ends in .html"),
         ("--out {}", "--out .*: judgments are written as .jsonl"),
@@ -220,6 +237,32 @@ def test_three_turns_are_refused_before_the_judge_is_paid(files, server, capsys)
     with pytest.raises(SystemExit):
         command(files, server)
     assert "question 81 has 3 turns" in capsys.readouterr().err and not server.asked
+
+
+@pytest.mark.parametrize(
+    "there, beside, message",
+    [
+        (b"my notes\n", False, "out.jsonl, which holds no judgments; name another, or move it aw"),
+        (b"my notes\n", True, "out.jsonl, which holds no judgments; name another"),
+        ([answer_line(81, ["x", "y"])], True, "out.jsonl, which holds no judgments; name another"),
+        (
+            [{"question_id": 81, "model": "another", "judge": ["gpt-4", "single-v1"], "score": 1}],
+            False,
+            "which this command has not written, as .*/out.jsonl.answers is not there; name anot",
+        ),
+    ],
+)
+def test_only_its_own_judgments_are_overwritten(there, beside, message, files, server, capsys):
+    out = files / "out.jsonl"
+    out.write_bytes(there) if isinstance(there, bytes) else write_rows(out, there)
+    before = out.read_bytes()
+    if beside:
+        (files / "out.jsonl.answers").touch()
+    with pytest.raises(SystemExit) as ended:
+        command(files, server)
+    err = capsys.readouterr().err
+    assert ended.value.code == 2 and err.count("\n") == 1 and "--out would overwrite " in err
+    assert re.search(message, err) and out.read_bytes() == before and not server.asked
 
 
 def test_while_the_judge_is_asked_nothing_but_its_answers_is_there(files, server):
@@ -402,6 +445,7 @@ def test_a_key_is_for_the_host_that_it_is_given_for(files, server, capsys, monke
     command(files, server, "--key-from", f"{server.url.split('/')[2]}=MINE")
     assert {*server.keys} == {("gpt-x", "Bearer mine")}
     (files / "out.jsonl.answers").unlink()
+    (files / "out.jsonl").unlink()
     with pytest.raises(SystemExit):
         command(files, server, "--key-from", "api.openai.com=MINE")
     assert "--key-from api.openai.com=...: no model is at that" in capsys.readouterr().err

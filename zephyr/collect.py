@@ -21,6 +21,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from zephyr.client import interrupt
 from zephyr.collection import report
 from zephyr.collection.completion import (
     PRINCIPLES,
@@ -33,7 +34,7 @@ from zephyr.collection.completion import (
 from zephyr.collection.rating import KINDS, OVERALL, rate
 from zephyr.data import held_out
 from zephyr.data.prompts import read_prompts
-from zephyr.data.readers import BadRow, BadRows, expand, write_rows
+from zephyr.data.readers import BadRow, BadRows, check_replaced, expand, write_rows
 from zephyr.endpoint import Answer, Endpoint, Failure
 from zephyr.files import home, plain
 from zephyr.run import exits
@@ -67,20 +68,23 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--judge-key-from", metavar="NAME", help="variable with the judge's key [--key-from]")
 
     args = parser.parse_args(argv)
+    exits.refuse_empty(args, argv)
     for name, least in (("completions", 2), ("max_new", 1), ("judge_max_new", 1)):
         if (value := getattr(args, name)) < least:
             raise ValueError(f"--{name.replace('_', '-')} {value}: give {least} or more")
     if not (0 <= args.temperature < math.inf and 0 < args.top_p <= 1):
         raise ValueError("--temperature is 0 or more, and --top-p above 0 and at most 1")
     args.out = home(args.out)
-    given = [*args.prompts, *args.exclude, *filter(None, [args.principles])]
+    given = args.prompts, args.exclude, filter(None, [args.principles])
     if not args.out.endswith((".jsonl", ".jsonl.gz")) or Path(args.out).is_dir():
         raise ValueError(f"--out {args.out}: rows are written to a file, .jsonl or .jsonl.gz")
     made = str(Path(args.out).resolve())
-    for path in expand(given):
+    for path in itertools.chain(*map(expand, map(list, given))):
         beside = str(path.resolve()).removeprefix(made)
         if not beside or beside.startswith((COMPLETIONS, RATINGS, FAILED)):
             raise ValueError(f"{path} is read, and --out {args.out} would write it; name another")
+    columns = ("instruction", "completions")
+    check_replaced("--out", args.out, "raw rows", columns, args.out + RATINGS)
     return args
 
 
@@ -184,6 +188,7 @@ def _fill(todo: Sequence[Completion], answers: Iterable[Answer | Failure]) -> No
 
 
 def main(argv: Sequence[str]) -> None:
+    interrupt.heed()
     try:
         print(run(parse(argv)))
     except ValueError as error:

@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from zephyr.client import interrupt
 from zephyr.client.budget import Budget, BudgetReached, estimate
 from zephyr.client.exchange import REFUSED, Answer, Endpoint, Trouble, exchange
 from zephyr.client.store import AnswerFile
@@ -108,17 +109,25 @@ def ask(
         bar = tqdm(total=len(todo), unit=" answers", delay=2, leave=False, disable=None)
         run = _Run(endpoint, file, budget, most, attempts, sleep, say, bar)
         pool = ThreadPoolExecutor(concurrency, "ask")
+        interrupt.running.append(run)
         try:
             # every answer that is in flight when something ends the call is still paid for and kept
             futures = {key: pool.submit(run.ask, key, request) for key, request in todo.items()}
             for key in keys:
-                yield file.found[key] if key in file.found else futures[key].result()
+                answer = file.found[key] if key in file.found else futures[key].result()
+                run.inside = False
+                yield answer
+                run.inside = True
         except _Stopped:
             pass  # run.end says why, once no request is in flight
         finally:
+            run.inside = run.closing = True
             run.stop.set()
             pool.shutdown(cancel_futures=True)
+            interrupt.running.remove(run)
             bar.close()
+            if run.interrupted:
+                raise KeyboardInterrupt
         if run.end:
             raise run.ending(len(todo))
         if run.failures:
@@ -126,7 +135,7 @@ def ask(
             say(f"{why}; the same command asks them again")
 
 
-@dataclass
+@dataclass(eq=False)
 class _Run:
     """What the threads of one call share."""
 
@@ -138,6 +147,10 @@ class _Run:
     sleep: Callable[[float], object] | None
     say: Callable[[str], object]
     bar: tqdm
+    inside: bool = True  # `ask` is at work, so that no exception of a signal may break it off
+    closing: bool = False  # and is about to set `stop` itself
+    interrupted: bool = False  # it raises KeyboardInterrupt at its end
+    in_flight: int = 0
     answered: int = 0
     failures: int = 0
     in_a_row: int = 0
@@ -172,8 +185,10 @@ class _Run:
             raise _Stopped
         if not self.budget.reserve(most):
             raise BudgetReached(most)
+        with self.lock:
+            self.in_flight += 1
         try:
-            if self.stop.is_set():
+            if self.stop.is_set():  # after it counts: see halt
                 raise _Stopped
             parameters = self.endpoint.taken(request.parameters)
             sent = {"model": model, "messages": request.messages, **parameters}
@@ -184,12 +199,22 @@ class _Run:
             cost = most if trouble.paid else 0
             raise
         finally:
+            with self.lock:
+                self.in_flight -= 1
             self.budget.settle(most, cost, key)
         with self.lock:
             self.answered, self.in_a_row = self.answered + 1, 0
             self.bar.set_postfix_str(self.budget.show(self.budget.spent), refresh=False)
             self.bar.update()
         return answer
+
+    def halt(self) -> int:
+        """Send no request from now on, and return how many are in flight. This runs in the midst of
+        what the main thread does, so it waits for no lock that this thread may hold."""
+        self.interrupted = self.inside
+        if not self.closing:
+            self.stop.set()
+        return self.in_flight
 
     def _go_without(self, name: str) -> None:
         with self.lock:

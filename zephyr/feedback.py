@@ -22,7 +22,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from hashlib import sha256
-from pathlib import Path
 from statistics import fmean, median
 from typing import Literal, NamedTuple
 
@@ -30,8 +29,16 @@ from tqdm import tqdm
 
 from zephyr.data import forms, held_out
 from zephyr.data.held_out import normalized
-from zephyr.data.readers import BadRow, BadRows, expand, read_rows, write_rows, writing
-from zephyr.files import home, shown
+from zephyr.data.readers import (
+    BadRow,
+    BadRows,
+    check_replaced,
+    expand,
+    read_rows,
+    write_rows,
+    writing,
+)
+from zephyr.files import check_outputs, home, shown
 from zephyr.run import exits
 from zephyr.tokenizer import conversation
 
@@ -104,6 +111,8 @@ def _pair(where: str, row: dict, rules: Rules, counts: Counts, prompts: set) -> 
     hash is added to `prompts`, by which a prompt that came before is dropped."""
     if row.get("source") == "truthful_qa" and not rules.keep_truthful_qa:
         return "truthful_qa"
+    if not {"instruction", "completions"} & row.keys():
+        raise BadRow(f"{where}: no raw row, with instruction and completions{forms.it_has(row)}")
     prompt = row.get("instruction")
     _need(isinstance(prompt, str) and prompt.strip(), f"{where}: instruction must be text", prompt)
     try:
@@ -319,6 +328,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=42, help="of the random rejected and the test split [42]")
 
     args = parser.parse_args(argv)
+    exits.refuse_empty(args, sys.argv[1:] if argv is None else argv)
     args.out, args.test_out = home(args.out), args.test_out and home(args.test_out)
     if args.test_size < 0 or bool(args.test_size) != bool(args.test_out):
         raise ValueError("--test-out and --test-size, 1 or more, go together; give both or neither")
@@ -328,10 +338,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> str:
     """Write the pairs and return the table. Raises ValueError before any file is in place."""
     paths = expand(args.raw)
-    outputs = [Path(path).resolve() for path in (args.out, args.test_out) if path]
-    names = [*outputs, *(path.resolve() for path in paths)]
-    if twice := [path for path in outputs if names.count(path) > 1]:
-        raise ValueError(f"{twice[0]} is named twice; an output needs a file of its own")
+    outputs = {"--out": args.out, "--test-out": args.test_out}
+    check_outputs([*paths, *expand(args.exclude)], outputs)
+    for flag, path in outputs.items():
+        if path:
+            check_replaced(flag, path, "pairs", ("chosen", "rejected"))
     given = {f.name: getattr(args, f.name) for f in fields(Rules)}
     rules = Rules(**given | {"exclude": held_out.prompts(args.exclude)})
     counts, bad, test = Counts(), BadRows(args.on_bad_row), []

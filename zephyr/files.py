@@ -26,6 +26,8 @@ SIGNATURES = {
     b"<": "an HTML or XML page, not data; download the raw file",
     b"PAR1": "a parquet file; rename it to .parquet",
     b"\x1f\x8b": "gzip-compressed; add .gz to its name",
+    codecs.BOM_UTF16_LE: "UTF-16 text; save it as UTF-8",
+    codecs.BOM_UTF16_BE: "UTF-16 text; save it as UTF-8",
 }
 
 

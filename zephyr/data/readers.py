@@ -164,6 +164,27 @@ def read_rows(
         bad.empty.append(str(path))
 
 
+def check_replaced(
+    flag: str, path: str, what: str, columns: Collection[str], beside: str = ""
+) -> None:
+    """Raise ValueError if `flag` names a file that would be overwritten and that is no earlier
+    output: its first row lacks some of `columns`, or the file `beside` it, in which its command
+    keeps answers, is not there."""
+    if not os.path.isfile(path) or not os.path.getsize(path):
+        return
+    why = f"which holds no {what}"
+    try:
+        _, row = next(read_rows(Path(path)))
+    except ValueError:
+        row = {}
+    if set(columns) <= row.keys():
+        if not beside or os.path.exists(beside):
+            return
+        why = f"which this command has not written, as {plain(beside, 200)} is not there"
+    told = plain(path, 200)
+    raise ValueError(f"{flag} would overwrite {told}, {why}; name another, or move it away")
+
+
 def write_rows(path: Path | str, rows: Iterable[dict]) -> None:
     """Write rows as .jsonl or .jsonl.gz: the whole file or nothing. Equal rows give equal bytes."""
     with writing(path) as write:
@@ -189,6 +210,8 @@ def _json(path: Path) -> Iterator[tuple[int, object]]:
     """Yield (line or row number, row) of a .jsonl or .json file, plain or gzipped. A row of .jsonl
     comes as bytes, one of .json as it was parsed."""
     name = path.name.lower()
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; name a file in it")
     if not name.endswith((".jsonl", ".json", ".jsonl.gz", ".json.gz")):
         raise ValueError(f"{path} is none of .jsonl, .json, .jsonl.gz, .json.gz, .parquet")
     line = 0

@@ -10,6 +10,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from zephyr.client import interrupt
 from zephyr.run import exits
 
 COMMANDS = {
@@ -32,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             command.set_defaults(run=module.run)
     try:
         args = parser.parse_args(argv)
+        exits.refuse_empty(args, argv)
+        interrupt.heed()
         print(args.run(args))
     except ValueError as error:
         print(f"evals: {error}", file=sys.stderr)

@@ -33,8 +33,12 @@ def read(path: str | None) -> tuple[str, list[dict]]:
     in <|im_start|> blocks, from a file, or our own."""
     try:
         text = OWN if path is None else Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot read: {error}") from error
+    except OSError as error:
+        raise ValueError(f"{path}: cannot read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is no text in UTF-8; give alpaca_eval's alpaca_eval_clf.txt"
+        ) from error
     blocks = [{"role": role, "content": content.strip()} for role, content in BLOCK.findall(text)]
     places = sorted(place for block in blocks for place in PLACES.findall(block["content"]))
     if places != ["instruction", "output_1", "output_2"]:

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from hashlib import sha256
 
-from zephyr.data.readers import writing
+from zephyr.data.readers import check_replaced, writing
 from zephyr.endpoint import Answer, Endpoint, Request
 from zephyr.evals import answer_page
 from zephyr.evals.converse import Said, converse, missing
@@ -27,6 +27,7 @@ from zephyr.source import Folder, add_flags, ask, how, open_sources, title
 
 NEW = {"mt-bench": 1024, "alpaca": 2048}  # tokens of an answer, at most
 ENDS = {"mt-bench": (".jsonl", ".jsonl.gz"), "alpaca": (".json",)}  # of the files written
+COLUMNS = {"mt-bench": ("question_id", "choices"), "alpaca": ("instruction", "output")}
 FILES = {"mt-bench": "questions", "alpaca": "instructions"}  # the flags that name them
 
 
@@ -57,15 +58,15 @@ def check(args: argparse.Namespace, source: Endpoint | Folder) -> None:
         raise ValueError(
             f"--out {shown(args.out)}: answers to {args.benchmark} are a {ends[0]} file"
         )
-    for flag, value, fits in (
-        ("--max-new", args.max_new, args.max_new is None or args.max_new > 0),
-        ("--temperature", args.temperature, 0 <= (args.temperature or 0) < math.inf),
-        ("--seed", args.seed, 0 <= args.seed < 1 << 32),
-        ("--best-of", args.best_of, args.best_of is None or args.best_of > 0),
-        ("--name", shown(args.name), args.name is None or args.name.strip()),
+    for flag, value, rule, fits in (
+        ("--max-new", args.max_new, "1 or more", args.max_new is None or args.max_new > 0),
+        ("--temperature", args.temperature, "0 or more", 0 <= (args.temperature or 0) < math.inf),
+        ("--seed", args.seed, "0 to 4294967295", 0 <= args.seed < 1 << 32),
+        ("--best-of", args.best_of, "1 or more", args.best_of is None or args.best_of > 0),
+        ("--name", shown(args.name), "a name", args.name is None or args.name.strip()),
     ):
         if not fits:
-            raise ValueError(f"{flag} {value} is out of range")
+            raise ValueError(f"{flag} {value}: give {rule}")
     for flag, text in (("--name", args.name), ("--system", args.system)):
         try:
             (text or "").encode()
@@ -110,6 +111,7 @@ def run(args: argparse.Namespace) -> str:
     path = home(getattr(args, FILES[args.benchmark]))
     questions = (read_instructions if alpaca else read_questions)(path, args.temperature)
     check_outputs([path], {"--out": out})
+    check_replaced("--out", out, "answers", COLUMNS[args.benchmark], f"{out}.answers")
     if args.best_of:
         from zephyr.evals.best_of import BestOf  # here, as it needs torch
 

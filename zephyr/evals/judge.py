@@ -17,6 +17,7 @@ from types import ModuleType
 
 from zephyr import source
 from zephyr.client.exchange import Endpoint
+from zephyr.data.readers import check_replaced
 from zephyr.evals import html, judge_alpaca, judge_mt_bench, show
 from zephyr.evals.asking import Judge
 from zephyr.files import check_outputs, home, plain
@@ -52,7 +53,9 @@ def check(args: argparse.Namespace, module: ModuleType, out: str) -> None:
         raise ValueError(f"--out {plain(out)}: {module.WRITTEN} are written as {module.ENDS[0]}")
     paths = {name: path and home(path) for name, path in vars(args).items() if name in FILES}
     written = {f"--{name}": paths.pop(name) for name in ("json", "html")}
-    check_outputs(filter(None, paths.values()), {"--out": out, **written})
+    read = [*filter(None, paths.values()), f"{out}.answers"]
+    check_outputs(read, {"--out": out, **written})
+    check_replaced("--out", out, module.WRITTEN, module.COLUMNS, f"{out}.answers")
     if args.html:
         html.check_name(args.html)
 

@@ -25,7 +25,7 @@ from zephyr.evals.asking import Judge
 from zephyr.files import atomic, home, plain, shown
 
 NEW = 256  # tokens of a verdict by text, at most; one by log-probs is a single token
-WRITTEN, ENDS = "annotations", (".json",)
+WRITTEN, ENDS, COLUMNS = "annotations", (".json",), ("instruction", "preference")
 BY_TOKEN = {"temperature": 1, "max_tokens": 1, "logprobs": True, "top_logprobs": 5}
 PROBES = 3  # requests at most that show if a judge gives log-probs, before all are asked
 
@@ -38,7 +38,7 @@ def read_outputs(path: str) -> tuple[str, dict[str, dict]]:
         if "choices" in row and "question_id" in row:
             raise ValueError(f"{where} is an answer to MT-Bench; ask with: judge mt-bench")
         texts = [row.get(name) for name in ("instruction", "output", "generator")]
-        if not all(isinstance(text, str) for text in texts):
+        if not all(isinstance(text, str) for text in texts) or not texts[2]:
             raise ValueError(
                 f"{where} is no output, with instruction, output and generator: {shown(row, 60)}"
             )
@@ -48,7 +48,10 @@ def read_outputs(path: str) -> tuple[str, dict[str, dict]]:
                 f"{where}: {shown(instruction, 50)} is answered before; delete one of the two"
             )
         if name != (model := model or name):
-            raise ValueError(f"{where}: it is {shown(name)}'s output in a file of {shown(model)}'s")
+            raise ValueError(
+                f"{where}: it is {shown(name)}'s output in a file of {shown(model)}'s; split "
+                "the file"
+            )
         found[instruction] = row
     return model, found
 
@@ -144,7 +147,8 @@ def run(args: argparse.Namespace, judge: Judge, out: str) -> list[str]:
     if odd := [text for text in {**theirs, **ours} if (text in theirs) != (text in ours)]:
         raise ValueError(
             f"{len(odd)} instructions stand in one of {' and '.join(files)} alone, the first is "
-            f"{shown(odd[0], 60)}; a win rate over the others would be another figure"
+            f"{shown(odd[0], 60)}; a win rate over the others would be another figure; have them "
+            "answered, or delete their rows"
         )
     prompt, blocks = alpaca_prompt.read(args.prompt and home(args.prompt))
     games = []  # an instruction, and if the model's output is shown first

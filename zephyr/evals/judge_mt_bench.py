@@ -7,6 +7,7 @@ that is shown first, in game 2 the other one is.
 """
 
 import argparse
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +25,7 @@ BY_REFERENCE = ("math", "reasoning", "coding")  # categories whose prompts have 
 # of one side and of two: without a reference answer, and with it
 PROMPTS = ("single-v1", "single-math-v1"), ("pair-v2", "pair-math-v1")
 NEW = 2048  # tokens of a judgment, at most
-WRITTEN, ENDS = "judgments", (".jsonl", ".jsonl.gz")
+WRITTEN, ENDS, COLUMNS = "judgments", (".jsonl", ".jsonl.gz"), ("question_id", "judge")
 
 
 class Match(NamedTuple):
@@ -45,7 +46,7 @@ def read_answers(path: str) -> tuple[str, dict[int, list[str]]]:
             raise ValueError(f"{where} is an answer to AlpacaEval; ask with: judge alpaca")
         try:
             number, name, turns = row["question_id"], row["model_id"], row["choices"][0]["turns"]
-            if type(number) is not int or not isinstance(name, str):
+            if type(number) is not int or not isinstance(name, str) or not name:
                 raise TypeError
         except (LookupError, TypeError):
             raise ValueError(
@@ -55,7 +56,15 @@ def read_answers(path: str) -> tuple[str, dict[int, list[str]]]:
         if number in found:
             raise ValueError(f"{where}: question {number} is answered before; delete one of them")
         if name != (model := model or name):
-            raise ValueError(f"{where}: it is {shown(name)}'s answer in a file of {shown(model)}'s")
+            raise ValueError(
+                f"{where}: it is {shown(name)}'s answer in a file of {shown(model)}'s; split "
+                "the file"
+            )
+        if len(row["choices"]) > 1:
+            raise ValueError(
+                f"{where}: question {number} has {len(row['choices'])} choices, of which one is "
+                "judged; delete the others"
+            )
         if not isinstance(turns, list) or not all(isinstance(turn, str) for turn in turns):
             raise ValueError(
                 f"{where}: an answer to question {number} is no text: {shown(turns, 60)}"
@@ -76,7 +85,10 @@ def matches(
     names = PROMPTS[len(sides) - 1]
     for number in sides[0]:
         if number not in questions:
-            raise ValueError(f"question {number} is answered and is none of --questions")
+            raise ValueError(
+                f"question {number} is answered and is none of --questions; give the file that was "
+                "answered, or delete the line"
+            )
         asked = questions[number].turns
         if len(asked) > 2:
             raise ValueError(
@@ -85,7 +97,8 @@ def matches(
         for turns in (side[number] for side in sides):
             if len(turns) != len(asked):
                 raise ValueError(
-                    f"question {number} has {len(asked)} turns and {len(turns)} answers"
+                    f"question {number} has {len(asked)} turns and {len(turns)} answers; give the "
+                    "file that was answered, or delete the line"
                 )
         values = {"question": asked[0], **_numbered("question", asked)}
         by_reference = questions[number].group in BY_REFERENCE
@@ -169,9 +182,20 @@ def run(args: argparse.Namespace, judge: Judge, out: str) -> list[str]:
             f"{len(odd)} questions are answered in one of {' and '.join(files)} alone, the first "
             f"is {odd[0]}; have them answered, or delete their lines"
         )
-    references = read_answers(home(args.references))[1] if args.references else {}
+    references = {}
+    if args.references:
+        theirs = home(args.references)
+        if os.path.realpath(theirs) in map(os.path.realpath, files):
+            raise ValueError(
+                f"--references {theirs} has the answers that are judged; give FastChat's "
+                "reference_answer/gpt-4.jsonl"
+            )
+        references = read_answers(theirs)[1]
     prompts = mt_bench_prompts.read(args.prompts and home(args.prompts))
-    todo = list(matches(questions, sides, references, prompts))
+    try:
+        todo = list(matches(questions, sides, references, prompts))
+    except ValueError as error:
+        raise ValueError(f"{' and '.join(files)}: {error}") from error
     parameters = {"temperature": 0, "max_tokens": args.max_new or NEW}
     requests = [Request(messages, parameters) for match in todo for messages in match.games]
     found = iter(judge.until(_readable_pair if args.against else _readable, requests))

@@ -207,7 +207,8 @@ def read(folder: str | Path) -> Control:
     """
     folder = Path(home(folder))
     if not folder.is_dir():
-        raise ValueError(f"--alpaca-data {folder}: no such folder")
+        why = "a file; give the folder that it is in" if folder.exists() else "no such folder"
+        raise ValueError(f"--alpaca-data {folder}: {why}")
     difficulty = _difficulty(folder)
     if (folder / "df_gamed.csv").exists():
         gamed_GF, y_G = _official_gamed(folder / "df_gamed.csv")

@@ -19,7 +19,7 @@ import importlib.metadata
 import importlib.util
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -38,6 +38,17 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message}; --help lists the flags")
+
+
+def refuse_empty(args: argparse.Namespace, argv: Sequence[str]) -> None:
+    """Raise ValueError for a name of the parsed command line that is empty, as it is where a
+    script's variable is not set: it would be taken for a flag that is not given. A `--system` may
+    be empty."""
+    for name, value in vars(args).items():
+        if name != "system" and (value == "" or isinstance(value, list) and "" in value):
+            flag = f"--{name.replace('_', '-')}"
+            given = any(text.partition("=")[0] == flag for text in argv)
+            raise ValueError(f"{flag if given else name.upper()} is empty; is a variable not set?")
 
 
 def call(main: Callable[[], None]) -> None:
