@@ -20,7 +20,7 @@ from model_helpers import folder_of, model, pairs
 from run_helpers import torchrun
 from zephyr import config, losses, optim
 from zephyr.config import DPOConfig, SFTConfig
-from zephyr.distributed import fsdp, signals
+from zephyr.distributed import fsdp, machine, signals
 from zephyr.errors import BadCheckpoint, Preempted
 from zephyr.files import read_json, write_json
 from zephyr.run import checkpoint
@@ -129,6 +129,33 @@ def test_a_save_in_the_background_has_the_state_it_was_called_with(ranks, base, 
     assert Run(c, DIGESTS, ranks).load(*fresh) == 2
     equal(state(*fresh), expected)
     assert any((x != expected[name]).any() for name, x in state(m, optimizer).items())
+
+
+def test_without_memory_for_a_copy_training_waits(ranks, base, c, monkeypatch, capsys):
+    run, trained = Run(c, DIGESTS, ranks), start(ranks, base)
+    need = sum(x.nbytes for x in checkpoint.tensors_of(*trained).values())
+    monkeypatch.setattr(machine, "host_memory", lambda: need - 1)
+    for step in (1, 2):
+        train(*trained, step - 1, step)
+        run.save(step, *trained)
+        assert run.under_way is None and checkpoint.complete(run.out)[-1].name.endswith(str(step))
+    assert capsys.readouterr().err == (
+        "training waits while a checkpoint is written, as with --no-save-async: a copy of its "
+        f"state takes {need:,} bytes of host memory a rank, and {need - 1:,} are free\n"
+    )
+    run.held.close()
+    fresh = start(ranks, base)
+    assert Run(c, DIGESTS, ranks).load(*fresh) == 2
+    equal(state(*fresh), state(*trained))
+
+
+def test_pinned_memory_is_counted_as_torch_takes_it():
+    """Its allocator rounds each piece up to a power of two."""
+    tensors = {"a": torch.empty(3), "b": torch.empty(4), "c": torch.empty(0)}
+    copies = checkpoint.HostCopies(pinned=False)
+    assert (copies.missing(tensors), checkpoint.HostCopies(True).missing(tensors)) == (28, 32)
+    copies.stage(tensors)
+    assert copies.missing(tensors) == 0
 
 
 def test_saves_in_the_background_use_one_copy_of_the_state(ranks, base, c):

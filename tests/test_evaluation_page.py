@@ -84,7 +84,8 @@ def place(tmp_path, monkeypatch):
     sides = [[user("Hi."), said(text)] for text in ("Hello!", "No.")]
     write_rows("pairs.test.jsonl.gz", [dict(zip(("chosen", "rejected"), sides, strict=True))] * 3)
     answers = [{"model": m, "response": m, "overall_score": k} for k, m in enumerate("abcd", 1)]
-    write_rows("raw.jsonl", [{"source": "s", "instruction": "Hi.", "completions": answers}])
+    rows = [{"source": "s", "instruction": "Hi.", "completions": answers}]
+    write_rows("ultrafeedback.jsonl", rows)
     return tmp_path
 
 

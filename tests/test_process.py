@@ -176,6 +176,23 @@ def test_a_closed_stream_ends_no_command(tmp_path):
     assert (tmp_path / "f").read_bytes() == b""
 
 
+def test_a_full_gpu_is_one_line():
+    code = (
+        "import torch; from zephyr.run import exits; "
+        "said = 'CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1.00 GiB. If reserved "
+        "but unallocated memory is large try setting PYTORCH_ALLOC_CONF.'; "
+        "exits.call(lambda: print('step 1') or (_ for _ in ()).throw(torch.OutOfMemoryError(said)))"
+    )
+    told = (
+        "-c: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1.00 GiB. In training a "
+        "smaller --microbatch-tokens or --recompute full takes less; python -m zephyr.plan says "
+        "what fits\n"
+    )
+    path = {"PYTHONPATH": str(ROOT)}
+    assert shell(f'{sys.executable} -c "{code}"', **path) == (2, "step 1\n", told)
+    assert shell(f'{sys.executable} -c "{code}"', **path, RANK="1")[2].startswith("-c (rank 1): ")
+
+
 def test_a_reader_that_goes_away_ends_a_command_quietly():
     code, out, err = shell(f"set -o pipefail; {PLAN} | head -c 10")
     assert (len(out), err) == (10, "") and code in (0, exits.NOBODY_READS)

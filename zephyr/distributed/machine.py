@@ -19,7 +19,12 @@ def memory(device: torch.device) -> int:
         free = torch.cuda.mem_get_info(device)[0]
         # zephyr/plan/fit.py counts on holes of 4 %, as there are where segments grow
         return free if allocator()["expandable_segments"] else int(free * 1.04 / 1.10)
-    return min([_host(), *_containers()]) // (2 * int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return host_memory() // 2
+
+
+def host_memory() -> int:
+    """Return this rank's share of the bytes that the host or its container has free."""
+    return min([_host(), *_containers()]) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def _host(root: Path = ROOT) -> int:

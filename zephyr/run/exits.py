@@ -1,7 +1,7 @@
 """What ends a run, and the exit code that tells a script or a scheduler which it was.
 
     0    done
-    2    bad input: a flag, a recipe, a data or a model file
+    2    bad input: a flag, a recipe, a data or a model file; or more than a GPU's memory holds
     3    a checkpoint is damaged: `--resume previous` or `fresh`
     4    a loss or a gradient is not finite
     5    the storage refused: full, read-only, gone; the last checkpoint is intact
@@ -71,12 +71,19 @@ def call(main: Callable[[], None]) -> None:
             os._exit(code)  # gloo may abort a process whose peers have left, with its own code
         sys.exit(code)
     except RuntimeError as error:
-        from zephyr.distributed import lost  # it imports torch, which the planner does without
+        import torch  # here, as the planner does without
 
-        if not lost.a_rank_is_lost(error):
+        from zephyr.distributed import lost
+
+        if isinstance(error, torch.OutOfMemoryError):
+            text, code = _too_much(str(error)), 2
+        elif lost.a_rank_is_lost(error):
+            text, code = lost.message(error), LOST_RANK
+        else:
             raise
-        _say(lost.message(error), everywhere=True)
-        os._exit(LOST_RANK)  # a save in the background would wait for the lost rank
+        _say(text, everywhere=True)
+        _flush()
+        os._exit(code)  # a save in the background would wait for a rank that is lost, or soon is
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
@@ -117,6 +124,16 @@ def hidden_kernels() -> str | None:
                 "package of that name: pip uninstall kernels"
             )
     return None
+
+
+def _too_much(text: str) -> str:
+    """What a GPU's allocator says of how much was asked for and held, without its advice, and
+    ours."""
+    said = text.partition(" If reserved")[0]
+    return (
+        f"{said} In training a smaller --microbatch-tokens or --recompute full takes less; "
+        "python -m zephyr.plan says what fits"
+    )
 
 
 def _say(text: str, everywhere: bool) -> None:

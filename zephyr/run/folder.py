@@ -103,6 +103,7 @@ class Run:
         self.c, self.ranks, self.out = c, ranks, Path(c.out)
         fixed = {name: value for name, value in asdict(c).items() if name not in FREE}
         self.identity = json.loads(json.dumps({"script": c.table, "settings": fixed, **digests}))
+        self.save_async = c.save_async
         self.under_way: Future | None = None
         with ExitStack() as self.held:  # the lock is let go if anything here fails
             self.folder, self.finished = on_first(self._open)
@@ -248,7 +249,8 @@ class Run:
     def save(self, step: int, model, optimizer, journal: Journal | None = None) -> None:
         """Start writing checkpoints/step-XXXXXX on all ranks; `wait` ends it.
 
-        With --save-async the state is copied to host memory and written behind training's back.
+        With --save-async the state is copied to host memory and written behind training's back, if
+        the host has the memory.
         """
         self.wait()
         self.part = part = self.out / "checkpoints" / f"step-{step:06d}.part"
@@ -260,13 +262,27 @@ class Run:
         tensors = checkpoint.tensors_of(model, optimizer)
         on_first(lambda: self._room(part, tensors))
         writer = checkpoint.Writer(part, state, tensors, self.ranks.size, self.c.keep)
-        if self.c.save_async:
+        if self._behind(tensors):
             self.under_way = dcp.async_save(
                 tensors, storage_writer=writer, process_group=self.group, async_stager=self.copies
             )
         else:
             with self._written():
                 dcp.save(tensors, storage_writer=writer, process_group=self.group)
+
+    def _behind(self, tensors: dict[str, Tensor]) -> bool:
+        """Return True if training goes on while these tensors are written; say so, once, if it
+        should and the host has no memory for their copy."""
+        if self.save_async:
+            need, free = self.copies.missing(tensors), machine.host_memory()
+            if agree(need > free):
+                self.save_async = False
+                self.ranks.say(
+                    f"training waits while a checkpoint is written, as with --no-save-async: a "
+                    f"copy of its state takes {need:,} bytes of host memory a rank, and {free:,} "
+                    "are free"
+                )
+        return self.save_async
 
     def _room(self, part: Path, tensors: dict[str, Tensor]) -> None:
         """Raise Storage if the disk cannot take a checkpoint, or the folder cannot be made."""
