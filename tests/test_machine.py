@@ -227,9 +227,12 @@ def test_less_of_a_gpu_is_planned_with_where_segments_do_not_grow(monkeypatch):
 @pytest.fixture
 def as_before():
     """Torch's switches, whatever a test does to them."""
-    before = torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+    matmul = torch.backends.cuda.matmul
+    names = "allow_tf32", "allow_bf16_reduced_precision_reduction"
+    before = {name: getattr(matmul, name) for name in names}
     yield
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = before
+    for name, value in before.items():
+        setattr(matmul, name, value)
     torch.use_deterministic_algorithms(False)
     torch.utils.deterministic.fill_uninitialized_memory = True
 
@@ -237,7 +240,9 @@ def as_before():
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_what_makes_a_gpus_sums_exact_and_the_same(as_before, monkeypatch, deterministic):
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    torch.backends.cuda.matmul.allow_tf32 = True  # as TORCH_ALLOW_TF32_CUBLAS_OVERRIDE has it
     machine.tune_arithmetic(deterministic)
+    assert torch.get_float32_matmul_precision() == "highest"
     assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
     assert torch.are_deterministic_algorithms_enabled() == deterministic
     assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) == deterministic

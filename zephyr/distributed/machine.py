@@ -92,12 +92,16 @@ def tune_arithmetic(deterministic: bool) -> None:
     """Let a GPU's sums be as exact as training wants them, and, if `deterministic`, the same in
     every run.
 
+    Products of fp32 numbers are to be fp32's. Some containers set TORCH_ALLOW_TF32_CUBLAS_OVERRIDE,
+    with which torch would round the factors to TF32's 10 bits, and --precision fp32 would be none.
+
     cuBLAS may otherwise add the parts of a bf16 product in bf16, which small weights' gradients,
     sums over thousands of rows, would feel. Without `deterministic` the backward of attention adds
     dQ's parts in the order in which they come, so that last bits differ from run to run; cuBLAS
     gives equal bits on one stream with a workspace of fixed size. It costs a slower backward of
     attention. To be called before the first product.
     """
+    torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
