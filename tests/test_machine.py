@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -273,6 +274,34 @@ def test_more_ranks_than_gpus_cost_a_line(monkeypatch, ranks, seen, plural):
         monkeypatch.setenv("LOCAL_RANK", str(rank))
         with pytest.raises(ValueError, match=told):
             start()
+
+
+@pytest.mark.parametrize(
+    "error, why",
+    [
+        (RuntimeError("Failed to find C compiler. Set CC"), "Failed to find C compiler. Set CC"),
+        (subprocess.CalledProcessError(1, ["/usr/bin/gcc", "main.c"]), "/usr/bin/gcc failed"),
+        (FileNotFoundError(2, "No such file", "cc"), "[Errno 2] No such file: 'cc'"),
+        (AssertionError("libcuda.so cannot be found!\nFiles"), "libcuda.so cannot be found!"),
+        (AssertionError(), "AssertionError"),
+    ],
+    ids=lambda x: type(x).__name__,
+)
+def test_a_gpu_without_a_c_compiler_costs_a_line(monkeypatch, error, why):
+    def active(driver):
+        raise error
+
+    monkeypatch.setattr(type(machine.triton.runtime.driver), "active", property(active))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(machine, "tune_arithmetic", lambda deterministic: None)
+    monkeypatch.delenv("ZEPHYR_KERNELS", raising=False)
+    with pytest.raises(ValueError) as told:
+        start()
+    version = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    assert f": {why}. It needs" in str(told.value) and f"gcc python{version}-dev" in str(told.value)
+    assert "\n" not in str(told.value)
 
 
 # --- bf16

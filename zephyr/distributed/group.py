@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+import kernels
 from zephyr import attention
 from zephyr.distributed import machine, signals
 from zephyr.errors import Storage, kind, shared
@@ -74,6 +75,8 @@ def start(replicas: int = 1, masters: str = "fp32", deterministic: bool = False)
     if cuda:
         torch.cuda.set_device(device)
         machine.tune_arithmetic(deterministic)
+        if kernels.implementation(device) == "triton":
+            machine.start_triton()
     notes = machine.tune_allocators()
     if "RANK" in os.environ:
         store, _, _ = next(dist.rendezvous("env://", timeout=MEETING))

@@ -3,11 +3,14 @@
 import ctypes
 import os
 import re
+import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
 
 import torch
+
+from kernels.jit import triton
 
 ROOT = Path("/")
 
@@ -107,6 +110,25 @@ def tune_arithmetic(deterministic: bool) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # every byte is written
+
+
+def start_triton() -> None:
+    """Let Triton build what it launches kernels with; the first time it calls a C compiler.
+
+    Raises ValueError if that fails, as on a machine without one, or without Python's headers. The
+    first kernel would otherwise fail, with a traceback, when all data is read.
+    """
+    try:
+        triton.runtime.driver.active.get_current_target()
+    except Exception as error:  # whatever the compiler, the linker or the driver have to say
+        called = isinstance(error, subprocess.CalledProcessError)
+        why = f"{error.cmd[0]} failed" if called else next(iter(str(error).splitlines()), "")
+        python = f"python{sys.version_info.major}.{sys.version_info.minor}"
+        raise ValueError(
+            f"Triton cannot build what launches its kernels: {why or type(error).__name__}. It "
+            f"needs a C compiler, gcc or what CC names, and Python's headers: on Debian and Ubuntu "
+            f"apt install gcc {python}-dev. ZEPHYR_KERNELS=torch with --compile off needs neither"
+        ) from None
 
 
 def tune_allocators() -> list[str]:
