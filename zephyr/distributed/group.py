@@ -1,5 +1,6 @@
 """The process group: joining it, and what its ranks decide together."""
 
+import atexit
 import contextlib
 import os
 import secrets
@@ -152,6 +153,14 @@ def leave() -> None:
     """Leave the process group. Without the barrier, gloo aborts some good runs at their end."""
     dist.barrier()
     dist.destroy_process_group()
+
+
+@atexit.register
+def _leave_at_the_end() -> None:
+    """Leave the group of a single process that a mistake ended. NCCL would otherwise add lines of
+    its own to the one that says which."""
+    if dist.is_initialized() and dist.get_world_size() == 1:
+        dist.destroy_process_group()
 
 
 def finish() -> None:
