@@ -512,7 +512,9 @@ def test_a_fact_keeps_what_it_has_when_it_is_interrupted(tmp_path, monkeypatch):
     assert kept["rows"][0]["tflops"] == pytest.approx(2 * 64**3 / 2000 / 1e9)
 
 
-def test_sensors():
+def test_sensors(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert facts.nvidia_smi() == "", "it is not installed"
     assert facts.sensors("1980, 693.51, [N/A]\n345, 75.0, 30\n") == {
         "clocks.sm": 1980.0,
         "power.draw": 693.51,
