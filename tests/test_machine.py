@@ -14,9 +14,11 @@ import torch
 import train_dpo
 import train_sft
 from run_helpers import DPO, launch, run, weights_of
+from zephyr.config import DPOConfig
 from zephyr.distributed import machine
-from zephyr.distributed.group import start
+from zephyr.distributed.group import leave, start
 from zephyr.metrics import phases
+from zephyr.run.settings import precise
 
 CPU = torch.device("cpu")
 GIB = 2**30
@@ -356,6 +358,21 @@ def test_auto_is_bf16_where_that_is_multiplied(place, tmp_path, monkeypatch, cap
     for key, weight in weights_of(tmp_path / "given").items():
         assert torch.equal(weight, weights_of(tmp_path / "auto")[key])
     assert line not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--precision bf16", "--masters split"])
+def test_a_gpu_that_does_not_multiply_bf16_trains_in_fp32_alone(monkeypatch, flag):
+    monkeypatch.setattr(machine, "multiplies_bf16", lambda device: False)
+    ranks = start()
+    try:
+        old = ranks._replace(device=torch.device("cuda"))
+        about = {"model": "m", "data": ("d",), "out": "no-such-run"}
+        assert precise(DPOConfig(**about), old).precision == "fp32"
+        name, value = flag.removeprefix("--").split()
+        with pytest.raises(ValueError, match=f"^{flag} is for GPUs that multiply bf16, from"):
+            precise(DPOConfig(**about, **{name: value}), old)
+    finally:
+        leave()
 
 
 def test_a_cpu_that_emulates_bf16_says_what_it_costs(place, tmp_path, monkeypatch, capfd):
