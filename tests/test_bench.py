@@ -98,7 +98,7 @@ def test_a_head_one_percent_off_stops_the_run(dtype, gradient, monkeypatch):
     what, error = ("dh", r"(1\..e-02|9\..e-03)") if gradient else ("logprob", "1.0e-02")
     message = (
         rf"^kernels.bench: linear_logprob {dtype} N 3 D 8 V 17: the error of {what} .ours. "
-        rf"is {error}, beyond its budget of .*; nothing was timed$"
+        rf"is {error}, beyond its budget of .*; linear_logprob is not timed$"
     )
     with pytest.raises(SystemExit, match=message) as stop:
         bench.main([*TINY, "--op", "linear_logprob", "--dtype", dtype])
@@ -123,6 +123,30 @@ def test_a_nan_is_beyond_every_budget(monkeypatch):
     monkeypatch.setattr(kernels, "linear_logprob", lambda *x: right(*x) * float("nan"))
     with pytest.raises(SystemExit, match="the error of logprob .ours. is nan"):
         bench.main([*TINY, "--op", "no_grad"])
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_is_wrong_costs_no_other_op_its_times(fails, monkeypatch, tmp_path, capsys):
+    """A loss that is off, or fails, takes along what is made of it; a candidate goes alone."""
+
+    def wrong(*tensors):
+        if fails:
+            raise RuntimeError("no kernel image\nand more")
+        return kernels.linear_logprob(*tensors) * 1.01
+
+    right, file = kernels.dpo_loss, tmp_path / "x"
+    loss_off = lambda *x: right(*x)._replace(loss_P=right(*x).loss_P * 1.01)  # noqa: E731
+    monkeypatch.setattr(kernels, "dpo_loss", wrong if fails else loss_off)
+    monkeypatch.setattr(cases, "candidate", lambda device: {"fused_forward": wrong})
+    with pytest.raises(SystemExit) as stop:
+        bench.main([*TINY, "--dtype", "fp32", "--json", str(file)])
+    lines = stop.value.code.splitlines()
+    names = ["fused_forward", "dpo_loss"]
+    assert [line.rpartition("; ")[2] for line in lines] == [f"{x} is not timed" for x in names]
+    assert all(("failed: RuntimeError: no kernel image;" in line) == fails for line in lines)
+    rows = json.loads(file.read_text())["rows"]
+    assert {row["op"] for row in rows} == {"linear_logprob", "no_grad", "response_sums"}
+    assert "fused_forward" not in {row["implementation"] for row in rows}
 
 
 MISTAKES = [
@@ -488,7 +512,9 @@ def test_a_fact_keeps_what_it_has_when_it_is_interrupted(tmp_path, monkeypatch):
     assert kept["rows"][0]["tflops"] == pytest.approx(2 * 64**3 / 2000 / 1e9)
 
 
-def test_sensors():
+def test_sensors(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert facts.nvidia_smi() == "", "it is not installed"
     assert facts.sensors("1980, 693.51, [N/A]\n345, 75.0, 30\n") == {
         "clocks.sm": 1980.0,
         "power.draw": 693.51,

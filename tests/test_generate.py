@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from model_helpers import SMALL, batch, model, packed, tokens
 from run_helpers import speak
 from zephyr import attention, generate
+from zephyr.distributed import machine
 from zephyr.model import Mistral
 from zephyr.tokenizer import Tokenizer
 
@@ -401,6 +402,23 @@ def script(monkeypatch):
 
     monkeypatch.setattr(generate, "stream", stream)
     return asked, answers
+
+
+@pytest.mark.parametrize("able, dtype", [(True, torch.bfloat16), (False, torch.float32)])
+def test_a_gpu_that_does_not_multiply_bf16_samples_in_fp32(folder, monkeypatch, able, dtype):
+    """FlashAttention, through which bf16 goes there, runs on none that does not."""
+    to_empty, places = Mistral.to_empty, []
+
+    def on_the_cpu(model, device):
+        places.append(device)
+        return to_empty(model, device="cpu")
+
+    monkeypatch.setattr(Mistral, "to_empty", on_the_cpu)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: able)
+    monkeypatch.setattr(machine, "tune_allocators", lambda: [])
+    m, _ = generate.load(str(folder))
+    assert {p.dtype for p in m.parameters()} == {dtype} and places == [torch.device("cuda")]
 
 
 def test_one_shot_prints_what_generate_samples(folder, monkeypatch, capsys):

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,9 +14,11 @@ import torch
 import train_dpo
 import train_sft
 from run_helpers import DPO, launch, run, weights_of
+from zephyr.config import DPOConfig
 from zephyr.distributed import machine
-from zephyr.distributed.group import start
+from zephyr.distributed.group import leave, start
 from zephyr.metrics import phases
+from zephyr.run.settings import precise
 
 CPU = torch.device("cpu")
 GIB = 2**30
@@ -227,9 +230,12 @@ def test_less_of_a_gpu_is_planned_with_where_segments_do_not_grow(monkeypatch):
 @pytest.fixture
 def as_before():
     """Torch's switches, whatever a test does to them."""
-    before = torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+    matmul = torch.backends.cuda.matmul
+    names = "allow_tf32", "allow_bf16_reduced_precision_reduction"
+    before = {name: getattr(matmul, name) for name in names}
     yield
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = before
+    for name, value in before.items():
+        setattr(matmul, name, value)
     torch.use_deterministic_algorithms(False)
     torch.utils.deterministic.fill_uninitialized_memory = True
 
@@ -237,7 +243,9 @@ def as_before():
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_what_makes_a_gpus_sums_exact_and_the_same(as_before, monkeypatch, deterministic):
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    torch.backends.cuda.matmul.allow_tf32 = True  # as TORCH_ALLOW_TF32_CUBLAS_OVERRIDE has it
     machine.tune_arithmetic(deterministic)
+    assert torch.get_float32_matmul_precision() == "highest"
     assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
     assert torch.are_deterministic_algorithms_enabled() == deterministic
     assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) == deterministic
@@ -268,6 +276,34 @@ def test_more_ranks_than_gpus_cost_a_line(monkeypatch, ranks, seen, plural):
         monkeypatch.setenv("LOCAL_RANK", str(rank))
         with pytest.raises(ValueError, match=told):
             start()
+
+
+@pytest.mark.parametrize(
+    "error, why",
+    [
+        (RuntimeError("Failed to find C compiler. Set CC"), "Failed to find C compiler. Set CC"),
+        (subprocess.CalledProcessError(1, ["/usr/bin/gcc", "main.c"]), "/usr/bin/gcc failed"),
+        (FileNotFoundError(2, "No such file", "cc"), "[Errno 2] No such file: 'cc'"),
+        (AssertionError("libcuda.so cannot be found!\nFiles"), "libcuda.so cannot be found!"),
+        (AssertionError(), "AssertionError"),
+    ],
+    ids=lambda x: type(x).__name__,
+)
+def test_a_gpu_without_a_c_compiler_costs_a_line(monkeypatch, error, why):
+    def active(driver):
+        raise error
+
+    monkeypatch.setattr(type(machine.triton.runtime.driver), "active", property(active))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(machine, "tune_arithmetic", lambda deterministic: None)
+    monkeypatch.delenv("ZEPHYR_KERNELS", raising=False)
+    with pytest.raises(ValueError) as told:
+        start()
+    version = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    assert f": {why}. It needs" in str(told.value) and f"gcc python{version}-dev" in str(told.value)
+    assert "\n" not in str(told.value)
 
 
 # --- bf16
@@ -322,6 +358,21 @@ def test_auto_is_bf16_where_that_is_multiplied(place, tmp_path, monkeypatch, cap
     for key, weight in weights_of(tmp_path / "given").items():
         assert torch.equal(weight, weights_of(tmp_path / "auto")[key])
     assert line not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--precision bf16", "--masters split"])
+def test_a_gpu_that_does_not_multiply_bf16_trains_in_fp32_alone(monkeypatch, flag):
+    monkeypatch.setattr(machine, "multiplies_bf16", lambda device: False)
+    ranks = start()
+    try:
+        old = ranks._replace(device=torch.device("cuda"))
+        about = {"model": "m", "data": ("d",), "out": "no-such-run"}
+        assert precise(DPOConfig(**about), old).precision == "fp32"
+        name, value = flag.removeprefix("--").split()
+        with pytest.raises(ValueError, match=f"^{flag} is for GPUs that multiply bf16, from"):
+            precise(DPOConfig(**about, **{name: value}), old)
+    finally:
+        leave()
 
 
 def test_a_cpu_that_emulates_bf16_says_what_it_costs(place, tmp_path, monkeypatch, capfd):

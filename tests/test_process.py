@@ -193,6 +193,21 @@ def test_a_full_gpu_is_one_line():
     assert shell(f'{sys.executable} -c "{code}"', **path, RANK="1")[2].startswith("-c (rank 1): ")
 
 
+def test_a_run_that_a_mistake_ends_leaves_its_group():
+    """Else NCCL says on a GPU, behind the line about the mistake, that nobody has left it."""
+    code = (
+        "import atexit, torch.distributed as dist; "
+        "atexit.register(lambda: print('left' if not dist.is_initialized() else 'in it')); "
+        "from zephyr.distributed import group; from zephyr.run import exits; "
+        "exits.call(lambda: (group.start(), int('no number')))"
+    )
+    env = {name: x for name, x in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+    assert (found.returncode, found.stdout) == (2, "left\n") and len(found.stderr.splitlines()) == 1
+
+
 def test_a_reader_that_goes_away_ends_a_command_quietly():
     code, out, err = shell(f"set -o pipefail; {PLAN} | head -c 10")
     assert (len(out), err) == (10, "") and code in (0, exits.NOBODY_READS)

@@ -245,18 +245,19 @@ def generate(
 
 
 def load(folder: str, under: str | None = None) -> tuple[Mistral, Tokenizer]:
-    """Return a model and its tokenizer to sample from: bf16 on a GPU, fp32 on a CPU. Prints what is
-    odd about the folder. A LoRA adapter is added to its base, which is `under` or the folder that
-    the adapter names."""
+    """Return a model and its tokenizer to sample from: bf16 on a GPU that multiplies it, else fp32.
+    Prints what is odd about the folder. A LoRA adapter is added to its base, which is `under` or
+    the folder that the adapter names."""
     place = locate.parts(folder, under)
     shape, tokenizer, _, notes = base.open_folder(place)
     for note in [*notes, *machine.tune_allocators()]:
         print(note, file=sys.stderr)
     attention.prepare_back_end()
-    cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    narrow = device.type == "cuda" and machine.multiplies_bf16(device)
     with torch.device("meta"):
-        model = Mistral(shape).to(torch.bfloat16 if cuda else torch.float32)
-    model.to_empty(device="cuda" if cuda else "cpu")
+        model = Mistral(shape).to(torch.bfloat16 if narrow else torch.float32)
+    model.to_empty(device=device)
     hub.load(place, model)
     return model.eval(), tokenizer
 

@@ -12,6 +12,7 @@ import importlib.util
 import itertools
 import json
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from kernels.bench import budget, peers, report, timing
 from kernels.bench.cases import DTYPES, HEADS, LOSSES, Case, attention
 from kernels.bench.report import Row
 
-ABOUT = """Nothing is timed before our error, against float64, is within its budget at every size:
+ABOUT = """An op is timed only if our error, against float64, is within its budget at every size:
 twice plain PyTorch's in the same dtype and, for half-precision inputs, a tenth of the error of
 log-probs whose logits are rounded to that dtype. On a CPU the torch implementation is measured, and
 every contender runs under the same allocator settings (glibc's thresholds, as the training scripts
@@ -47,6 +48,8 @@ WARPS = [16, 8, 32]
 PACK = 16384  # the n of attention
 SIDE = 4096  # width of the matmuls that bound it
 OPS = (*HEADS, *LOSSES, "attention", "row_kernel")
+# what has no check of its own, and the ops that it is made of
+MADE_OF = {"linear_dpo": ("linear_logprob", "dpo_loss"), "row_kernel": ("linear_logprob",)}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -126,23 +129,30 @@ def cases(o: argparse.Namespace) -> Iterator[Case]:
             yield attention(dtype, N, o.device)
 
 
-def verify(case: Case, device: torch.device) -> dict[str, float]:
-    """The budget of each result; exits with 1 if an error of ours is beyond it."""
+def verify(case: Case, device: torch.device, faults: dict[str, str]) -> dict[str, float]:
+    """Return the budget of each result. If an error of ours is beyond it, or the call fails, a line
+    says so in `faults`, by the op's name or, for a candidate, by its own."""
     torch.manual_seed(0)
     tensors, c = case.draw(), torch.randn(case.outputs, device=device)
     allowed = budget.allowed(case, tensors, c)
     for name in ("ours", "fused_forward"):
         if name not in case.contenders:
             continue
-        found = budget.whole_errors(case, case.contenders[name], tensors, c)
+        at_fault = case.op if name == "ours" else name
+        try:
+            found = budget.whole_errors(case, case.contenders[name], tensors, c)
+        except Exception as error:
+            traceback.print_exc()
+            why = f"{name} failed: {type(error).__name__}: {error}".splitlines()[0]
+            faults.setdefault(at_fault, f"{case}: {why}; {at_fault} is not timed")
+            continue
         for what, error in found.items():
             if not error <= allowed[what]:  # so that a NaN is an error
-                sys.exit(
-                    f"kernels.bench: {case}: the error of {what} ({name}) is {error:.1e}, "
-                    f"beyond its budget of {allowed[what]:.1e}; nothing was timed"
-                )
+                why = f"the error of {what} ({name}) is {error:.1e}, beyond its budget of "
+                why += f"{allowed[what]:.1e}; {at_fault} is not timed"
+                faults.setdefault(at_fault, f"{case}: {why}")
         told = ", ".join(f"{what} {e:.1e} of {allowed[what]:.1e}" for what, e in found.items())
-        print(f"exact: {case}: {told}", flush=True)
+        print(f"errors: {case} ({name}): {told}", flush=True)
     return allowed
 
 
@@ -267,24 +277,33 @@ def launch(tile: int, warps: int, one_read: bool, *tensors: Tensor) -> None:
 
 
 def run(o: argparse.Namespace) -> None:
-    """Check every case, then time them. What there is by then is recorded even if the run is
-    interrupted."""
+    """Check every case, then time those whose ops are exact everywhere; exits with 1 if one is not.
+    What there is by then is recorded even if the run is interrupted."""
     if o.device.type == "cpu":
         timing.keep_buffers()
     copy_gbs = timing.copy_gbs(o.device, COPIED[o.device.type], o.repeat)
     about = report.machine(o.device, copy_gbs)
     print(report.heading(about, peers.missing(o.device)), flush=True)
-    budgets = {str(case): verify(case, o.device) for case in cases(o) if case.op != "linear_dpo"}
+    checked, faults = list(cases(o)), {}
+    budgets = {str(x): verify(x, o.device, faults) for x in checked if x.op not in MADE_OF}
+
+    def sound(op: str) -> bool:
+        return not faults.keys() & {op, *MADE_OF.get(op, ())}
+
+    for line in faults.values():
+        print(line, flush=True)
     print(report.HEADING, flush=True)
     rows: list[Row] = []
     try:
-        for case in cases(o):
+        for case in (case for case in checked if sound(case.op)):
+            if "fused_forward" in faults:
+                case.contenders.pop("fused_forward", None)
             own = measure(case, o, copy_gbs)
             rows += [row | {"budget": budgets.get(str(case), {})} for row in own]
             print(*map(report.line, rows[-len(own) :]), sep="\n", flush=True)
             if "fused_forward" in case.contenders:
                 print(report.verdict(own))
-        if "row_kernel" in o.op and o.device.type == "cuda":
+        if "row_kernel" in o.op and o.device.type == "cuda" and sound("row_kernel"):
             for row in sweep(o, copy_gbs):
                 rows.append(row)
                 print(report.line(row), flush=True)
@@ -292,8 +311,10 @@ def run(o: argparse.Namespace) -> None:
         if o.json:
             with o.json.open("a") as file:
                 file.write(json.dumps(about | {"rows": rows}) + "\n")
-    if o.plot:
+    if o.plot and rows:
         report.plot(rows, o.plot)
+    if faults:
+        sys.exit("\n".join(f"kernels.bench: {line}" for line in faults.values()))
 
 
 def main(argv: list[str] | None = None) -> None:

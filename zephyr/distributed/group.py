@@ -1,5 +1,6 @@
 """The process group: joining it, and what its ranks decide together."""
 
+import atexit
 import contextlib
 import os
 import secrets
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+import kernels
 from zephyr import attention
 from zephyr.distributed import machine, signals
 from zephyr.errors import Storage, kind, shared
@@ -74,6 +76,8 @@ def start(replicas: int = 1, masters: str = "fp32", deterministic: bool = False)
     if cuda:
         torch.cuda.set_device(device)
         machine.tune_arithmetic(deterministic)
+        if kernels.implementation(device) == "triton":
+            machine.start_triton()
     notes = machine.tune_allocators()
     if "RANK" in os.environ:
         store, _, _ = next(dist.rendezvous("env://", timeout=MEETING))
@@ -149,6 +153,14 @@ def leave() -> None:
     """Leave the process group. Without the barrier, gloo aborts some good runs at their end."""
     dist.barrier()
     dist.destroy_process_group()
+
+
+@atexit.register
+def _leave_at_the_end() -> None:
+    """Leave the group of a single process that a mistake ended. NCCL would otherwise add lines of
+    its own to the one that says which."""
+    if dist.is_initialized() and dist.get_world_size() == 1:
+        dist.destroy_process_group()
 
 
 def finish() -> None:

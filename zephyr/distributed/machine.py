@@ -3,11 +3,14 @@
 import ctypes
 import os
 import re
+import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
 
 import torch
+
+from kernels.jit import triton
 
 ROOT = Path("/")
 
@@ -97,17 +100,40 @@ def tune_arithmetic(deterministic: bool) -> None:
     """Let a GPU's sums be as exact as training wants them, and, if `deterministic`, the same in
     every run.
 
+    Products of fp32 numbers are to be fp32's. Some containers set TORCH_ALLOW_TF32_CUBLAS_OVERRIDE,
+    with which torch would round the factors to TF32's 10 bits, and --precision fp32 would be none.
+
     cuBLAS may otherwise add the parts of a bf16 product in bf16, which small weights' gradients,
     sums over thousands of rows, would feel. Without `deterministic` the backward of attention adds
     dQ's parts in the order in which they come, so that last bits differ from run to run; cuBLAS
     gives equal bits on one stream with a workspace of fixed size. It costs a slower backward of
     attention. To be called before the first product.
     """
+    torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # every byte is written
+
+
+def start_triton() -> None:
+    """Let Triton build what it launches kernels with; the first time it calls a C compiler.
+
+    Raises ValueError if that fails, as on a machine without one, or without Python's headers. The
+    first kernel would otherwise fail, with a traceback, when all data is read.
+    """
+    try:
+        triton.runtime.driver.active.get_current_target()
+    except Exception as error:  # whatever the compiler, the linker or the driver have to say
+        called = isinstance(error, subprocess.CalledProcessError)
+        why = f"{error.cmd[0]} failed" if called else next(iter(str(error).splitlines()), "")
+        python = f"python{sys.version_info.major}.{sys.version_info.minor}"
+        raise ValueError(
+            f"Triton cannot build what launches its kernels: {why or type(error).__name__}. It "
+            f"needs a C compiler, gcc or what CC names, and Python's headers: on Debian and Ubuntu "
+            f"apt install gcc {python}-dev. ZEPHYR_KERNELS=torch with --compile off needs neither"
+        ) from None
 
 
 def tune_allocators() -> list[str]:

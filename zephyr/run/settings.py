@@ -13,6 +13,7 @@ from zephyr.architecture import MistralConfig
 from zephyr.config import Training
 from zephyr.distributed import group, machine
 from zephyr.distributed.group import Ranks
+from zephyr.errors import shared
 from zephyr.plan import fit
 from zephyr.tokenizer import Tokenizer
 from zephyr.weights import base, hub, locate
@@ -57,7 +58,7 @@ def precise(c: Training, ranks: Ranks) -> Training:
 
     A run that is resumed keeps its own value. A new run has bf16 if every rank's device multiplies
     it, or if its masters are split; else fp32, in which a CPU without such instructions is much
-    faster.
+    faster. Raises ValueError for bf16 on a GPU that does not multiply it.
     """
     able = not group.agree(not machine.multiplies_bf16(ranks.device))
     what = "GPU" if ranks.device.type == "cuda" else "CPU"
@@ -73,10 +74,17 @@ def precise(c: Training, ranks: Ranks) -> Training:
         )
         ranks.say(f"--precision {chosen}: {why}")
     if c.precision == "bf16" and not able:
-        times = "tens of times slower" if what == "CPU" else "slower"
+        if what == "GPU":
+            flags = "--masters split" if c.masters == "split" else "--precision bf16"
+            raise shared(
+                ValueError(
+                    f"{flags} is for GPUs that multiply bf16, from Ampere on; FlashAttention runs "
+                    "on no other: leave it out, and the run is in fp32"
+                )
+            )
         ranks.say(
-            f"--precision bf16 is emulated here, as this {what} does not multiply it: it is "
-            f"{times} than --precision fp32"
+            "--precision bf16 is emulated here, as this CPU does not multiply it: it is tens of "
+            "times slower than --precision fp32"
         )
     return c
 
