@@ -315,10 +315,11 @@ def test_scalars_that_do_not_match(change, message):
 @pytest.mark.parametrize("device", ["cpu", CUDA])
 @pytest.mark.parametrize("split, moments", VARIANTS, ids=str)
 def test_a_gradient_and_its_scale_are_one_quotient(split, moments, device, implementation):
-    """Rounded to nearest, so that every bit is that of a gradient which was divided before."""
+    """Rounded to nearest, so that every bit is that of a gradient which was divided before. By a
+    number on the device: by one of Python's, a GPU multiplies with its reciprocal."""
     scaled = state(5003, split, moments, device=device)
     divided = [None if x is None else x.clone() for x in scaled]
-    divided[4] /= 3.7
+    divided[4] /= number(3.7, device)
     step(*scaled, t=3, scale=3.7), step(*divided, t=3)
     for a, b in zip(scaled[:4], divided[:4], strict=True):
         assert a is None or torch.equal(bits(a), bits(b))
