@@ -29,7 +29,7 @@ test-slow: $(READY)   ## 70 B on 512 simulated ranks, another transformers, Indu
 	CUDA_VISIBLE_DEVICES= $(PYTHON) -m pytest -q -m "slow and not gpu"
 
 test-gpu: $(READY)   ## what needs one GPU: kernels, attention, a step in which the host never waits
-	$(PYTHON) -m pytest -q -m gpu
+	$(PYTHON) -m pytest -q -m gpu --continue-on-collection-errors
 
 lint: $(READY)   ## ruff
 	$(PYTHON) -m ruff format --check -q .

@@ -118,6 +118,16 @@ def test_a_loss_off_stops_the_run(op, monkeypatch):
         bench.main([*TINY, "--op", op])
 
 
+def test_a_single_pair_that_plain_has_right_by_luck_is_no_budget():
+    case = cases.dpo_loss(64, torch.device("cpu"))
+    for seed in range(20):
+        torch.manual_seed(seed)
+        tensors, c = case.draw(), torch.randn(case.outputs)
+        found = budget.whole_errors(case, case.contenders["ours"], tensors, c)
+        for what, most in budget.allowed(case, tensors, c).items():
+            assert found[what] <= most, (seed, what)
+
+
 def test_a_nan_is_beyond_every_budget(monkeypatch):
     right = kernels.linear_logprob
     monkeypatch.setattr(kernels, "linear_logprob", lambda *x: right(*x) * float("nan"))

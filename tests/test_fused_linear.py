@@ -22,8 +22,12 @@ def drawn(T: int, D: int, dtype: torch.dtype, device: str, seed: int):
 @pytest.mark.parametrize("device", ["cpu", CUDA])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_two_micro_batches_of_odd_shapes(dtype, device):
-    """dx is autograd's in every bit; the sum is at most a rounding of each term from float64's."""
+    """dx is autograd's in every bit; the sum is at most a rounding of each term from float64's. On
+    a GPU nothing is rounded to bf16: the products are exact, and of at most 11 additions in fp32,
+    where its matrix units cut off, each is off by 2^-22 of the terms' magnitudes."""
     D, digits = 13, {torch.float32: 2.0**-22, torch.bfloat16: 2.0**-8}[dtype]
+    if device == "cuda" and dtype == torch.bfloat16:
+        digits = 11 * 2.0**-22
     w = torch.randn(5, D, generator=torch.Generator().manual_seed(9)).to(device, dtype)
     total = kernels.main_grad(w)
     w.requires_grad_()

@@ -101,6 +101,18 @@ def error(got: torch.Tensor, expected: np.ndarray) -> float:
     return float(np.sqrt(np.square(got - expected).mean())) if got.size else 0.0
 
 
+def plain_errors(right, h, w, targets, c) -> list[float]:
+    """Of plain's log-probs, dh and dw, the largest with the columns of D in eight orders: of a few
+    numbers one order may be right by luck, on one machine and not on another."""
+    generator, found = torch.Generator().manual_seed(0), []
+    for _ in range(8):
+        order = torch.randperm(h.shape[1], generator=generator)
+        got = run(plain, h[:, order], w[:, order], targets, c)
+        true = right[0], *(x[:, order.numpy()] for x in right[1:])
+        found.append([error(x, y) for x, y in zip(got, true, strict=True)])
+    return [max(errors) for errors in zip(*found, strict=True)]
+
+
 @pytest.mark.parametrize("device", ["cpu", CUDA])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -112,17 +124,17 @@ def test_error_budget(shape, dtype, device, implementation, poison):
         return kernels.linear_logprob(h, w, targets, workspace)
 
     right = truth(h, w, targets, c)
-    got, usual = run(ours, h, w, targets, c), run(plain, h, w, targets, c)
+    got, usual = run(ours, h, w, targets, c), plain_errors(right, h, w, targets, c)
     assert got[0].dtype == torch.float32 and got[1].dtype == got[2].dtype == dtype
     for name, ours_, plain_, true in zip(("logprob", "dh", "dw"), got, usual, right, strict=True):
-        # where plain is right by luck, an eighth of the spacing of what the result is rounded to
+        # where plain is exact, an eighth of the spacing of what the result is rounded to
         eps = torch.finfo(torch.float32 if name == "logprob" else dtype).eps
         tiny = eps / 8 * np.abs(true).max(initial=0)
-        assert error(ours_, true) <= 2 * error(plain_, true) + tiny, name
+        assert error(ours_, true) <= 2 * plain_ + tiny, name
     if dtype == torch.bfloat16 and sizes[0] and sizes[2] > 1:
         assert error(got[0], right[0]) <= 0.1 * error(half(h, w, targets), right[0])
     with torch.no_grad():
-        assert error(ours(h, w, targets), right[0]) <= 2 * error(usual[0], right[0]) + 1e-5
+        assert error(ours(h, w, targets), right[0]) <= 2 * usual[0] + 1e-5
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ import torch
 
 import train_dpo
 import train_sft
+from benchmarks import facts
 from run_helpers import DPO, launch, run, weights_of
 from zephyr.config import DPOConfig
 from zephyr.distributed import machine
@@ -263,6 +265,22 @@ def test_on_a_gpu_two_deterministic_runs_are_one(place, tmp_path, as_before, fla
     assert one[0]["rewards/margins"] == one[0]["rewards/accuracies"] == 0
     for name, weight in weights_of(tmp_path / "one").items():
         assert torch.equal(weight, weights_of(tmp_path / "two")[name]), name
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_attentions_gradients_are_the_same_in_every_run(as_before, monkeypatch):
+    """Where a query's keys are many blocks. The parts of dQ that two blocks have add up to one sum
+    in either order, and the run above has no longer sequences."""
+    monkeypatch.delenv("ZEPHYR_ATTENTION", raising=False)
+    machine.tune_arithmetic(deterministic=True)
+    packed = facts.layout(facts.LENGTHS, torch.device("cuda"))
+    assert packed.max_k > 1000
+    tensors = facts.attention(packed, 32, 8, 128)
+    first, *others = (
+        facts.trained(partial(packed.attend, layer=0, window=4096), *tensors) for _ in range(5)
+    )
+    for found in others:
+        assert all(map(torch.equal, found, first))
 
 
 @pytest.mark.parametrize("ranks, seen, plural", [(2, 1, "GPU,"), (8, 4, "GPUs,")])
