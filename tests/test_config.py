@@ -155,7 +155,13 @@ def test_every_shipped_recipe_parses_for_its_script():
         ("--mod x", "^unknown argument --mod;"),  # an abbreviation
         ("--no-empty", "^unknown argument --no-empty;"),
         ("--table dpo", "^unknown argument --table;"),
-        ("zephyr-7b-dpo again", "^unknown argument again;"),
+        ("zephyr-7b-dpo again", "^unknown argument again; --help"),
+        ("--learning-rate 1", "^unknown argument --learning-rate; here it is --lr$"),
+        ("--learning_rate=1", "^unknown argument --learning_rate=1; here it is --lr$"),
+        ("--max_length 9", "^unknown argument --max_length; here it is --max-length$"),
+        ("--loss-type ipo", "; here it is --loss, whose dpo is sigmoid there$"),
+        ("--per_device_train_batch_size 1", "; here it is --batch, of a whole step, with"),
+        ("--assistant-only-loss", "loss; --help lists what there is$"),  # dSFT's alone
         ("--steps", "argument --steps: expected one argument"),
         ("--steps many", "argument --steps: invalid int value: 'many'"),
         ("--batch 1.5", "argument --batch: invalid int value: '1.5'"),
@@ -347,6 +353,8 @@ def test_help_has_every_field_with_its_comment_and_default(cls, capsys, monkeypa
         shown = comment if bare else f"{comment} [{field.default}]"
         assert shown in text
         assert f"{config.flag(field.name)} " in text or f"{config.flag(field.name)}," in text
+    other = {SFTConfig: "zephyr-7b-dpo", DPOConfig: "zephyr-7b-sft"}[cls]
+    assert f"zephyr-7b-{cls.table}-lora" in text and other not in text, "its own recipes alone"
     assert "[]" not in text and "None" not in text and "MISSING" not in text
 
 

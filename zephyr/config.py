@@ -34,6 +34,37 @@ KNOBS = (
     "timeout",
     "replicas",
 )
+# what transformers' and TRL's trainers call a setting, and what says it here
+ELSEWHERE = {
+    "model-name-or-path": "--model",
+    "dataset-name": "--data, which takes files",
+    "output-dir": "--out",
+    "learning-rate": "--lr",
+    "per-device-train-batch-size": "--batch, of a whole step, with --microbatch-tokens for memory",
+    "per-device-eval-batch-size": "--microbatch-tokens",
+    "gradient-accumulation-steps": "--batch, of a whole step, with --microbatch-tokens for memory",
+    "gradient-checkpointing": "--recompute",
+    "num-train-epochs": "--epochs",
+    "max-steps": "--steps",
+    "warmup-ratio": "--warmup",
+    "lr-scheduler-type": "--schedule",
+    "max-grad-norm": "--clip",
+    "bf16": "--precision bf16",
+    "dtype": "--precision",
+    "torch-dtype": "--precision",
+    "logging-steps": "--log-every",
+    "eval-steps": "--eval-every",
+    "save-steps": "--save-every",
+    "save-total-limit": "--keep",
+    "resume-from-checkpoint": "--resume, which is automatic: give the same command again",
+    "loss-type": "--loss, whose dpo is sigmoid there",
+    "precompute-ref-log-probs": "--reference cached, the default",
+    "assistant-only-loss": "--train-on assistant",
+    "use-peft": "--lora-rank",
+    "lora-r": "--lora-rank",
+    "lora-target-modules": "--lora-targets",
+    "use-rslora": "--lora-rslora",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,7 +230,8 @@ def parse(cls: type, argv: list[str] | None = None, doc: str = "") -> tuple[Any,
     """
     fields, helps = {f.name: f for f in dataclasses.fields(cls)}, comments(cls)
     parser = _parser(cls, doc)
-    names = ", ".join(sorted(p.stem for p in RECIPES.glob("*.toml")))
+    tables = {path.stem: tomllib.loads(path.read_text()) for path in sorted(RECIPES.glob("*.toml"))}
+    names = ", ".join(name for name, recipe in tables.items() if cls.table in recipe)
     parser.add_argument("recipe", nargs="?", help=f"{names}, or the path of a .toml [tiny]")
     flags = _parsed(parser, argv)
     recipe = flags.pop("recipe", None) or ("" if "model" in flags else "tiny")
@@ -248,8 +280,16 @@ def _parsed(parser: argparse.ArgumentParser, argv: list[str] | None) -> dict[str
     except argparse.ArgumentError as error:
         raise ValueError(plain(str(error), 300)) from None
     if unknown:
-        raise ValueError(f"unknown argument {plain(unknown[0])}; --help lists what there is")
+        raise ValueError(f"unknown argument {plain(unknown[0])}; {_known(parser, unknown[0])}")
     return vars(given)
+
+
+def _known(parser: argparse.ArgumentParser, unknown: str) -> str:
+    """Say which flag of the parser an unknown one is, or how to list them."""
+    name = unknown.partition("=")[0].lstrip("-").replace("_", "-")
+    here = ELSEWHERE.get(name, f"--{name}")
+    exists = re.match(r"[\w-]+", here)[0] in parser._option_string_actions
+    return f"here it is {here}" if exists else "--help lists what there is"
 
 
 def read_recipe(recipe: str, cls: type) -> dict[str, Any]:
