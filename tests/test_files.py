@@ -310,6 +310,8 @@ def test_expand(tmp_path, monkeypatch):
     for paths, why in [
         (["x.jsonl"], "x.jsonl: no such file"),
         (["x*"], r"x\*: no such file"),
+        (["org/pairs_v1"], r"no such file; from the Hub: hf download org/pairs_v1 --repo-type"),
+        (["org/pairs.jsonl"], r"org/pairs.jsonl: no such file$"),
         (["sub/"], r"sub/ is a folder; name its files, as sub/\*.jsonl"),
         (["pipe"], "pipe is a pipe or a device; data is read twice"),
         (["a.jsonl", "*.jsonl"], "a.jsonl is given twice; its rows would count"),

@@ -102,7 +102,9 @@ def expand(paths: Sequence[str | Path]) -> list[Path]:
             else sorted(p for p in glob(_escaped(path), recursive=True) if not os.path.isdir(p))
         )
         if not found:
-            raise ValueError(f"{path}: no such file")
+            hub = re.fullmatch(r"\w[\w.-]*/\w[\w-]*", path)  # a data set's name has no ending
+            fetch = f"; from the Hub: hf download {path} --repo-type dataset --local-dir {path}"
+            raise ValueError(f"{path}: no such file{fetch if hub else ''}")
         for name in found:
             if os.path.exists(name) and not os.path.isfile(name):
                 raise ValueError(
