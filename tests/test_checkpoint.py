@@ -88,7 +88,7 @@ class Notes:
 
 @pytest.mark.parametrize("save_async", [False, True], ids=["", "async"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_resumed_run_equals_one_straight_through(ranks, base, c, precision, save_async):
+def test_a_resumed_run_equals_one_straight_through(ranks, base, c, precision, save_async, capsys):
     c = replace(c, save_async=save_async)
     straight = start(ranks, base, precision)
     train(*straight, 0, 6)
@@ -101,7 +101,9 @@ def test_a_resumed_run_equals_one_straight_through(ranks, base, c, precision, sa
     equal(state(*first), state(*straight))  # saving leaves no trace
     run.held.close()
     second, again = start(ranks, base, precision), Run(c, DIGESTS, ranks)
+    assert "continues" not in capsys.readouterr().err
     assert (again.load(*second), again.kept["notes"]) == (3, [{"value": 0.1}])
+    assert f"continues from {c.out}/checkpoints/step-000003\n" in capsys.readouterr().err
     assert all(float(s["step"]) == 3 for s in second[1].state.values())
     train(*second, 3, 6)
     equal(state(*second), state(*straight))

@@ -196,6 +196,8 @@ class Run:
         --timeout ends the run.
         """
         self.start, self.kept = self._loaded(model, optimizer)
+        if self.folder:
+            self.ranks.say(f"continues from {self.folder}")
         set_timeout(self.c.timeout)
         return self.start
 
