@@ -151,6 +151,13 @@ def test_groups_and_their_shares():
     assert rows["all"]["margin"] == 0.5
 
 
+def test_no_score_gap_is_cut_short():
+    ranked = made([1] * 6, [4] * 6, [3] * 6, [None] * 6, [1.23456789 + k / 7 for k in range(6)])
+    text = pairs.table(pairs.summary(ranked), beta=0.1)
+    assert "score gap above 1.47266, up to 1.71076  " in text and "..." not in text
+    assert len({len(line) for line in text.splitlines()[:-1]}) == 1, "columns stay in line"
+
+
 @pytest.mark.parametrize("right, count", [(0, 1), (1, 1), (9, 10), (0, 50), (128, 200)])
 def test_intervals_hold_the_shares_that_would_not_be_odd(right, count):
     """A bound b solves (p - b)² = z² b (1 - b) / n."""

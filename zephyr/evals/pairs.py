@@ -97,12 +97,14 @@ def summary(ranked: Ranked) -> dict[str, dict]:
 
 def table(rows: dict[str, dict], beta: float) -> str:
     """Return the summary as text, and what to make of it."""
-    lines = [f"{'':36}{'pairs':>7}{'right':>8}{'95 % interval':>19}{'margin':>10}"]
-    for title, row in rows.items():
+    names = [files.plain(title, 45) for title in rows]
+    width = max(36, *map(len, names))
+    lines = [f"{'':{width}}{'pairs':>7}{'right':>8}{'95 % interval':>19}{'margin':>10}"]
+    for name, row in zip(names, rows.values(), strict=True):
         shares = f"{row['low']:.1%} to {row['high']:.1%}"
-        name, margin = files.plain(title, 35), beta * row["margin"]
+        margin = beta * row["margin"]
         lines.append(
-            f"{name:36}{row['pairs']:>7,}{row['accuracy']:>8.1%}{shares:>19}{margin:>10.3f}"
+            f"{name:{width}}{row['pairs']:>7,}{row['accuracy']:>8.1%}{shares:>19}{margin:>10.3f}"
         )
     longer, shorter = rows.get("chosen is longer"), rows.get("chosen is shorter")
     if longer and shorter and longer["low"] > 0.5 > shorter["high"]:
