@@ -345,6 +345,10 @@ def test_bootstrap_error_is_the_closed_form():
     twice = belief.groups(np.repeat(value_N, 2), np.ones((800, 1), bool), np.repeat(range(400), 2))
     assert twice[0]["standard_error"] == pytest.approx(group["standard_error"])
     assert belief.groups(value_N, np.ones((400, 1), bool), range(400)) == [group]
+    in_K = np.array([[True, False, False], [True, True, False], [False, True, False]])
+    alone, spread, empty = belief.groups(value_N[:3], in_K, ["a", "a", "b"])
+    assert alone["n"] == 2 and alone["standard_error"] is None, "of one question nothing is known"
+    assert spread["standard_error"] is not None and empty["standard_error"] is None
 
 
 def test_kappa_by_hand():

@@ -10,6 +10,7 @@ Letters of shapes: N verdicts, Q questions, K groups of verdicts, B bootstrap dr
 import re
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from itertools import compress
 
 import numpy as np
 
@@ -76,13 +77,16 @@ def error(draws_B: np.ndarray) -> float | None:
 def groups(
     value_N: np.ndarray, member_NK: np.ndarray, question_N: Sequence[Hashable]
 ) -> list[dict]:
-    """Return for each of K groups its number of values, their mean, and its standard error."""
+    """Return for each of K groups its number of values, their mean, and its standard error, which
+    one question alone does not show."""
     draws_BK = resampled(value_N, member_NK, question_N)
     return [
         {
             "n": int(member_N.sum()),
             "mean": float(value_N[member_N].mean()) if member_N.any() else None,
-            "standard_error": error(draws_B) if member_N.any() else None,
+            "standard_error": error(draws_B)
+            if len({*compress(question_N, member_N)}) > 1
+            else None,
         }
         for member_N, draws_B in zip(member_NK.T, draws_BK.T, strict=True)
     ]
