@@ -63,6 +63,13 @@ def lines(rows: list) -> bytes:
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
+def test_missing_weights_are_told_before_the_data_is_read(fails, place, tmp_path):
+    shutil.copytree(place / "base", tmp_path / "bare")
+    (tmp_path / "bare" / "model.safetensors").unlink()
+    line = fails(train_dpo, *DPO, model=tmp_path / "bare", data=b"no pair\n")
+    assert "bare has no model.safetensors and no model.safetensors.index.json" in line
+
+
 def test_data(fails, place):
     good = rows(place)
     assert "gone.jsonl: no such file" in fails(train_dpo, *DPO, "--data", "gone.jsonl")

@@ -25,6 +25,7 @@ def look(c: Training, ranks: Ranks) -> tuple[Training, MistralConfig, Tokenizer]
     folder."""
     with group.together():
         c, shape, tokenizer, notes = base.look(c)
+        locate.weight_files(locate.parts(c.model, c.base).model)  # before the data is tokenized
     ranks.say(*notes)
     return precise(c, ranks), shape, tokenizer
 
