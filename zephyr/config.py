@@ -230,8 +230,8 @@ def parse(cls: type, argv: list[str] | None = None, doc: str = "") -> tuple[Any,
     """
     fields, helps = {f.name: f for f in dataclasses.fields(cls)}, comments(cls)
     parser = _parser(cls, doc)
-    tables = {path.stem: tomllib.loads(path.read_text()) for path in sorted(RECIPES.glob("*.toml"))}
-    names = ", ".join(name for name, recipe in tables.items() if cls.table in recipe)
+    tables = {path.stem: tomllib.loads(path.read_text()) for path in RECIPES.glob("*.toml")}
+    names = ", ".join(sorted(name for name, recipe in tables.items() if cls.table in recipe))
     parser.add_argument("recipe", nargs="?", help=f"{names}, or the path of a .toml [tiny]")
     flags = _parsed(parser, argv)
     recipe = flags.pop("recipe", None) or ("" if "model" in flags else "tiny")
