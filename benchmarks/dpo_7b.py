@@ -59,7 +59,7 @@ from zephyr.metrics import means
 from zephyr.packing import pack_pairs
 from zephyr.plan import costs
 from zephyr.run.folder import Run
-from zephyr.weights import adapter, base, config_json, hub, masters
+from zephyr.weights import adapter, base, config_json, hub, locate, masters
 
 KEPT, FILE = ROOT / "benchmarks" / "h200", "dpo_7b.jsonl"
 PAIRS = 61_135  # of UltraFeedback, an epoch
@@ -303,6 +303,7 @@ def ours(o: argparse.Namespace, place: Path) -> dict:
     # result to a disk and taking the digest of files as many
     hub.load, hub.digest, Run.export = load, lambda _: "random", lambda *_: None
     base.look = lambda c: (c, config_json.read(c.model), SimpleNamespace(), [])
+    locate.weight_files = lambda _: ([], None)
     arrays.preferences, reference.live = lambda *_: made, measured
     return vs_trl.script(o, place, flags(o, place, o.contenders[0])) | {"calls": calls}
 
